@@ -1,0 +1,48 @@
+"""The one exception for a user's mistake.
+
+Every command turns a ConfigError into a few lines on stderr and exit status 2, never a traceback, so raise it
+wherever something a user wrote (a key, a path, a flag) cannot work; raise anything else only for our own bugs.
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable
+
+
+class ConfigError(Exception):
+    """A value the user gave that cannot be used.
+
+    field: the dotted key or command-line word, as the user would write it.
+    value: what was given.
+    rule: what must hold, as a sentence fragment ("must be a positive number of sequences").
+    remedy: what to write instead; empty where the rule already says it.
+    """
+
+    def __init__(self, field: str, value: object, rule: str, remedy: str = "") -> None:
+        self.field = field
+        self.value = value
+        self.rule = rule
+        self.remedy = remedy
+        super().__init__(self._text())
+
+    def _text(self) -> str:
+        lines = [f"{self.field}={_short(self.value)}: {self.rule}"]
+        if self.remedy:
+            lines.append(f"  remedy: {self.remedy}")
+        return "\n".join(lines)
+
+
+def _short(value: object, limit: int = 120) -> str:
+    text = "null" if value is None else str(value).lower() if isinstance(value, bool) else str(value)
+    return text if len(text) <= limit else text[: limit - 1] + "…"
+
+
+def nearest(word: str, known: Iterable[str]) -> str:
+    """The remedy for a misspelling: the closest known name, else the list of them (at most a dozen)."""
+    names = sorted(known)
+    close = difflib.get_close_matches(word, names, n=2, cutoff=0.6)
+    if close:
+        return "did you mean " + " or ".join(close) + "?"
+    shown = ", ".join(names[:12]) + (", …" if len(names) > 12 else "")
+    return f"known names are {shown}"

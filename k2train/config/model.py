@@ -1,0 +1,113 @@
+"""`model`: the architecture, in the names of Hugging Face's DeepseekV3Config, so that a config.json maps one to one."""
+
+from __future__ import annotations
+
+import dataclasses
+
+from k2train.config.errors import ConfigError
+from k2train.config.fields import check_ranges, key
+
+
+@dataclasses.dataclass(frozen=True)
+class YarnConfig:
+    """`model.rope_scaling`: YaRN, the long-context stretch of the rotary embedding (arXiv 2309.00071)."""
+
+    factor: float = key("how many times longer the context is than the one trained on", minimum=1.0)
+    original_max_position_embeddings: int = key("context before stretching", unit="tokens", minimum=1)
+    beta_fast: float = key("rotations above which a dimension keeps its frequency", default=32.0, above=0.0)
+    beta_slow: float = key("rotations below which a dimension is fully stretched", default=1.0, above=0.0)
+    mscale: float = key("attention temperature of the rotated part", default=1.0, minimum=0.0)
+    mscale_all_dim: float = key("attention temperature of all dimensions", default=0.0, minimum=0.0)
+
+    def __post_init__(self) -> None:
+        check_ranges("model.rope_scaling", self)
+
+
+@dataclasses.dataclass(frozen=True)
+class ModelConfig:
+    """`model`: shapes and routing rules of a DeepSeek-V3-family model (K2, DeepSeek-V3, Moonlight)."""
+
+    vocab_size: int = key("size of the vocabulary", unit="tokens", minimum=2)
+    hidden_size: int = key("width of the residual stream", unit="features", minimum=1)
+    num_hidden_layers: int = key("transformer layers", unit="layers", minimum=1)
+    first_k_dense_replace: int = key("leading layers with a dense feed-forward", unit="layers", minimum=0)
+    intermediate_size: int = key("width of the dense feed-forward", unit="features", minimum=1)
+    moe_intermediate_size: int = key("width of one expert", unit="features", minimum=1)
+    n_routed_experts: int = key("routed experts in a MoE layer", unit="experts", minimum=1)
+    num_experts_per_tok: int = key("routed experts a token activates", unit="experts", minimum=1)
+    n_shared_experts: int = key("experts every token passes through", unit="experts", minimum=0)
+    num_attention_heads: int = key("attention heads", unit="heads", minimum=1)
+    q_lora_rank: int | None = key(
+        "width of the query latent; null projects queries directly", unit="features", minimum=1
+    )
+    kv_lora_rank: int = key("width of the key-value latent", unit="features", minimum=1)
+    qk_nope_head_dim: int = key("unrotated query and key width of a head", unit="features", minimum=1)
+    qk_rope_head_dim: int = key("rotated query and key width of a head", unit="features", minimum=2)
+    v_head_dim: int = key("value width of a head", unit="features", minimum=1)
+    n_group: int = key(
+        "groups the experts are divided into for group-limited routing", default=1, unit="groups", minimum=1
+    )
+    topk_group: int = key("groups a token may choose experts from", default=1, unit="groups", minimum=1)
+    norm_topk_prob: bool = key("normalise the chosen experts' scores to sum 1", default=True)
+    routed_scaling_factor: float = key("factor on the routed experts' output", default=1.0, above=0.0)
+    rms_norm_eps: float = key(
+        "epsilon of the layer norms; the two latent norms use 1e-6", default=1e-6, above=0.0
+    )
+    rope_theta: float = key("base of the rotary embedding", default=10000.0, above=0.0)
+    rope_scaling: YarnConfig | None = key("YaRN stretch of the rotary embedding; null for none", default=None)
+    max_position_embeddings: int = key(
+        "longest sequence the model is meant for", default=4096, unit="tokens", minimum=1
+    )
+    initializer_range: float = key("standard deviation of the initial weights", default=0.02, above=0.0)
+
+    def __post_init__(self) -> None:
+        check_ranges("model", self)
+        check_routing(self)
+        if self.qk_rope_head_dim % 2:
+            raise ConfigError(
+                "model.qk_rope_head_dim", self.qk_rope_head_dim, "must be even: rotary features come in pairs"
+            )
+        if self.first_k_dense_replace > self.num_hidden_layers:
+            raise ConfigError("model.first_k_dense_replace", self.first_k_dense_replace,
+                              f"cannot exceed model.num_hidden_layers={self.num_hidden_layers}",
+                              f"use at most {self.num_hidden_layers}")  # fmt: skip
+
+    @property
+    def qk_head_dim(self) -> int:
+        """Query and key width of a head, in features."""
+        return self.qk_nope_head_dim + self.qk_rope_head_dim
+
+    @property
+    def num_moe_layers(self) -> int:
+        return self.num_hidden_layers - self.first_k_dense_replace
+
+    @property
+    def sparsity(self) -> float:
+        """Routed experts per active one; K2 is 384 / 8 = 48 (K2 report, section 2.3)."""
+        return self.n_routed_experts / self.num_experts_per_tok
+
+    def is_moe(self, layer: int) -> bool:
+        """Whether layer `layer` (counted from 0) routes to experts."""
+        return layer >= self.first_k_dense_replace
+
+
+def check_routing(model: ModelConfig) -> None:
+    """Top-k must be choosable: within the experts, and within the groups a token may use."""
+    experts, top_k, groups = model.n_routed_experts, model.num_experts_per_tok, model.n_group
+    if top_k > experts:
+        raise ConfigError("model.num_experts_per_tok", top_k, f"cannot exceed model.n_routed_experts={experts}",
+                          f"use at most {experts}")  # fmt: skip
+    if experts % groups:
+        divisors = [n for n in range(1, experts + 1) if experts % n == 0]
+        raise ConfigError("model.n_group", groups, f"must divide model.n_routed_experts={experts}",
+                          f"use one of {', '.join(map(str, divisors[:12]))}")  # fmt: skip
+    if model.topk_group > groups:
+        raise ConfigError("model.topk_group", model.topk_group, f"cannot exceed model.n_group={groups}")
+    if groups > 1 and experts // groups < 2:
+        raise ConfigError("model.n_group", groups,
+                          f"leaves {experts // groups} expert a group, but a group is ranked by its two best",
+                          f"use at most {experts // 2} groups")  # fmt: skip
+    if top_k > experts // groups * model.topk_group:
+        raise ConfigError("model.num_experts_per_tok", top_k,
+                          f"the {model.topk_group} chosen groups hold only {experts // groups * model.topk_group} experts",
+                          "raise model.topk_group or lower model.n_group")  # fmt: skip

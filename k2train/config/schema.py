@@ -1,0 +1,81 @@
+"""The root of a config: one frozen dataclass a section. Nothing here is derived; layout and plan hold derived values."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Literal
+
+from k2train.config.data import DataConfig
+from k2train.config.errors import ConfigError
+from k2train.config.fields import key
+from k2train.config.model import ModelConfig
+from k2train.config.optim import OptimConfig
+from k2train.config.sections import (
+    ActivationsConfig,
+    ClusterConfig,
+    LayoutConfig,
+    PlanConfig,
+    ScheduleConfig,
+    TelemetryConfig,
+    TrainConfig,
+)
+
+World = Literal["auto", "single", "threads", "processes"]
+
+
+@dataclasses.dataclass(frozen=True)
+class Config:
+    """Everything `train`, `plan` and `report` read."""
+
+    name: str = key("name of the run, the first part of its directory")
+    model: ModelConfig = key("architecture")
+    layout: LayoutConfig = key("who is where")
+    schedule: ScheduleConfig = key("in which order")
+    activations: ActivationsConfig = key("what is kept between forward and backward")
+    optim: OptimConfig = key("the update")
+    data: DataConfig = key("the corpora")
+    cluster: ClusterConfig = key("the machine")
+    train: TrainConfig = key("the step and the run")
+    telemetry: TelemetryConfig = key("where metrics go", factory=TelemetryConfig)
+    plan: PlanConfig = key("files of `k2train plan`", factory=PlanConfig)
+    world: World = key(
+        "how ranks run: one process each, threads of one process, or a single rank", default="auto"
+    )
+    run_dir: str | None = key(
+        "directory of the run; one that holds a checkpoint is resumed; null makes a new one", default=None
+    )
+
+    def __post_init__(self) -> None:
+        check_batch(self)
+        check_experts_fit(self)
+        check_sequence(self)
+
+
+def check_batch(config: Config) -> None:
+    """The global batch is fixed in tokens, so it must be whole sequences and whole microbatches."""
+    train = config.train
+    tokens = train.seq_len * train.microbatch_size
+    if train.global_batch_tokens % tokens:
+        below = train.global_batch_tokens // tokens * tokens
+        choices = f"{below} and {below + tokens}" if below else f"{tokens} and {2 * tokens}"
+        raise ConfigError("train.global_batch_tokens", train.global_batch_tokens,
+                          f"must be a multiple of train.seq_len * train.microbatch_size = {tokens} tokens",
+                          f"nearest are {choices}")  # fmt: skip
+
+
+def check_experts_fit(config: Config) -> None:
+    """Every expert-parallel rank holds the same number of whole experts."""
+    experts, ep = config.model.n_routed_experts, config.layout.ep
+    if config.model.num_moe_layers and experts % ep:
+        divisors = [n for n in range(1, experts + 1) if experts % n == 0]
+        close = sorted(divisors, key=lambda n: abs(n - ep))[:2]
+        raise ConfigError("layout.ep", ep, f"must divide model.n_routed_experts={experts}",
+                          f"nearest are {' and '.join(map(str, sorted(close)))}")  # fmt: skip
+
+
+def check_sequence(config: Config) -> None:
+    """A sequence longer than the rotary embedding was made for trains nonsense silently."""
+    limit = config.model.max_position_embeddings
+    if config.train.seq_len > limit:
+        raise ConfigError("train.seq_len", config.train.seq_len, f"exceeds model.max_position_embeddings={limit}",
+                          "lower it, or raise model.max_position_embeddings (with model.rope_scaling for YaRN)")  # fmt: skip
