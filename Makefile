@@ -1,0 +1,61 @@
+# The two commands a newcomer needs are `make train` and `make test`; each installs what it needs into .venv.
+# TORCH may name another build of the pinned version, for example
+#   make train TORCH="torch==2.13.0 --index-url https://download.pytorch.org/whl/cpu"
+
+PYTHON ?= python3
+TORCH ?= torch==2.13.0
+VENV ?= .venv
+BIN := $(VENV)/bin
+ARGS ?=
+export PIP_DISABLE_PIP_VERSION_CHECK := 1
+
+.DEFAULT_GOAL := help
+.PHONY: help install train test test-slow check checks lint format types contract wheel clean
+
+help: ## list the targets
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-10s %s\n", $$1, $$2}' Makefile
+
+# torch comes first and is pinned again in constraints.txt, so that nothing after it pulls another build.
+$(VENV)/.run: pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install --quiet $(TORCH)
+	$(BIN)/pip install --quiet --constraint constraints.txt --editable .
+	@touch $@
+
+$(VENV)/.dev: $(VENV)/.run
+	$(BIN)/pip install --quiet --constraint constraints.txt --editable '.[dev]'
+	@touch $@
+
+install: $(VENV)/.dev ## make .venv with everything the developer tools need
+
+train: $(VENV)/.run ## train a small K2 on the standard library's sources (a few minutes on two cores)
+	@$(BIN)/k2train train $(ARGS)
+
+test: $(VENV)/.dev ## run the tests
+	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto -m "not slow and not gpu" $(ARGS)
+
+test-slow: $(VENV)/.dev ## run the tests that take more than a minute each
+	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto -m slow $(ARGS)
+
+lint: $(VENV)/.dev
+	@$(BIN)/ruff check .
+
+format: $(VENV)/.dev ## rewrite the sources in the house format
+	@$(BIN)/ruff format .
+
+types: $(VENV)/.dev
+	@$(BIN)/mypy
+
+contract: $(VENV)/.dev
+	@$(BIN)/lint-imports --no-logo
+
+checks: lint types contract
+	@$(BIN)/ruff format --check .
+
+check: checks test ## lint, format, types, import contract and tests
+
+wheel: $(VENV)/.dev ## build the wheel into dist/
+	@$(BIN)/python -m build --wheel --no-isolation --outdir dist .
+
+clean: ## remove what the targets made, runs and corpora excepted
+	rm -rf $(VENV) build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis
