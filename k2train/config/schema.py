@@ -46,9 +46,9 @@ class Config:
     )
 
     def __post_init__(self) -> None:
+        check_sequence(self)
         check_batch(self)
         check_experts_fit(self)
-        check_sequence(self)
 
 
 def check_batch(config: Config) -> None:
