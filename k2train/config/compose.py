@@ -48,7 +48,7 @@ def compose_dict(overrides: Sequence[str], config_name: str = "config") -> dict[
     check_groups(parsed, config_dir())
     try:
         with initialize_config_dir(str(config_dir()), version_base="1.3"):
-            composed = hydra_compose(config_name, overrides=[_permit(override) for override in parsed])
+            composed = hydra_compose(config_name, overrides=[permit(override) for override in parsed])
         plain = OmegaConf.to_container(composed, resolve=True)
     except (HydraException, OmegaConfBaseException) as error:
         raise ConfigError("config", " ".join(overrides) or config_name, _first_line(error)) from error
@@ -112,10 +112,11 @@ def expand_sweep(overrides: Sequence[str]) -> list[list[str]]:
     return product
 
 
-def _permit(override: Override) -> str:
-    """Let an override through Hydra's struct check: from_dict rejects unknown keys afterwards, with a better message."""
+def permit(override: Override) -> str:
+    """The override in a form that passes Hydra's struct check; from_dict rejects unknown keys with a better message."""
     line = override.input_line or ""
-    if override.key_or_group in group_options(config_dir()) or line.startswith(("+", "~")):
+    key = override.key_or_group
+    if key in group_options(config_dir()) or key.startswith("hydra") or line.startswith(("+", "~")):
         return line
     return "++" + line
 

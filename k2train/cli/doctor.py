@@ -1,0 +1,112 @@
+"""`k2train doctor`: what this machine has, what is missing, and what each missing thing is for."""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib.metadata
+import os
+import platform
+import shutil
+
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+
+from k2train.config.compose import config_dir
+from k2train.config.errors import ConfigError
+
+USAGE = "usage: k2train doctor\n\nPrints versions, devices and optional packages; exit status 1 where training cannot start."
+
+
+@dataclasses.dataclass(frozen=True)
+class Package:
+    """An importable distribution and what k2train uses it for; `extra` is the pip extra that brings it."""
+
+    name: str
+    purpose: str
+    extra: str = ""
+
+
+REQUIRED = (
+    Package("torch", "tensors, autograd, process groups"),
+    Package("hydra-core", "configs and sweeps"),
+    Package("megatron-core", "indexed, blended datasets"),
+    Package("safetensors", "checkpoints"),
+    Package("tokenizers", "Hugging Face tokenizers"),
+    Package("tiktoken", "tiktoken tokenizers"),
+    Package("pyarrow", "Parquet corpora"),
+    Package("rich", "progress and tables"),
+    Package("tensorboard", "metrics"),
+    Package("matplotlib", "pictures"),
+)
+OPTIONAL = (
+    Package("triton", "GPU kernels", "gpu"),
+    Package("transformer-engine", "fused attention that returns max logits", "gpu"),
+    Package("deepspeed", "CPU Adam for host-resident states", "deepspeed"),
+    Package("wandb", "Weights & Biases metrics", "wandb"),
+    Package("hydra-submitit-launcher", "sweeps on Slurm", "slurm"),
+    Package("transformers", "the model oracle of the tests", "dev"),
+)
+
+
+def run(args: list[str]) -> int:
+    """Print the report; 0 where training can start, 1 where a required package is missing."""
+    if args and args[0] in ("-h", "--help"):
+        print(USAGE)
+        return 0
+    if args:
+        raise ConfigError("doctor", " ".join(args), "takes no arguments")
+    console = Console()
+    console.print(_machine_table())
+    console.print(_package_table())
+    missing = [package.name for package in REQUIRED if _version(package.name) is None]
+    console.print(f"missing: {', '.join(missing)}" if missing else "training can start on this machine")
+    return 1 if missing else 0
+
+
+def _version(name: str) -> str | None:
+    try:
+        return importlib.metadata.version(name)
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
+def _machine_table() -> Table:
+    table = Table("machine", "", title_justify="left", show_header=False)
+    table.add_row("python", platform.python_version())
+    table.add_row("cores", str(os.cpu_count()))
+    table.add_row("memory", f"{_memory_bytes() / 1e9:.1f} GB")
+    table.add_row("free disk", f"{shutil.disk_usage('.').free / 1e9:.1f} GB")
+    table.add_row("configs", str(config_dir()))
+    for name, value in _devices():
+        table.add_row(name, value)
+    return table
+
+
+def _memory_bytes() -> int:
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+
+
+def _devices() -> list[tuple[str, str]]:
+    if _version("torch") is None:
+        return [("devices", "torch is missing")]
+    # Imported here: the doctor must answer on a machine where torch is what is missing.
+    import torch
+
+    if not torch.cuda.is_available():
+        return [("devices", "CPU only")]
+    names = [torch.cuda.get_device_properties(index) for index in range(torch.cuda.device_count())]
+    return [
+        (f"device {index}", f"{device.name}, {device.total_memory / 1e9:.0f} GB")
+        for index, device in enumerate(names)
+    ]
+
+
+def _package_table() -> Table:
+    table = Table("package", "version", "used for")
+    for package in REQUIRED:
+        table.add_row(package.name, _version(package.name) or "MISSING", package.purpose)
+    for package in OPTIONAL:
+        absent = escape(f"- (extra [{package.extra}])")
+        table.add_row(package.name, _version(package.name) or absent, package.purpose)
+    return table
