@@ -1,0 +1,1 @@
+"""Who is where: ranks and groups, layers to virtual stages, experts to ranks, parameters to owners. Integers only."""

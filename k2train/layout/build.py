@@ -1,0 +1,133 @@
+"""From config to layout, and every check that needs more than one section of the config."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+from k2train.config.errors import ConfigError
+from k2train.config.model import ModelConfig
+from k2train.config.sections import ClusterConfig, LayoutConfig, TrainConfig
+from k2train.layout.grid import RankGrid
+from k2train.layout.layout import Layout, VirtualStage
+from k2train.layout.partition import PipelineWeights, balance
+from k2train.layout.weights import piece_weights
+
+MAX_WORLD = 10**7
+"""More devices than this is a typing error; it keeps tables of ranks within memory."""
+
+
+def build_layout(
+    layout: LayoutConfig,
+    cluster: ClusterConfig,
+    model: ModelConfig,
+    seq_len: int = 4096,
+    placement: Sequence[int] | None = None,
+) -> Layout:
+    """Resolve degrees, cut the model, place the experts.
+
+    seq_len: tokens in a sequence, for the weight of attention against the rest. placement: the stage of every virtual
+    stage; by default virtual stage v lives on stage v % pp. Raises ConfigError for a layout that cannot be.
+    """
+    num_pieces = layout.pp * layout.vpp if placement is None else len(placement)
+    _check_pieces(layout, model, num_pieces)
+    _check_experts(layout, model)
+    stages = tuple(range(layout.pp)) * layout.vpp if placement is None else tuple(placement)
+    grid = RankGrid(layout.pp, resolve_edp(layout, cluster.gpus_per_node), layout.ep)
+    counts = layout.layers_per_virtual_stage
+    if counts is None:
+        counts = balance(PipelineWeights(*piece_weights(model, seq_len)), stages)
+    return Layout(grid, cluster.gpus_per_node, _pieces(counts), stages, model.n_routed_experts)
+
+
+def resolve_edp(layout: LayoutConfig, gpus_per_node: int) -> int:
+    """Replicas of the model-parallel group, from `layout.nodes`, `layout.edp` or neither (1)."""
+    group = layout.pp * layout.ep
+    if layout.nodes is None:
+        edp = layout.edp or 1
+    else:
+        edp = _edp_from_nodes(layout, gpus_per_node)
+        if layout.edp not in (None, edp):
+            raise ConfigError("layout.edp", layout.edp,
+                              f"layout.nodes={layout.nodes} with {gpus_per_node} GPUs each holds "
+                              f"{edp} model-parallel groups of {group}",
+                              f"leave layout.edp out, or set layout.edp={edp}")  # fmt: skip
+    if group * edp > MAX_WORLD:
+        field, value = ("layout.nodes", layout.nodes) if layout.nodes else ("layout.edp", edp)
+        raise ConfigError(field, value, f"makes a world of {group * edp} ranks, the most is {MAX_WORLD}")
+    return edp
+
+
+def _edp_from_nodes(layout: LayoutConfig, gpus_per_node: int) -> int:
+    assert layout.nodes is not None
+    group = layout.pp * layout.ep
+    unit = math.lcm(group, gpus_per_node) // gpus_per_node
+    if layout.nodes % unit:
+        fills = f"{layout.pp} x {layout.ep} model-parallel group fills {unit} nodes of {gpus_per_node} GPUs"
+        if group % gpus_per_node:
+            fills = f"{layout.pp} x {layout.ep} model-parallel group fills whole nodes of {gpus_per_node} GPUs only by {unit}"
+        below = layout.nodes // unit * unit
+        near = f"nearest are {below} and {below + unit}" if below else f"nearest is {unit}"
+        raise ConfigError("layout.nodes", layout.nodes,
+                          f"the {fills}, so nodes must be a multiple of {unit}", near)  # fmt: skip
+    return layout.nodes * gpus_per_node // group
+
+
+def _check_experts(layout: LayoutConfig, model: ModelConfig) -> None:
+    if model.num_moe_layers and model.n_routed_experts % layout.ep:
+        raise ConfigError(
+            "layout.ep", layout.ep, f"must divide model.n_routed_experts={model.n_routed_experts}"
+        )
+
+
+def _check_pieces(layout: LayoutConfig, model: ModelConfig, num_pieces: int) -> None:
+    """An explicit list must place every layer once; a balanced cut leaves no virtual stage empty."""
+    if layout.layers_per_virtual_stage is not None:
+        _check_explicit(layout.layers_per_virtual_stage, model.num_hidden_layers, num_pieces)
+        return
+    items = model.num_hidden_layers + 2
+    if num_pieces > items:
+        field, value = ("layout.pp", layout.pp) if layout.pp > items else ("layout.vpp", layout.vpp)
+        remedy = f"use at most layout.pp={items}"
+        if layout.pp <= items:
+            remedy = f"use at most layout.vpp={items // layout.pp}, or give layout.layers_per_virtual_stage with zeros"
+        raise ConfigError(field, value,
+                          f"makes {num_pieces} virtual stages, but {model.num_hidden_layers} layers, embedding and "
+                          f"head fill only {items}", remedy)  # fmt: skip
+
+
+def _check_explicit(counts: Sequence[int], num_layers: int, num_pieces: int) -> None:
+    field, shown = "layout.layers_per_virtual_stage", list(counts)
+    if len(counts) != num_pieces:
+        raise ConfigError(field, shown, f"has {len(counts)} entries, but pp * vpp makes {num_pieces} virtual stages",
+                          "give one number for each virtual stage, or null to balance them")  # fmt: skip
+    if min(counts) < 0:
+        raise ConfigError(field, shown, "a number of layers cannot be negative")
+    if sum(counts) != num_layers:
+        raise ConfigError(field, shown, f"places {sum(counts)} layers, but model.num_hidden_layers={num_layers}",
+                          "every layer must be on exactly one virtual stage")  # fmt: skip
+
+
+def _pieces(counts: Sequence[int]) -> tuple[VirtualStage, ...]:
+    pieces = []
+    first = 0
+    for index, count in enumerate(counts):
+        pieces.append(VirtualStage(first, first + count, index == 0, index == len(counts) - 1))
+        first += count
+    return tuple(pieces)
+
+
+def num_microbatches(train: TrainConfig, layout: Layout) -> int:
+    """Microbatches each pipeline runs in a step: the global batch over data-parallel ranks and microbatch tokens.
+
+    Raises ConfigError where that is not a whole number.
+    """
+    tokens = train.seq_len * train.microbatch_size * layout.dp
+    whole, rest = divmod(train.global_batch_tokens, tokens)
+    if rest or not whole:
+        near = f"{whole * tokens} and {(whole + 1) * tokens}" if whole else f"{tokens}"
+        raise ConfigError("train.global_batch_tokens", train.global_batch_tokens,
+                          f"must be a multiple of train.seq_len * train.microbatch_size * data-parallel ranks = "
+                          f"{train.seq_len} * {train.microbatch_size} * {layout.dp} = {tokens} tokens",
+                          f"nearest {'are' if whole else 'is'} {near}; or change layout.nodes or layout.edp")  # fmt: skip
+    return whole
