@@ -1,0 +1,181 @@
+"""What a run reads: a blend of indexed datasets, split by documents, in an order fixed by seed and position.
+
+Step s of a run with n sequences a step takes samples s * n .. (s + 1) * n of the training split, and each rank takes
+its own part of those: nothing about ranks, microbatches or restarts enters here.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import os
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from k2train.config.data import DataConfig
+from k2train.config.errors import ConfigError
+from k2train.data.epochs import EpochReader, Window
+from k2train.data.indexed import open_indexed
+from k2train.data.order import Blend
+from k2train.data.sidecar import check_tokenizer, read_sidecar
+from k2train.data.split import SPLITS, SplitName, document_ranges, parse_split
+from k2train.data.stdlib import build_stdlib
+from k2train.data.tokenizer import Tokenizer, build_tokenizer
+
+EVALUATION_SEED = 0
+"""Held-out documents come in one order whatever the run's seed, so that runs with different seeds are comparable."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Source:
+    """One dataset of the blend, opened."""
+
+    prefix: str
+    field: str
+    weight: float
+    num_documents: dict[SplitName, int]
+    readers: dict[SplitName, EpochReader]
+
+
+class Corpus:
+    """Samples of the three splits. Made by `build_corpus`."""
+
+    def __init__(
+        self, sources: list[Source], tokenizer: Tokenizer, seq_len: int, vocab_size: int, identity: str
+    ) -> None:
+        self.tokenizer = tokenizer
+        self.seq_len = seq_len
+        self.identity = identity
+        self._sources = sources
+        self._vocab_size = vocab_size
+        self._blend = Blend([source.weight for source in sources])
+
+    def batch(self, split: SplitName, start: int, count: int) -> torch.Tensor:
+        """Samples start .. start + count of a split as int64 (count, seq_len + 1): x[:, :-1] are inputs, x[:, 1:]
+        their targets. Without end: the documents are shuffled again for each epoch.
+
+        Raises ConfigError if the split holds no whole sample or a token id does not fit the vocabulary.
+        """
+        self._check_not_empty(split)
+        corpora, samples = self._blend.locate(start, count)
+        rows = [self._row(int(c), split, int(i)) for c, i in zip(corpora, samples, strict=True)]
+        return torch.stack(rows) if rows else torch.empty((0, self.seq_len + 1), dtype=torch.int64)
+
+    def num_samples(self, split: SplitName) -> int:
+        """Samples of a split before any corpus repeats; 0 if some corpus has none."""
+        counts = [source.readers[split].samples_per_epoch for source in self._sources]
+        return self._blend.first_beyond(counts) if min(counts) else 0
+
+    def num_tokens(self, split: SplitName) -> int:
+        """Tokens of a split over all corpora, end-of-document tokens included."""
+        return sum(source.readers[split].num_tokens for source in self._sources)
+
+    def num_documents(self, split: SplitName) -> int:
+        """Documents of a split over all corpora."""
+        return sum(source.num_documents[split] for source in self._sources)
+
+    def num_bytes(self, tokens: torch.Tensor) -> int:
+        """Bytes of text that `tokens` (any shape) stand for; end-of-document tokens stand for none.
+
+        Held-out bits per byte = summed loss of the targets in nats / ln 2 / num_bytes(targets).
+        """
+        return self.tokenizer.num_bytes(tokens.reshape(-1).numpy())
+
+    def held_out_text(self, num_samples: int, split: SplitName = "valid") -> bytes:
+        """The text of the targets of batch(split, 0, num_samples), corpus after corpus, at most one pass.
+
+        It is what a compressor must be given to be compared with the loss over those samples.
+        """
+        corpora, _ = self._blend.locate(0, min(num_samples, self.num_samples(split)))
+        parts = []
+        for corpus, source in enumerate(self._sources):
+            count = int(np.count_nonzero(corpora == corpus))
+            targets = [source.readers[split].sample(index)[1:].numpy() for index in range(count)]
+            parts.append(self.tokenizer.decode(np.concatenate(targets)) if targets else b"")
+        return b"".join(parts)
+
+    def _row(self, corpus: int, split: SplitName, index: int) -> torch.Tensor:
+        source = self._sources[corpus]
+        row = source.readers[split].sample(index)
+        largest, smallest = int(row.max()), int(row.min())
+        if largest >= self._vocab_size or smallest < 0:
+            wrong = largest if largest >= self._vocab_size else smallest
+            raise ConfigError(source.field, source.prefix,
+                              f"holds token id {wrong}, the vocabulary has ids 0 to {self._vocab_size - 1}",
+                              "use the tokenizer and model.vocab_size that the dataset was built for")  # fmt: skip
+        return row
+
+    def _check_not_empty(self, split: SplitName) -> None:
+        for source in self._sources:
+            reader = source.readers[split]
+            if reader.samples_per_epoch == 0:
+                raise _too_small(source, split, reader.num_tokens, self.seq_len)
+
+
+def build_corpus(config: DataConfig, seq_len: int, seed: int, vocab_size: int | None = None) -> Corpus:
+    """Open the corpora of `config`, building the default one if none is named.
+
+    vocab_size: the model's; None takes the tokenizer's. How many samples a run will read is no argument: samples go on
+    without end, and their order does not depend on it.
+    Communicates with nobody: every rank may call it, at any time.
+    Raises ConfigError for whatever the user got wrong about `data`.
+    """
+    tokenizer = build_tokenizer(config.tokenizer)
+    if vocab_size is not None and tokenizer.vocab_size > vocab_size:
+        raise ConfigError("model.vocab_size", vocab_size,
+                          f"is smaller than the {tokenizer.vocab_size} ids of the tokenizer {tokenizer.name}",
+                          f"set model.vocab_size={tokenizer.vocab_size} or more")  # fmt: skip
+    parse_split(config.split)
+    named = [(entry.prefix, f"data.blend[{i}].prefix", entry.weight) for i, entry in enumerate(config.blend)]
+    if not named:
+        named = [(str(build_stdlib(Path(config.cache_dir), tokenizer)), "data.blend", 1.0)]
+    sources = [_open_source(config, tokenizer, entry, seq_len, seed) for entry in named]
+    _check_training_samples(sources, seq_len)
+    identity = _identity(config, tokenizer, sources, seq_len, seed)
+    return Corpus(sources, tokenizer, seq_len, vocab_size or tokenizer.vocab_size, identity)
+
+
+def _open_source(config: DataConfig, tokenizer: Tokenizer, entry: tuple[str, str, float], seq_len: int,
+                 seed: int) -> Source:  # fmt: skip
+    prefix, field, weight = entry
+    indexed = open_indexed(prefix, field)
+    sidecar = read_sidecar(prefix, field)
+    if sidecar is not None:
+        check_tokenizer(sidecar, tokenizer, prefix, field)
+    ranges = document_ranges(parse_split(config.split), len(indexed))
+    readers = {}
+    for split in SPLITS:
+        window = Window(seq_len, seed if split == "train" else EVALUATION_SEED, config.split,
+                        Path(config.cache_dir), tokenizer)  # fmt: skip
+        readers[split] = EpochReader(indexed, ranges[split], split, window)
+    return Source(prefix, field, weight, {split: len(ranges[split]) for split in SPLITS}, readers)
+
+
+def _check_training_samples(sources: list[Source], seq_len: int) -> None:
+    for source in sources:
+        reader = source.readers["train"]
+        if reader.samples_per_epoch == 0:
+            raise _too_small(source, "train", reader.num_tokens, seq_len)
+
+
+def _too_small(source: Source, split: SplitName, num_tokens: int, seq_len: int) -> ConfigError:
+    return ConfigError(source.field, source.prefix,
+                       f"its {split} documents hold {num_tokens} tokens, less than one sample of {seq_len + 1}",
+                       "give that split a larger share in data.split, add text, or lower train.seq_len")  # fmt: skip
+
+
+def _identity(
+    config: DataConfig, tokenizer: Tokenizer, sources: list[Source], seq_len: int, seed: int
+) -> str:
+    """Equal for two corpora that give the same samples; a run can refuse to be resumed on other data."""
+    digest = hashlib.sha256()
+    for source in sources:
+        index = Path(f"{source.prefix}.idx")
+        with open(index, "rb") as stream:
+            digest.update(stream.read(1 << 20))
+        sizes = (index.stat().st_size, os.path.getsize(f"{source.prefix}.bin"), source.weight)
+        digest.update(repr(sizes).encode())
+    digest.update(repr((config.split, tokenizer.identity, seq_len, seed)).encode())
+    return digest.hexdigest()[:32]
