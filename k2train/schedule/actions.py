@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import re
 from enum import Enum
-from typing import NamedTuple, TypeAlias, Union
+from typing import NamedTuple, TypeAlias
 
 
 class Kind(str, Enum):
@@ -75,7 +75,7 @@ class Pair(NamedTuple):
         return f"{self.forward}+{self.backward_input}"
 
 
-Step: TypeAlias = Union[Action, Pair]
+Step: TypeAlias = Action | Pair
 """An entry of a stage's list."""
 
 BACKWARDS = frozenset({Kind.B, Kind.I})
@@ -92,7 +92,9 @@ def parse_action(text: str) -> Action:
     """The inverse of `str(action)`. Raises ValueError."""
     match = _ACTION.fullmatch(text)
     if match is None or match[1] not in _KINDS:
-        raise ValueError(f"{text!r} is not an action: expected a kind, a virtual stage, a dot and a microbatch, as in F2.5")
+        raise ValueError(
+            f"{text!r} is not an action: expected a kind, a virtual stage, a dot and a microbatch, as in F2.5"
+        )
     return Action(_KINDS[match[1]], int(match[2]), int(match[3]))
 
 

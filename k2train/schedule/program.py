@@ -15,6 +15,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import pairwise
 
 from k2train.schedule.actions import Kind, Step, format_line, parse_line, parts
 
@@ -45,7 +46,7 @@ class Schedule:
         """The virtual stage before each virtual stage in its chain, None for the first of a chain."""
         before: list[int | None] = [None] * self.num_virtual_stages
         for chain in self.chains:
-            for left, right in zip(chain, chain[1:], strict=False):
+            for left, right in pairwise(chain):
                 before[right] = left
         return tuple(before)
 
@@ -54,7 +55,7 @@ class Schedule:
         """The virtual stage after each virtual stage in its chain, None for the last of a chain."""
         after: list[int | None] = [None] * self.num_virtual_stages
         for chain in self.chains:
-            for left, right in zip(chain, chain[1:], strict=False):
+            for left, right in pairwise(chain):
                 after[left] = right
         return tuple(after)
 
@@ -121,7 +122,11 @@ def parse_schedule(text: str) -> Schedule:
     if missing or not chains or not stages:
         raise ValueError(f"not a schedule file: no {', '.join(sorted(missing)) or 'chain or stage'} line")
     return Schedule(
-        single["schedule"], int(single["microbatches"]), _ints(single["placement"]), tuple(chains), tuple(stages)
+        single["schedule"],
+        int(single["microbatches"]),
+        _ints(single["placement"]),
+        tuple(chains),
+        tuple(stages),
     )
 
 

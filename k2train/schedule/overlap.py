@@ -1,0 +1,78 @@
+"""How the phases of one step lie on the compute stream and the expert-parallel channel.
+
+A forward or a backward alone runs its phases one after another. A pair has two such chains and two streams; whichever
+chain can start its next phase earliest goes first. With one layer on each side that is the report's Figure 7:
+
+    compute   F attention | I experts  | F experts | I attention
+    ep        I combine   | F dispatch | I dispatch| F combine
+
+Where both chains want the compute stream at the same moment, the one that has been ready longer goes first, then the one
+that did not run last, then the forward; so the order is a function of the costs alone.
+Source: Kimi K2 report, Figure 7.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+from k2train.schedule.costs import Phase, Stream
+
+
+class Span(NamedTuple):
+    """One phase of a step; times are offsets from the start of the step."""
+
+    chain: int
+    """0, or 1 for the backward of a pair."""
+    phase: Phase
+    start: float
+    end: float
+
+
+class Overlap(NamedTuple):
+    """The timing of one step from the moment it starts."""
+
+    done: tuple[float, ...]
+    """When each chain has finished its last phase."""
+    compute_end: float
+    """When the compute stream is free for the next step."""
+    ep_end: float
+    """When the expert-parallel channel is free."""
+    busy: float
+    """Seconds of compute."""
+    exposed_ep: float
+    """Seconds the compute stream stands still between the start and `compute_end`."""
+    spans: tuple[Span, ...]
+
+
+def overlap(chains: Sequence[Sequence[Phase]], ep_free: float = 0.0) -> Overlap:
+    """Lay out one chain, or the two of a pair. ep_free: when the channel is free, as an offset."""
+    free = {Stream.COMPUTE: 0.0, Stream.EP: ep_free}
+    ready = [0.0] * len(chains)
+    position = [0] * len(chains)
+    last = len(chains)
+    busy = 0.0
+    spans = []
+    while True:
+        choices = [
+            (max(ready[c], free[chain[position[c]].stream]), ready[c], c == last, c)
+            for c, chain in enumerate(chains)
+            if position[c] < len(chain)
+        ]
+        if not choices:
+            break
+        start, _, _, last = min(choices)
+        phase = chains[last][position[last]]
+        end = start + phase.seconds
+        position[last] += 1
+        ready[last] = free[phase.stream] = end
+        busy += phase.seconds if phase.stream is Stream.COMPUTE else 0.0
+        spans.append(Span(last, phase, start, end))
+    compute_end = free[Stream.COMPUTE]
+    exposed = max(0.0, compute_end - busy)
+    return Overlap(tuple(ready), compute_end, free[Stream.EP], busy, exposed, tuple(spans))
+
+
+def interleave(chains: Sequence[Sequence[Phase]]) -> tuple[int, ...]:
+    """The order in which the phases of a pair are issued: the chain of each, 0 for the forward."""
+    return tuple(span.chain for span in overlap(chains).spans)

@@ -1,0 +1,207 @@
+"""One simulated rank: its streams, its place in its list, its waits and its memory."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from k2train.schedule.actions import Action, Kind, Pair, Step, parts
+from k2train.schedule.passes import has_backward
+from k2train.schedule.sim_shared import UNKNOWN, Level, Shared
+from k2train.schedule.simulation import Event, StageTimes, StepRecord, Waits
+
+_EP, _PP, _COPY, _BUBBLE = range(4)
+_WARMUP, _STEADY, _COOLDOWN = range(3)
+
+
+class Rank:
+    """Advances one stage's list as far as its messages allow."""
+
+    def __init__(self, stage: int, shared: Shared) -> None:
+        self.stage = stage
+        self._shared = shared
+        self._schedule = shared.schedule
+        self._width = shared.schedule.num_microbatches
+        self._line = shared.schedule.stages[stage]
+        self._index = 0
+        self._first_backward, self._last_forward = _steady_bounds(self._line)
+        self._compute_free = self._ep_free = self._out_free = self._in_free = 0.0
+        self._offloaded: dict[int, float] = {}
+        self._reloaded: dict[int, float] = {}
+        self._busy = 0.0
+        self._waits = [[0.0] * 4 for _ in range(3)]
+        self.device, self.host = Level(), Level()
+        self.records: list[StepRecord] = []
+        self._others: dict[Kind, Callable[[Action], None]] = {
+            Kind.SEND_F: self._send_forward,
+            Kind.SEND_B: self._send_backward,
+            Kind.RECV_F: self._post_forward,
+            Kind.RECV_B: self._post_backward,
+            Kind.OFFLOAD: self._offload,
+            Kind.RELOAD: self._reload,
+        }
+
+    @property
+    def finished(self) -> bool:
+        return self._index == len(self._line)
+
+    @property
+    def end(self) -> float:
+        """When the last stream falls silent."""
+        return max(self._compute_free, self._ep_free, self._out_free)
+
+    def advance(self) -> None:
+        """Run steps until the end or until an input has not been sent."""
+        line, others = self._line, self._others
+        while self._index < len(line):
+            step = line[self._index]
+            act = None if isinstance(step, Pair) else others.get(step.kind)
+            if act is not None:
+                act(step)  # type: ignore[arg-type]  # a Pair never has a handler
+            elif not self._compute(step):
+                return
+            self._index += 1
+
+    def _compute(self, step: Step) -> bool:
+        """Run a compute step; False where an input is not known yet."""
+        until = [0.0, 0.0, 0.0, 0.0]  # when each kind of wait would end, by itself
+        for action in parts(step):
+            if not self._inputs(action, until):
+                return False
+        start = max(self._compute_free, *until)
+        if start > self._compute_free:
+            self._attribute(start, until)
+        layout = self._shared.layout(step, self._ep_free - start)
+        if layout.exposed_ep:
+            self._waits[self._region(self._first_backward)][_EP] += layout.exposed_ep
+        self._busy += layout.busy
+        self._compute_free = start + layout.compute_end
+        self._ep_free = max(self._ep_free, start + layout.ep_end)
+        for action, done in zip(parts(step), layout.done, strict=True):
+            self._finish(action, start, start + done)
+        if self._shared.record:
+            self.records.append(StepRecord(step, start, layout))
+        return True
+
+    def _inputs(self, action: Action, until: list[float]) -> bool:
+        """Raise `until` by what an action waits for; False where that is not known yet."""
+        kind, virtual_stage, microbatch = action
+        if kind is Kind.W:
+            return True
+        shared, schedule, width = self._shared, self._schedule, self._width
+        cell = virtual_stage * width + microbatch
+        if kind is Kind.F:
+            source, mailbox, done = schedule.previous[virtual_stage], shared.activations, shared.forward_done
+        else:
+            source, mailbox, done = schedule.next[virtual_stage], shared.gradients, shared.backward_done
+            if shared.forward_done[cell] == UNKNOWN:
+                return False
+            until[_EP] = max(until[_EP], shared.forward_done[cell])
+            until[_COPY] = max(until[_COPY], self._reloaded.get(cell, 0.0))
+        if source is None:
+            return True
+        if schedule.placement[source] == self.stage:
+            produced = done[source * width + microbatch]
+            until[_EP] = max(until[_EP], produced)
+            return produced != UNKNOWN
+        arrived = mailbox.arrived[cell]
+        if arrived > until[_PP]:  # of two messages, the later one decides what is bubble and what is transfer
+            until[_PP], until[_BUBBLE] = arrived, mailbox.sent[cell]
+        return arrived != UNKNOWN
+
+    def _attribute(self, start: float, until: list[float]) -> None:
+        """Divide the wait before a step: until its input is produced, under way, copied back, and the rest."""
+        waits = self._waits[self._region(self._first_backward + 1)]
+        cursor = self._compute_free
+        for kind in (_BUBBLE, _PP, _COPY):
+            if until[kind] > cursor:
+                waits[kind] += until[kind] - cursor
+                cursor = until[kind]
+        waits[_EP] += start - cursor
+
+    def _region(self, steady_from: int) -> int:
+        if self._index < steady_from:
+            return _WARMUP
+        return _COOLDOWN if self._index > self._last_forward else _STEADY
+
+    def _finish(self, action: Action, start: float, done: float) -> None:
+        """Note when a result is ready, and what memory it takes and frees."""
+        kind, virtual_stage, microbatch = action
+        costs = self._shared.costs[virtual_stage]
+        cell = virtual_stage * self._width + microbatch
+        saved = costs.activation_bytes + costs.offload_bytes
+        if kind is Kind.F:
+            self._shared.forward_done[cell] = done
+            self.device.add(start, saved + costs.forward_transient_bytes)
+            self.device.add(done, -costs.forward_transient_bytes)
+        elif kind is Kind.W:
+            self.device.add(done, -costs.weight_queue_bytes)
+        else:
+            self._shared.backward_done[cell] = done
+            queued = costs.weight_queue_bytes if kind is Kind.I else 0
+            self.device.add(start, costs.backward_transient_bytes)
+            self.device.add(done, queued - saved - costs.backward_transient_bytes)
+
+    def _send_forward(self, action: Action) -> None:
+        shared = self._shared
+        target = self._schedule.next[action.virtual_stage]
+        assert target is not None
+        done = shared.forward_done[action.virtual_stage * self._width + action.microbatch]
+        shared.activations.sent[target * self._width + action.microbatch] = done
+        shared.deliver(shared.activations, Kind.SEND_F, action.virtual_stage, target, action.microbatch)
+
+    def _send_backward(self, action: Action) -> None:
+        shared = self._shared
+        target = self._schedule.previous[action.virtual_stage]
+        assert target is not None
+        done = shared.backward_done[action.virtual_stage * self._width + action.microbatch]
+        shared.gradients.sent[target * self._width + action.microbatch] = done
+        shared.deliver(shared.gradients, Kind.SEND_B, action.virtual_stage, target, action.microbatch)
+
+    def _post_forward(self, action: Action) -> None:
+        shared = self._shared
+        source = self._schedule.previous[action.virtual_stage]
+        assert source is not None
+        shared.activations.posted[action.virtual_stage * self._width + action.microbatch] = self._compute_free
+        shared.deliver(shared.activations, Kind.SEND_F, source, action.virtual_stage, action.microbatch)
+
+    def _post_backward(self, action: Action) -> None:
+        shared = self._shared
+        source = self._schedule.next[action.virtual_stage]
+        assert source is not None
+        shared.gradients.posted[action.virtual_stage * self._width + action.microbatch] = self._compute_free
+        shared.deliver(shared.gradients, Kind.SEND_B, source, action.virtual_stage, action.microbatch)
+
+    def _offload(self, action: Action) -> None:
+        costs = self._shared.costs[action.virtual_stage]
+        cell = action.virtual_stage * self._width + action.microbatch
+        start = max(self._out_free, self._shared.forward_done[cell])
+        end = self._out_free = self._offloaded[cell] = start + costs.offload_seconds
+        self.host.add(start, costs.offload_bytes)
+        self.device.add(end, -costs.offload_bytes)
+        self._record("d2h", action, start, end)
+
+    def _reload(self, action: Action) -> None:
+        costs = self._shared.costs[action.virtual_stage]
+        cell = action.virtual_stage * self._width + action.microbatch
+        start = max(self._in_free, self._compute_free, self._offloaded[cell])
+        end = self._in_free = self._reloaded[cell] = start + costs.reload_seconds
+        self.device.add(start, costs.offload_bytes)
+        self.host.add(end, -costs.offload_bytes)
+        self._record("h2d", action, start, end)
+
+    def _record(self, stream: str, action: Action, start: float, end: float) -> None:
+        if self._shared.record:
+            self._shared.events.append(Event(self.stage, stream, action.kind.value, action, start, end))
+
+    def times(self, makespan: float) -> StageTimes:
+        """The account of the step; what is left after the last compute step counts as bubble of the cool-down."""
+        regions = [Waits(*waits) for waits in self._waits]
+        tail = Waits(bubble=makespan - self._compute_free)
+        return StageTimes(self._busy, regions[0], regions[1], regions[2].plus(tail))
+
+
+def _steady_bounds(line: tuple[Step, ...]) -> tuple[int, int]:
+    """Places of the first step with a backward and of the last with a forward."""
+    first = next((i for i, step in enumerate(line) if has_backward(step)), len(line))
+    forward = (i for i in range(len(line) - 1, -1, -1) if isinstance(line[i], Pair) or line[i][0] is Kind.F)
+    return first, next(forward, -1)

@@ -1,0 +1,111 @@
+"""What the simulated ranks share: costs, channels, the layouts of steps, and the record."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from k2train.schedule.actions import Action, Kind, Pair, Step
+from k2train.schedule.costs import Costs, Phase, Stream, VirtualStageCosts
+from k2train.schedule.overlap import Overlap, overlap
+from k2train.schedule.program import Schedule
+from k2train.schedule.simulation import Event
+
+UNKNOWN = -1.0
+"""A time that has not been computed yet; times are never negative."""
+
+
+class Mailbox:
+    """Messages of one kind (activations or gradients), by the cell (virtual stage, microbatch) that receives them."""
+
+    def __init__(self, cells: int) -> None:
+        self.sent = [UNKNOWN] * cells
+        self.posted = [UNKNOWN] * cells
+        self.arrived = [UNKNOWN] * cells
+
+
+class Level:
+    """Bytes over time, collected as changes in any order."""
+
+    def __init__(self) -> None:
+        self._times: list[float] = []
+        self._changes: list[int] = []
+
+    def add(self, time: float, change: int) -> None:
+        if change:
+            self._times.append(time)
+            self._changes.append(change)
+
+    def curve(self) -> tuple[np.ndarray, np.ndarray]:
+        """Times in ascending order and the level from each on. At one moment, what is freed goes before what is taken."""
+        times = np.asarray(self._times, dtype=np.float64)
+        changes = np.asarray(self._changes, dtype=np.int64)
+        order = np.lexsort((changes, times))
+        return times[order], np.cumsum(changes[order])
+
+
+class Shared:
+    """State of a simulation that is not one rank's."""
+
+    def __init__(self, schedule: Schedule, costs: Costs, record: bool) -> None:
+        self.schedule = schedule
+        self.costs = costs.virtual_stages
+        self.record = record
+        self.events: list[Event] = []
+        self.woken: set[int] = set()
+        cells = schedule.num_virtual_stages * schedule.num_microbatches
+        self.forward_done = [UNKNOWN] * cells
+        self.backward_done = [UNKNOWN] * cells
+        self.activations = Mailbox(cells)
+        self.gradients = Mailbox(cells)
+        self._channel_free: dict[tuple[int, int], float] = {}
+        self._layouts: dict[tuple[object, ...], Overlap] = {}
+
+    def deliver(self, mailbox: Mailbox, kind: Kind, source: int, target: int, microbatch: int) -> None:
+        """Move a message if it has been sent and posted. kind: SEND_F or SEND_B; source, target: virtual stages."""
+        cell = target * self.schedule.num_microbatches + microbatch
+        sent, posted = mailbox.sent[cell], mailbox.posted[cell]
+        if sent == UNKNOWN or posted == UNKNOWN:
+            return
+        here, there = self.schedule.placement[source], self.schedule.placement[target]
+        channel = (here, there)
+        start = max(sent, posted, self._channel_free.get(channel, 0.0))
+        costs = self.costs[source]
+        end = start + (costs.send_forward_seconds if kind is Kind.SEND_F else costs.send_backward_seconds)
+        self._channel_free[channel] = end
+        mailbox.arrived[cell] = end
+        self.woken.add(there)
+        if self.record:
+            action = Action(kind, source, microbatch)
+            self.events.append(Event(here, "send", kind.value, action, start, end))
+
+    def layout(self, step: Step, ep_free: float) -> Overlap:
+        """The timing of a step that starts when the expert-parallel channel is `ep_free` seconds from free.
+
+        Layouts that find the channel free are kept; they are nearly all of the steady phase.
+        """
+        if isinstance(step, Pair):
+            key = (Kind.F, step.forward.virtual_stage, step.backward_input.virtual_stage)
+        else:
+            key = (step.kind, step.virtual_stage, -1)
+        if ep_free > 0.0:
+            return overlap(self._chains(*key), ep_free)
+        if key not in self._layouts:
+            self._layouts[key] = overlap(self._chains(*key))
+        return self._layouts[key]
+
+    def _chains(self, kind: Kind, virtual_stage: int, partner: int) -> tuple[tuple[Phase, ...], ...]:
+        """partner: the virtual stage of a pair's backward, or -1."""
+        costs = self.costs[virtual_stage]
+        if kind is Kind.W:
+            return (_weight_grad(costs),)
+        if kind is Kind.I:
+            return (costs.backward_input,)
+        if kind is Kind.B:
+            return (costs.backward_input + _weight_grad(costs),)
+        if partner < 0:
+            return (costs.forward,)
+        return (costs.forward, self.costs[partner].backward_input)
+
+
+def _weight_grad(costs: VirtualStageCosts) -> tuple[Phase, ...]:
+    return (Phase("weight grad", Stream.COMPUTE, costs.weight_grad_seconds),)
