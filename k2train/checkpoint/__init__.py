@@ -5,7 +5,9 @@ A checkpoint says nothing about the layout that wrote it, so any layout can resu
     write_checkpoint(directory, tensors, meta)      one writer; begin / write_shards / read_entries / commit for many
     open_checkpoint(directory) -> Checkpoint        .meta .names() .load(name, rows) .verify()
     RowPiece, LazyTensor                            a row range of a tensor; a tensor made when its turn comes
-    step_directory, latest_checkpoint, prune_checkpoints, checkpoint_problem, clean_leftovers
+    step_directory, latest_checkpoint, prune_checkpoints, checkpoint_steps, checkpoint_problem,
+    clean_leftovers
+    open_hf_model, import_model (hf_import); plan_export, export_model (hf_export)     Hugging Face, both ways
     CheckpointError                                 a ConfigError that names the directory or the shard
 """
 
@@ -13,6 +15,7 @@ from k2train.checkpoint.errors import CheckpointError
 from k2train.checkpoint.reader import Checkpoint, open_checkpoint
 from k2train.checkpoint.run_checkpoints import (
     checkpoint_problem,
+    checkpoint_steps,
     latest_checkpoint,
     prune_checkpoints,
     step_directory,
@@ -29,6 +32,7 @@ __all__ = [
     "Storable",
     "begin",
     "checkpoint_problem",
+    "checkpoint_steps",
     "clean_leftovers",
     "commit",
     "latest_checkpoint",

@@ -18,7 +18,7 @@ import zlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from io import RawIOBase
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import torch
 from torch import Tensor
@@ -112,12 +112,7 @@ def write_file(
         digest.update(head)
         size += len(head)
         for name, item in ordered:
-            crc = 0
-            for chunk in _chunks(_checked(name, item)):
-                file.write(chunk)
-                digest.update(chunk)
-                crc = zlib.crc32(chunk, crc)
-            sums[name] = crc
+            sums[name] = _write_tensor(file, digest, _checked(name, item))
             size += item.num_bytes
             if on_bytes is not None:
                 on_bytes(item.num_bytes)
@@ -193,6 +188,16 @@ def _checked(name: str, item: LazyTensor) -> Tensor:
         raise ValueError(f"{name} was announced as {item.dtype} {item.shape} and came as {tensor.dtype} "
                          f"{tuple(tensor.shape)}")  # fmt: skip
     return tensor.to("cpu").contiguous()
+
+
+def _write_tensor(file: BinaryIO, digest: hashlib._Hash, tensor: Tensor) -> int:
+    # A function of its own, so that no name keeps the tensor alive while the next one is loaded.
+    crc = 0
+    for chunk in _chunks(tensor):
+        file.write(chunk)
+        digest.update(chunk)
+        crc = zlib.crc32(chunk, crc)
+    return crc
 
 
 def _chunks(tensor: Tensor) -> Iterator[memoryview]:

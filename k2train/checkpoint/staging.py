@@ -25,7 +25,7 @@ def partial_path(directory: Path) -> Path:
 
 def begin(directory: Path) -> Path:
     """Make the empty temporary directory for `directory`, removing what a killed writer left; one rank calls it."""
-    directory = Path(directory).absolute()
+    directory = Path(directory).resolve()
     restore_replaced(directory)
     temporary = partial_path(directory)
     remove(temporary)
@@ -35,7 +35,7 @@ def begin(directory: Path) -> Path:
 
 def publish(temporary: Path, directory: Path) -> None:
     """Flush `temporary` and rename it to `directory`, replacing a directory of that name; one rank calls it."""
-    directory = Path(directory).absolute()
+    directory = Path(directory).resolve()
     sync_directory(temporary)
     replaced = directory.with_name(directory.name + REPLACED)
     if directory.exists():

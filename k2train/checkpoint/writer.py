@@ -67,7 +67,7 @@ def write_checkpoint(
     An older checkpoint of the same name is replaced once the new one is complete. On any exception nothing is left.
     Raises CheckpointError if `directory` holds something that is not a checkpoint, OSError from the disk.
     """
-    directory = Path(directory).absolute()
+    directory = Path(directory).resolve()
     check_replaceable(directory)
     with staged(directory) as temporary:
         entries = write_shards(temporary, "rank00000", tensors, max_shard_bytes)
@@ -118,13 +118,17 @@ def commit(
     Raises ValueError, a bug of ours, if a tensor was written twice or not wholly; CheckpointError if `directory` holds
     something that is not a checkpoint.
     """
-    directory = Path(directory).absolute()
+    directory = Path(directory).resolve()
     check_replaceable(directory)
-    text = manifest_text(merge(entries, meta))
+    write_manifest(temporary, entries, meta)
     for path in temporary.glob("*" + _ENTRIES):
         path.unlink()
-    write_text(temporary / MANIFEST, text)
     publish(temporary, directory)
+
+
+def write_manifest(temporary: Path, entries: Sequence[ShardEntry], meta: Mapping[str, Any]) -> None:
+    """Write the manifest only, so that `temporary` can be opened and verified before it is committed."""
+    write_text(temporary / MANIFEST, manifest_text(merge(entries, meta)))
 
 
 def check_replaceable(directory: Path) -> None:
