@@ -5,12 +5,10 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from k2train.schedule.actions import Action, Kind, Pair, Step, parts
-from k2train.schedule.passes import has_backward
 from k2train.schedule.sim_shared import UNKNOWN, Level, Shared
 from k2train.schedule.simulation import Event, StageTimes, StepRecord, Waits
 
 _EP, _PP, _COPY, _BUBBLE = range(4)
-_WARMUP, _STEADY, _COOLDOWN = range(3)
 
 
 class Rank:
@@ -23,12 +21,11 @@ class Rank:
         self._width = shared.schedule.num_microbatches
         self._line = shared.schedule.stages[stage]
         self._index = 0
-        self._first_backward, self._last_forward = _steady_bounds(self._line)
         self._compute_free = self._ep_free = self._out_free = self._in_free = 0.0
         self._offloaded: dict[int, float] = {}
         self._reloaded: dict[int, float] = {}
         self._busy = 0.0
-        self._waits = [[0.0] * 4 for _ in range(3)]
+        self._waits: list[tuple[float, float, int]] = []  # start, end, what for
         self.device, self.host = Level(), Level()
         self.records: list[StepRecord] = []
         self._others: dict[Kind, Callable[[Action], None]] = {
@@ -72,7 +69,7 @@ class Rank:
             self._attribute(start, until)
         layout = self._shared.layout(step, self._ep_free - start)
         if layout.exposed_ep:
-            self._waits[self._region(self._first_backward)][_EP] += layout.exposed_ep
+            self._waits.append((start, start + layout.exposed_ep, _EP))
         self._busy += layout.busy
         self._compute_free = start + layout.compute_end
         self._ep_free = max(self._ep_free, start + layout.ep_end)
@@ -110,18 +107,13 @@ class Rank:
 
     def _attribute(self, start: float, until: list[float]) -> None:
         """Divide the wait before a step: until its input is produced, under way, copied back, and the rest."""
-        waits = self._waits[self._region(self._first_backward + 1)]
         cursor = self._compute_free
         for kind in (_BUBBLE, _PP, _COPY):
             if until[kind] > cursor:
-                waits[kind] += until[kind] - cursor
+                self._waits.append((cursor, until[kind], kind))
                 cursor = until[kind]
-        waits[_EP] += start - cursor
-
-    def _region(self, steady_from: int) -> int:
-        if self._index < steady_from:
-            return _WARMUP
-        return _COOLDOWN if self._index > self._last_forward else _STEADY
+        if start > cursor:
+            self._waits.append((cursor, start, _EP))
 
     def _finish(self, action: Action, start: float, done: float) -> None:
         """Note when a result is ready, and what memory it takes and frees."""
@@ -130,6 +122,7 @@ class Rank:
         cell = virtual_stage * self._width + microbatch
         saved = costs.activation_bytes + costs.offload_bytes
         if kind is Kind.F:
+            self._shared.forward_start[cell] = start
             self._shared.forward_done[cell] = done
             self.device.add(start, saved + costs.forward_transient_bytes)
             self.device.add(done, -costs.forward_transient_bytes)
@@ -193,15 +186,14 @@ class Rank:
         if self._shared.record:
             self._shared.events.append(Event(self.stage, stream, action.kind.value, action, start, end))
 
-    def times(self, makespan: float) -> StageTimes:
-        """The account of the step; what is left after the last compute step counts as bubble of the cool-down."""
-        regions = [Waits(*waits) for waits in self._waits]
-        tail = Waits(bubble=makespan - self._compute_free)
-        return StageTimes(self._busy, regions[0], regions[1], regions[2].plus(tail))
-
-
-def _steady_bounds(line: tuple[Step, ...]) -> tuple[int, int]:
-    """Places of the first step with a backward and of the last with a forward."""
-    first = next((i for i, step in enumerate(line) if has_backward(step)), len(line))
-    forward = (i for i in range(len(line) - 1, -1, -1) if isinstance(line[i], Pair) or line[i][0] is Kind.F)
-    return first, next(forward, -1)
+    def times(self, makespan: float, steady: tuple[float, float]) -> StageTimes:
+        """The account of the step, cut at the bounds of the steady phase. What is left after the last compute step counts as
+        bubble."""
+        bounds = (0.0, *steady, makespan)
+        regions = [[0.0] * 4 for _ in range(3)]
+        for start, end, kind in (*self._waits, (self._compute_free, makespan, _BUBBLE)):
+            for region in range(3):
+                inside = min(end, bounds[region + 1]) - max(start, bounds[region])
+                if inside > 0.0:
+                    regions[region][kind] += inside
+        return StageTimes(self._busy, *(Waits(*region) for region in regions))

@@ -53,6 +53,7 @@ class Shared:
         self.events: list[Event] = []
         self.woken: set[int] = set()
         cells = schedule.num_virtual_stages * schedule.num_microbatches
+        self.forward_start = [UNKNOWN] * cells
         self.forward_done = [UNKNOWN] * cells
         self.backward_done = [UNKNOWN] * cells
         self.activations = Mailbox(cells)
@@ -77,6 +78,14 @@ class Shared:
         if self.record:
             action = Action(kind, source, microbatch)
             self.events.append(Event(here, "send", kind.value, action, start, end))
+
+    def steady_window(self) -> tuple[float, float]:
+        """From when the first microbatch of every chain is back until the last one of any chain enters."""
+        width, chains = self.schedule.num_microbatches, self.schedule.chains
+        runs = [(chain[0], self.schedule.microbatches_of(index)) for index, chain in enumerate(chains)]
+        start = max(self.backward_done[entry * width + run[0]] for entry, run in runs)
+        end = min(self.forward_start[entry * width + run[-1]] for entry, run in runs)
+        return start, max(start, end)
 
     def layout(self, step: Step, ep_free: float) -> Overlap:
         """The timing of a step that starts when the expert-parallel channel is `ep_free` seconds from free.

@@ -48,10 +48,12 @@ def simulate(schedule: Schedule, costs: Costs, record: bool = False) -> Simulati
     if not all(rank.finished for rank in ranks):
         raise ScheduleError("the schedule stands still before its end; validate it to see the cycle")
     makespan = max(rank.end for rank in ranks)
+    steady = shared.steady_window()
     return Simulation(
         schedule,
         makespan,
-        tuple(rank.times(makespan) for rank in ranks),
+        steady,
+        tuple(rank.times(makespan, steady) for rank in ranks),
         tuple(rank.device.curve() for rank in ranks),
         tuple(rank.host.curve() for rank in ranks),
         tuple(tuple(rank.records) for rank in ranks),

@@ -38,10 +38,10 @@ class StageTimes(NamedTuple):
 
     busy_seconds: float
     warmup: Waits
-    """Until its first step with a backward starts."""
+    """Until the first microbatch has come all the way back."""
     steady: Waits
     cooldown: Waits
-    """From the end of its last step with a forward on."""
+    """From the moment the last microbatch enters."""
 
     @property
     def waits(self) -> Waits:
@@ -83,6 +83,9 @@ class Simulation:
 
     schedule: Schedule
     makespan_seconds: float
+    steady_window: tuple[float, float]
+    """From when the first microbatch has come all the way back until the last one enters: the pipeline is full and has found
+    its pace. Empty (both equal) where there are too few microbatches for that."""
     stages: tuple[StageTimes, ...]
     memory: tuple[tuple[np.ndarray, np.ndarray], ...]
     """For each stage, the times at which the bytes on the device change, and the bytes from then on: activations, transient
