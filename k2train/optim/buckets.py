@@ -1,0 +1,148 @@
+"""Gradient buckets: FP32 sums of all microbatches, laid out by owner, and the same memory again for the way back.
+
+A bucket's life in one step:
+
+    add ... add      microbatch gradients are summed into views of the flat buffer
+    reduce-scatter   every owner gets the sum over replicas of its own stretch, in place
+    (update)         the owner reads its stretch
+    all-gather       the buffer, now free, carries the updated values in the compute type, from owners to all
+    copy, zero       into the parameters; ready for the next step
+
+FP32 because thousands of small BF16 terms would be lost in a BF16 sum; FP64 in float64 runs. Source: docs/design.md,
+"MuonClip with ZeRO-1".
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterable, Sequence
+
+import torch
+
+from k2train.optim.shares import BucketPlan, Share
+from k2train.parallel.communicator import Communicator, Work
+
+
+@dataclasses.dataclass(frozen=True)
+class _Run:
+    """Entries [start, stop) of a flattened parameter, and where they lie in a bucket."""
+
+    start: int
+    stop: int
+    offset: int
+
+    @property
+    def end(self) -> int:
+        """Where it ends in the bucket."""
+        return self.offset + self.stop - self.start
+
+
+def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
+    """Type of gradient sums, masters and moments for a compute type."""
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+class Bucket:
+    """One bucket on one rank."""
+
+    def __init__(self, plan: BucketPlan, group: Communicator, device: torch.device) -> None:
+        assert len(plan.splits) == group.size
+        self.plan = plan
+        self.group = group
+        self.flat = torch.zeros(plan.num_elements, dtype=accumulation_dtype(plan.dtype), device=device)
+        first = sum(plan.splits[: group.rank])
+        self._own = slice(first, first + plan.splits[group.rank])
+        # The owned shares with offsets from the start of the rank's own stretch.
+        self.owned = [
+            dataclasses.replace(share, offset=share.offset - first) for share in plan.owned(group.rank)
+        ]
+        self.runs = _runs_by_parameter(plan.shares)
+
+    @property
+    def own_gradient(self) -> torch.Tensor:
+        """The rank's own stretch, flat; after `start_reduce` was waited for, the sum over all replicas."""
+        return self.flat[self._own]
+
+    def start_reduce(self) -> Work:
+        """Begin the reduce-scatter. Collective over the replication group."""
+        return self.group.start_reduce_scatter(self.own_gradient, self.flat, self.plan.splits)
+
+    def start_gather(self, own_master: torch.Tensor) -> Work:
+        """Begin the all-gather of updated values, which ends the gradients. Collective over the replication group."""
+        staging = self._staging()
+        staging[self._own].copy_(own_master)
+        return self.group.start_all_gather(staging, staging[self._own], self.plan.splits)
+
+    def finish_gather(self) -> None:
+        """Copy gathered values into the parameters and make the bucket ready for gradients."""
+        staging = self._staging()
+        for parameter, runs in self.runs.items():
+            flat_parameter = parameter.detach().view(-1)
+            for run in runs:
+                flat_parameter[run.start : run.stop].copy_(staging[run.offset : run.end])
+        self.flat.zero_()
+
+    def _staging(self) -> torch.Tensor:
+        return self.flat.view(self.plan.dtype)[: self.plan.num_elements]
+
+
+class GradBuffers:
+    """A GradientSink over a rank's buckets."""
+
+    def __init__(self, buckets: Sequence[Bucket]) -> None:
+        self.buckets = tuple(buckets)
+        self._holders: dict[torch.Tensor, list[Bucket]] = {}
+        for bucket in buckets:
+            for parameter in bucket.runs:
+                self._holders.setdefault(parameter, []).append(bucket)
+
+    def add(self, parameter: torch.Tensor, gradient: torch.Tensor) -> None:
+        """Add the gradient of a module parameter, of any floating type, to its tensors' sums."""
+        assert gradient.shape == parameter.shape, f"gradient {gradient.shape}, parameter {parameter.shape}"
+        gradient = gradient.detach().reshape(-1)
+        for bucket in self._holders[parameter]:
+            for run in bucket.runs[parameter]:
+                bucket.flat[run.offset : run.end].add_(gradient[run.start : run.stop])
+
+    def zero(self) -> None:
+        """Forget all sums."""
+        for bucket in self.buckets:
+            bucket.flat.zero_()
+
+    def gradient(self, name: str) -> torch.Tensor:
+        """This rank's sum for a named tensor, before the reduce-scatter. For tests and reports."""
+        shares = [
+            (share, bucket) for bucket in self.buckets for share in bucket.plan.shares if share.name == name
+        ]
+        assert shares, f"no gradient buffer for {name}"
+        return torch.cat(
+            [share.in_bucket(bucket.flat) for share, bucket in sorted(shares, key=lambda s: s[0].start)]
+        )
+
+
+def _runs_by_parameter(shares: Iterable[Share]) -> dict[torch.Tensor, list[_Run]]:
+    runs: dict[torch.Tensor, list[_Run]] = {}
+    for share in shares:
+        runs.setdefault(share.piece.parameter, []).append(_run(share))
+    return {parameter: _merge(of_parameter) for parameter, of_parameter in runs.items()}
+
+
+def _run(share: Share) -> _Run:
+    parameter = share.piece.parameter
+    view = share.view(parameter)
+    whole = parameter.is_contiguous() and view.is_contiguous()
+    assert whole, f"{share.name} is not one stretch of its parameter"
+    start = int(view.storage_offset()) - int(parameter.storage_offset())
+    return _Run(start, start + share.num_elements, share.offset)
+
+
+def _merge(runs: Iterable[_Run]) -> list[_Run]:
+    """Join runs that go on in both the parameter and the bucket, so that a fused parameter takes few operations."""
+    merged: list[_Run] = []
+    for run in sorted(runs, key=lambda run: run.start):
+        last = merged[-1] if merged else None
+        if last and last.stop == run.start and last.end == run.offset:
+            merged[-1] = _Run(last.start, run.stop, last.offset)
+        else:
+            merged.append(run)
+    return merged

@@ -1,0 +1,95 @@
+"""From the config and a rank's tensors to its Optimizer; refuses what was asked for and would touch nothing."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+import torch
+
+from k2train.config.errors import ConfigError
+from k2train.config.model import ModelConfig
+from k2train.config.optim import OptimConfig
+from k2train.layout.tensors import TensorSpec
+from k2train.optim.buckets import Bucket
+from k2train.optim.muon import MuonRule
+from k2train.optim.optimizer import Optimizer
+from k2train.optim.qk_clip_step import QkClipper
+from k2train.optim.shares import BucketPlan, Piece, Replication, plan_buckets
+from k2train.optim.states import AdamRule
+from k2train.parallel.groups import Groups
+
+_DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32, "float64": torch.float64}
+
+
+def build_optimizer(
+    config: OptimConfig,
+    model: ModelConfig,
+    catalogue: Mapping[str, TensorSpec],
+    pieces: Sequence[Sequence[Piece]],
+    groups: Groups,
+) -> Optimizer:
+    """The optimizer of one rank, its masters read from the parameters as they are now.
+
+    catalogue: the model's tensors by name. pieces: those of each of the rank's virtual stages (one rank: one list).
+    Every rank that holds the same pieces computes the same ownership, without communication.
+    Raises ConfigError where Muon or QK-Clip was asked for and finds nothing on this rank to act on, and for
+    optim.states=host.
+    """
+    check_states(config)
+    muon = config.name == "muonclip"
+    owners: dict[Replication, int] = {"dp": groups.dp.size, "edp": groups.edp.size}
+    plans = plan_buckets(pieces, catalogue, muon, config.newton_schulz_steps, owners)
+    if not plans:
+        raise ConfigError("layout", "a rank without parameters", "every rank must hold at least one trained tensor",
+                          "use fewer pipeline stages or virtual stages")  # fmt: skip
+    device = plans[0].shares[0].piece.parameter.device
+    buckets = [Bucket(plan, groups.dp if plan.replication == "dp" else groups.edp, device) for plan in plans]
+    tensors = [catalogue[piece.name] for of_stage in pieces for piece in of_stage]
+    tau = config.qk_clip_tau if muon else None
+    qk_clip = QkClipper(model, tensors, tau, like=buckets[0].flat)
+    check_touches(config, model, plans, qk_clip)
+    return Optimizer(buckets, groups.world, muon_rule(config), adam_rule(config), qk_clip)
+
+
+def muon_rule(config: OptimConfig) -> MuonRule:
+    """Algorithm 1's constants from the config."""
+    return MuonRule(
+        momentum=config.momentum,
+        weight_decay=config.weight_decay,
+        update_rms=config.update_rms,
+        nesterov=config.nesterov,
+        newton_schulz_steps=config.newton_schulz_steps,
+        newton_schulz_dtype=_DTYPES[config.newton_schulz_dtype],
+    )
+
+
+def adam_rule(config: OptimConfig) -> AdamRule:
+    """AdamW's constants from the config."""
+    return AdamRule(config.adam_beta1, config.adam_beta2, config.adam_eps, config.weight_decay)
+
+
+def check_states(config: OptimConfig) -> None:
+    """Host-resident states are not built yet; say so instead of quietly keeping them on the device."""
+    if config.states != "device":
+        raise ConfigError("optim.states", config.states, "host-resident optimizer states are not available yet",
+                          "set optim.states=device")  # fmt: skip
+
+
+def check_touches(
+    config: OptimConfig, model: ModelConfig, plans: Sequence[BucketPlan], qk_clip: QkClipper
+) -> None:
+    """A feature asked for must find something: Muon a matrix, QK-Clip both projections of every attention here.
+
+    A pipeline stage that holds transformer layers always has both; one that holds only embedding or head has neither.
+    """
+    if config.name != "muonclip":
+        return
+    layers = {share.spec.layer for plan in plans for share in plan.shares if share.spec.layer is not None}
+    matrices = sum(share.method == "muon" for plan in plans for share in plan.shares)
+    if layers and not matrices:
+        raise ConfigError("optim.name", config.name, f"Muon finds no matrix in layers {sorted(layers)}",
+                          "set optim.name=adamw")  # fmt: skip
+    if config.qk_clip_tau is not None and qk_clip.num_targets != 2 * len(layers):
+        raise ConfigError("optim.qk_clip_tau", config.qk_clip_tau,
+                          f"QK-Clip finds {qk_clip.num_targets} query and key up-projections in {len(layers)} layers, not two "
+                          "in each", "set optim.qk_clip_tau=null")  # fmt: skip

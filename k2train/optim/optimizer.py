@@ -1,0 +1,166 @@
+"""MuonClip with ZeRO-1: one step from summed gradients to updated parameters.
+
+    reduce-scatter   every bucket, so that owners hold whole summed matrices
+    norm and clip    one scalar summed over the world: every share has one owner, so each is counted once
+    update           Muon or AdamW on the FP32 masters
+    QK-Clip          on the masters of the heads whose logits grew past tau
+    all-gather       updated values in the compute type, into every replica's parameters
+
+All arithmetic on weights stands in muon.py, states.py and qk_clip.py; this file only gathers, applies and scatters.
+Source: Kimi K2 report, section 2.1; docs/design.md, "MuonClip with ZeRO-1".
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
+
+import torch
+
+from k2train.optim.buckets import Bucket, GradBuffers
+from k2train.optim.muon import MuonRule
+from k2train.optim.qk_clip_step import QkClipper
+from k2train.optim.shares import OwnershipRow, ownership_table
+from k2train.optim.states import AdamRule, OwnedStates, OwnedTensor
+from k2train.parallel.communicator import Communicator
+
+# Rows [start, stop) of the stored tensor of that name.
+Lookup = Callable[[str, int, int], torch.Tensor]
+NUM_UPDATES = "num_updates"
+
+
+@dataclasses.dataclass(frozen=True)
+class StepResult:
+    """What a step did; the same on every rank but for num_orthogonalised.
+
+    grad_norm: global L2 norm before clipping. clip_scale: what the gradients were multiplied by to clip them.
+    clipped_heads: heads QK-Clip shrank, over all layers. max_logit: largest of the step, -inf where none was given.
+    finite: False where the norm was not finite; then nothing was updated. num_orthogonalised: matrices this rank ran
+    Newton-Schulz on.
+    """
+
+    grad_norm: float
+    clip_scale: float
+    clipped_heads: int
+    max_logit: float
+    finite: bool
+    num_orthogonalised: int
+
+
+class Optimizer:
+    """Owns masters and states of this rank's shares; `gradients` is where the backward pass puts its gradients."""
+
+    def __init__(
+        self,
+        buckets: Sequence[Bucket],
+        world: Communicator,
+        muon_rule: MuonRule,
+        adam_rule: AdamRule,
+        qk_clip: QkClipper,
+    ) -> None:
+        self.gradients = GradBuffers(buckets)
+        self.num_updates = 0
+        self._buckets = tuple(buckets)
+        self._states = [OwnedStates(bucket) for bucket in buckets]
+        self._world = world
+        self._muon_rule = muon_rule
+        self._adam_rule = adam_rule
+        self._qk_clip = qk_clip
+
+    @torch.no_grad()
+    def step(
+        self,
+        lr: float,
+        max_logits: Mapping[int, torch.Tensor] | None = None,
+        clip_norm: float | None = None,
+        gradient_scale: float = 1.0,
+    ) -> StepResult:
+        """Update every parameter from the gradients summed since the last step, and forget the gradients.
+
+        max_logits: layer -> (H,) largest pre-softmax logits of this rank's microbatches, for the layers of this rank.
+        clip_norm: largest global gradient norm; None never clips. gradient_scale: multiplies the summed gradients first,
+        for losses that were not already divided by the number of tokens.
+        With a non-finite norm nothing is updated and the result says so.
+        Collectives, in this order, for every rank of the world: a reduce-scatter for each bucket, a sum and a max over the
+        world, an all-gather for each bucket. Waits for the device once, to read norm and logits.
+        """
+        for work in [bucket.start_reduce() for bucket in self._buckets]:
+            work.wait()
+        norm = self._gradient_norm() * gradient_scale
+        logits = self._qk_clip.reduce(max_logits or {}, self._world)
+        clip_scale = 1.0 if clip_norm is None else min(1.0, clip_norm / (norm + 1e-6))
+        if not math.isfinite(norm):
+            self.gradients.zero()
+            return StepResult(norm, 1.0, 0, logits.max_logit, False, 0)
+        orthogonalised = self._update(lr, gradient_scale * clip_scale)
+        for states in self._states:
+            self._qk_clip.apply(states.masters(), logits)
+        self._publish()
+        return StepResult(norm, clip_scale, logits.clipped_heads, logits.max_logit, True, orthogonalised)
+
+    def ownership(self) -> list[OwnershipRow]:
+        """The start-up table: every trained tensor this rank holds, its optimizer and its owner."""
+        return ownership_table([bucket.plan for bucket in self._buckets])
+
+    @property
+    def state_bytes(self) -> int:
+        """Bytes of masters, momentum and moments on this rank."""
+        return sum(states.num_bytes for states in self._states)
+
+    def state(self) -> Iterator[OwnedTensor]:
+        """The states this rank owns, and on the world's first rank the number of updates; live tensors, not copies.
+
+        Over all ranks every row of every state comes exactly once.
+        """
+        for states in self._states:
+            yield from states.tensors()
+        if self._world.rank == 0:
+            yield OwnedTensor(NUM_UPDATES, torch.tensor([self.num_updates]), 0, (1,))
+
+    @torch.no_grad()
+    def load(self, lookup: Lookup) -> None:
+        """Take over states written under any layout, and set every replica's parameters from the masters.
+
+        lookup(name, start, stop) gives rows [start, stop) of a state. Every rank of the world must call it: an
+        all-gather for each bucket.
+        """
+        for states in self._states:
+            for name, tensor, start, _ in states.tensors():
+                tensor.copy_(lookup(name, start, start + tensor.shape[0]))
+        self.num_updates = int(lookup(NUM_UPDATES, 0, 1).item())
+        self._publish()
+
+    @torch.no_grad()
+    def read_parameters(self) -> None:
+        """Set the masters from parameters that were changed from outside, by an import for instance. Local."""
+        for states in self._states:
+            states.read_parameters()
+
+    def _gradient_norm(self) -> float:
+        """L2 norm of the summed gradients of the whole model. A sum over the world; waits for the device."""
+        shares = [share.in_bucket(bucket.own_gradient) for bucket in self._buckets for share in bucket.owned]
+        # Share by share and then in FP64: whole matrices give the same term under every layout.
+        norms = [torch.linalg.vector_norm(share).double() for share in shares]
+        zero = self._buckets[0].flat.new_zeros((), dtype=torch.float64)
+        total = torch.stack([zero, *norms]).square().sum().reshape(1)
+        self._world.all_reduce(total)
+        return float(total.sqrt().item())
+
+    def _update(self, lr: float, scale: float) -> int:
+        for bucket in self._buckets:
+            if scale != 1.0:
+                bucket.own_gradient.mul_(scale)
+        orthogonalised = 0
+        for states in self._states:
+            orthogonalised += states.muon_step(lr, self._muon_rule)
+            states.adamw_step(lr, self._adam_rule, self.num_updates)
+        self.num_updates += 1
+        return orthogonalised
+
+    def _publish(self) -> None:
+        """Masters to every replica's parameters. An all-gather for each bucket; gradients are forgotten."""
+        works = [states.bucket.start_gather(states.master) for states in self._states]
+        for work, bucket in zip(works, self._buckets, strict=True):
+            work.wait()
+            bucket.finish_gather()

@@ -1,0 +1,85 @@
+"""QK-Clip across ranks: which named tensors it touches, and one maximum over the world for all layers together."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterable, Mapping
+from typing import Literal
+
+import torch
+
+from k2train.config.model import ModelConfig
+from k2train.layout.tensors import TensorSpec
+from k2train.optim.qk_clip import HeadRows, clip_key_rows, clip_query_rows, head_rows, qk_clip_scale
+from k2train.parallel.communicator import Communicator
+
+_ROLES: dict[str, Literal["query", "key"]] = {
+    "self_attn.q_b_proj.weight": "query",
+    "self_attn.q_proj.weight": "query",
+    "self_attn.kv_b_proj.weight": "key",
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class ReducedLogits:
+    """Largest logits of the whole batch. gamma: (layers, H), None where nothing is clipped."""
+
+    gamma: torch.Tensor | None
+    clipped_heads: int
+    max_logit: float
+
+
+class QkClipper:
+    """Applies QK-Clip to the query and key up-projections among the tensors of a rank.
+
+    tau None never clips; logits are reduced and reported all the same.
+    """
+
+    def __init__(
+        self, model: ModelConfig, tensors: Iterable[TensorSpec], tau: float | None, like: torch.Tensor
+    ) -> None:
+        """tensors: those of this rank. like: a tensor whose type and device the reduced logits take."""
+        self._rows: HeadRows = head_rows(model)
+        self._tau = tau
+        self._shape = (model.num_hidden_layers, model.num_attention_heads)
+        self._like = like
+        self._targets: dict[str, tuple[int, Literal["query", "key"]]] = {}
+        for spec in tensors:
+            role = _ROLES.get(".".join(spec.name.split(".")[-3:]))
+            if role is not None and spec.layer is not None:
+                self._targets[spec.name] = (spec.layer, role)
+
+    @property
+    def num_targets(self) -> int:
+        """Tensors of this rank that QK-Clip may scale."""
+        return len(self._targets)
+
+    def reduce(self, max_logits: Mapping[int, torch.Tensor], world: Communicator) -> ReducedLogits:
+        """The maximum over all ranks, and gamma. One max all-reduce over the world; waits for the device.
+
+        Raises ValueError where this rank holds the attention of a layer it gives no logits for: a clip asked for would
+        silently not happen.
+        """
+        missing = {layer for layer, _ in self._targets.values()} - set(max_logits)
+        if self._tau is not None and missing:
+            raise ValueError(f"QK-Clip is on, but max logits are missing for layers {sorted(missing)}")
+        logits = self._like.new_full(self._shape, -torch.inf)
+        for layer, max_logit_H in max_logits.items():
+            logits[layer] = max_logit_H
+        world.all_reduce(logits, op="max")
+        largest = logits.max().item()
+        if self._tau is None:
+            return ReducedLogits(None, 0, largest)
+        gamma = qk_clip_scale(logits, self._tau)
+        return ReducedLogits(gamma, int((gamma != 1).sum().item()), largest)
+
+    def apply(self, masters: Iterable[tuple[str, torch.Tensor]], logits: ReducedLogits) -> None:
+        """Scale the given masters in place where they are query or key projections. Local."""
+        if logits.gamma is None or not logits.clipped_heads:
+            return
+        for name, master in masters:
+            if name not in self._targets:
+                continue
+            layer, role = self._targets[name]
+            clip = clip_query_rows if role == "query" else clip_key_rows
+            clip(master, logits.gamma[layer], self._rows)

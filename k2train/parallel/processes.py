@@ -1,0 +1,230 @@
+"""Ranks as processes: Communicators over torch.distributed, NCCL on GPUs and gloo on CPUs.
+
+`process_world("single")` is the same with one process, which needs no launcher, no port and no network.
+
+What this file smooths over: torch 2.13 renamed the flat all-gather and reduce-scatter; no collective takes float8 (it
+travels as bytes); gloo's all-gather and reduce-scatter take equal parts only (uneven ones become a broadcast or reduce
+per part, which moves as many bytes); a failed operation says which one it was, in which group.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import datetime
+import os
+from collections.abc import Iterator, Sequence
+from typing import Literal
+
+import torch
+import torch.distributed as dist
+
+from k2train.config.errors import ConfigError
+from k2train.parallel.communicator import (
+    Communicator,
+    CompletedWork,
+    ReduceOp,
+    Work,
+    equal_splits,
+    split_parts,
+)
+
+try:  # torch 2.13 and later; the old names warn there, and warnings are errors here
+    from torch.distributed import all_gather_single, reduce_scatter_single
+except ImportError:  # torch 2.11 and 2.12
+    from torch.distributed import all_gather_into_tensor as all_gather_single
+    from torch.distributed import reduce_scatter_tensor as reduce_scatter_single
+
+_OPS = {"sum": dist.ReduceOp.SUM, "max": dist.ReduceOp.MAX}
+_BYTE_TYPES = (
+    torch.float8_e4m3fn,
+    torch.float8_e5m2,
+    torch.float8_e4m3fnuz,
+    torch.float8_e5m2fnuz,
+    torch.float8_e8m0fnu,
+)
+
+
+class CommunicationError(RuntimeError):
+    """An operation failed or ran into the timeout; the message names it, its group and this rank."""
+
+
+@dataclasses.dataclass(frozen=True)
+class _ProcessWork:
+    """Handles of one operation, and its description for errors."""
+
+    handles: tuple[dist.Work, ...]
+    what: str
+
+    def wait(self) -> None:
+        for handle in self.handles:
+            try:
+                handle.wait()
+            except RuntimeError as error:
+                raise CommunicationError(f"{self.what} failed: {error}") from error
+
+
+class ProcessCommunicator(Communicator):
+    """A torch.distributed group. ranks: its global ranks, in group order."""
+
+    def __init__(
+        self, name: str, ranks: Sequence[int], group: dist.ProcessGroup, device: torch.device
+    ) -> None:
+        self.name = name
+        self.ranks = tuple(ranks)
+        self.size = len(self.ranks)
+        self.rank = self.ranks.index(dist.get_rank())
+        self._group = group
+        self._device = device
+        self._uneven = dist.get_backend(group) == "nccl"
+
+    def start_all_reduce(self, t: torch.Tensor, op: ReduceOp = "sum") -> Work:
+        return self._work("all_reduce", dist.all_reduce(t, _OPS[op], group=self._group, async_op=True))
+
+    def start_all_gather(
+        self, out: torch.Tensor, t: torch.Tensor, splits: Sequence[int] | None = None
+    ) -> Work:
+        out, t = _as_bytes(out), _as_bytes(t)
+        splits = tuple(splits) if splits is not None else equal_splits(out.shape[0], self.size)
+        parts = split_parts(out, splits)
+        if self.size == 1 or not _even(splits):
+            _copy(parts[self.rank], t)
+        if self.size == 1:
+            return CompletedWork()
+        if _even(splits):
+            return self._work("all_gather", all_gather_single(out, t, group=self._group, async_op=True))
+        if self._uneven:
+            return self._work("all_gather", dist.all_gather(parts, t, group=self._group, async_op=True))
+        handles = [
+            dist.broadcast(part, self.ranks[root], group=self._group, async_op=True)
+            for root, part in enumerate(parts)
+            if len(part)
+        ]
+        return self._work("all_gather", *handles)
+
+    def start_reduce_scatter(
+        self, out: torch.Tensor, t: torch.Tensor, splits: Sequence[int] | None = None
+    ) -> Work:
+        splits = tuple(splits) if splits is not None else equal_splits(t.shape[0], self.size)
+        parts = split_parts(t, splits)
+        if self.size == 1:
+            _copy(out, t)
+            return CompletedWork()
+        if _even(splits):
+            return self._work(
+                "reduce_scatter", reduce_scatter_single(out, t, group=self._group, async_op=True)
+            )
+        if self._uneven:
+            return self._work(
+                "reduce_scatter", dist.reduce_scatter(out, parts, group=self._group, async_op=True)
+            )
+        _copy(out, parts[self.rank])
+        parts[self.rank] = out
+        handles = [
+            dist.reduce(part, self.ranks[root], group=self._group, async_op=True)
+            for root, part in enumerate(parts)
+            if len(part)
+        ]
+        return self._work("reduce_scatter", *handles)
+
+    def start_all_to_all(
+        self,
+        out: torch.Tensor,
+        t: torch.Tensor,
+        out_splits: Sequence[int] | None = None,
+        in_splits: Sequence[int] | None = None,
+    ) -> Work:
+        out, t = _as_bytes(out), _as_bytes(t)
+        outs = list(out_splits if out_splits is not None else equal_splits(out.shape[0], self.size))
+        ins = list(in_splits if in_splits is not None else equal_splits(t.shape[0], self.size))
+        if self.size == 1:
+            _copy(out, t)
+            return CompletedWork()
+        return self._work(
+            "all_to_all", dist.all_to_all_single(out, t, outs, ins, group=self._group, async_op=True)
+        )
+
+    def start_broadcast(self, t: torch.Tensor, root: int) -> Work:
+        t = _as_bytes(t)
+        return self._work("broadcast", dist.broadcast(t, self.ranks[root], group=self._group, async_op=True))
+
+    def start_send(self, t: torch.Tensor, peer: int) -> Work:
+        handle = dist.isend(_as_bytes(t), self.ranks[peer], group=self._group)
+        return self._work(f"send to rank {self.ranks[peer]}", handle)
+
+    def start_recv(self, t: torch.Tensor, peer: int) -> Work:
+        handle = dist.irecv(_as_bytes(t), self.ranks[peer], group=self._group)
+        return self._work(f"receive from rank {self.ranks[peer]}", handle)
+
+    def barrier(self) -> None:
+        token = torch.zeros(1, device=self._device)
+        self._work("barrier", dist.all_reduce(token, group=self._group, async_op=True)).wait()
+        token.item()
+
+    def _work(self, operation: str, *handles: dist.Work | None) -> Work:
+        what = f"{operation} in group {self.name} {self.ranks} on rank {self.ranks[self.rank]}"
+        return _ProcessWork(tuple(handle for handle in handles if handle is not None), what)
+
+
+@dataclasses.dataclass(frozen=True)
+class ProcessWorld:
+    """One process's view of the run: its rank, its device, and how to make groups."""
+
+    rank: int
+    size: int
+    device: torch.device
+    timeout: datetime.timedelta
+
+    def group(self, name: str, ranks: Sequence[int]) -> ProcessCommunicator:
+        """A new group of these global ranks, this one among them. Every member, and nobody else, must call it."""
+        backend = "nccl" if self.device.type == "cuda" else "gloo"
+        group = dist.new_group(
+            list(ranks), timeout=self.timeout, backend=backend, use_local_synchronization=True
+        )
+        return ProcessCommunicator(name, ranks, group, self.device)
+
+
+@contextlib.contextmanager
+def process_world(
+    kind: Literal["single", "processes"], device: torch.device, timeout_seconds: float = 600.0
+) -> Iterator[ProcessWorld]:
+    """Join the run's processes, and leave them at the end.
+
+    kind: `single` is one process on its own; `processes` reads what torchrun sets (RANK, WORLD_SIZE, MASTER_ADDR, MASTER_PORT)
+    and raises ConfigError where it is not there. Collective: every process of the run must enter and leave.
+    """
+    timeout = datetime.timedelta(seconds=timeout_seconds)
+    backend = "nccl" if device.type == "cuda" else "gloo"
+    if kind == "single":
+        dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1, timeout=timeout)
+    else:
+        check_launched()
+        dist.init_process_group(backend, init_method="env://", timeout=timeout)
+    try:
+        yield ProcessWorld(dist.get_rank(), dist.get_world_size(), device, timeout)
+    finally:
+        dist.destroy_process_group()
+
+
+def check_launched() -> None:
+    """world=processes needs a launcher."""
+    missing = [
+        name for name in ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT") if name not in os.environ
+    ]
+    if missing:
+        raise ConfigError("world", "processes", f"needs a launcher; {', '.join(missing)} not set",
+                          "start with torchrun --nproc-per-node=N -m k2train train ..., or set world=single")  # fmt: skip
+
+
+def _even(splits: Sequence[int]) -> bool:
+    return len(set(splits)) == 1
+
+
+def _copy(out: torch.Tensor, t: torch.Tensor) -> None:
+    if out.data_ptr() != t.data_ptr():
+        out.copy_(t)
+
+
+def _as_bytes(t: torch.Tensor) -> torch.Tensor:
+    """float8 as bytes, everything else as it is."""
+    return t.view(torch.uint8) if t.dtype in _BYTE_TYPES else t
