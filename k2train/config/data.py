@@ -21,6 +21,8 @@ class TokenizerConfig:
     path: str | None = key(
         "tokenizer.json, a directory that holds one, or a tiktoken file or encoding name", default=None
     )
+    pattern: str | None = key("tiktoken files: regular expression that cuts text into words; null takes Kimi K2's",
+                              default=None)  # fmt: skip
 
     def __post_init__(self) -> None:
         if self.kind != "byte" and not self.path:

@@ -26,6 +26,10 @@ class ConfigError(Exception):
         self.remedy = remedy
         super().__init__(self._text())
 
+    def __reduce__(self) -> tuple[type[ConfigError], tuple[object, ...]]:
+        # exceptions are rebuilt from their message, which would lose the fields on the way back from a worker process
+        return type(self), (self.field, self.value, self.rule, self.remedy)
+
     def _text(self) -> str:
         lines = [f"{self.field}={_short(self.value)}: {self.rule}"]
         if self.remedy:

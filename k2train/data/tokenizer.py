@@ -78,4 +78,4 @@ def build_tokenizer(config: TokenizerConfig) -> Tokenizer:
         return HuggingFaceTokenizer(config.path)
     from k2train.data.tiktoken_file import TiktokenTokenizer
 
-    return TiktokenTokenizer(config.path)
+    return TiktokenTokenizer(config.path, config.pattern)

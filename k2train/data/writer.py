@@ -10,7 +10,7 @@ from __future__ import annotations
 import os
 import shutil
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -29,20 +29,30 @@ class DatasetWriter:
 
         self.prefix = prefix
         self._tokenizer = tokenizer
-        self._dtype = DType.optimal_dtype(tokenizer.vocab_size)
-        self._builder: Any = IndexedDatasetBuilder(f"{prefix}.bin", dtype=self._dtype)
+        self.dtype = DType.optimal_dtype(tokenizer.vocab_size)
+        self._builder: Any = IndexedDatasetBuilder(f"{prefix}.bin", dtype=self.dtype)
         self.num_documents = 0
         self.num_tokens = 0
         self.num_bytes = 0
 
     def add(self, ids: Ids, num_bytes: int) -> None:
         """Append one document of `num_bytes` bytes of text; the end-of-document id is added here."""
-        document = np.empty(len(ids) + 1, dtype=self._dtype)
+        document = np.empty(len(ids) + 1, dtype=self.dtype)
         document[:-1] = ids
         document[-1] = self._tokenizer.eod_id
         self._builder.add_document(document, [len(document)])
         self.num_documents += 1
         self.num_tokens += len(document)
+        self.num_bytes += num_bytes
+
+    def add_many(self, ids: Ids, lengths: Sequence[int], num_bytes: int) -> None:
+        """Append documents that already end in the end-of-document id, laid end to end in `ids`."""
+        start = 0
+        for length in lengths:
+            self._builder.add_document(ids[start : start + length], [length])
+            start += length
+        self.num_documents += len(lengths)
+        self.num_tokens += start
         self.num_bytes += num_bytes
 
     def finish(self, num_bad_lines: int = 0) -> Sidecar:
