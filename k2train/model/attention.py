@@ -1,0 +1,109 @@
+"""Multi-head latent attention: queries and keys-values through narrow latents, one rotary key shared by all heads.
+
+DeepSeek-V2 (arXiv 2405.04434, section 2.1); names and numerics of transformers' DeepseekV3Attention.
+Letters: T tokens, D hidden, B sequences, S positions, H heads, K query and key features, V value features.
+"""
+
+from __future__ import annotations
+
+import torch
+
+from k2train.config.model import ModelConfig
+from k2train.model.pieces import Allocator, Piece
+from k2train.ops.attention import causal_attention
+from k2train.ops.linear import linear
+from k2train.ops.norm import rms_norm
+from k2train.ops.rotary import rotary_keys, rotary_queries, rotary_tables, softmax_scale
+from k2train.ops.weight_grad import WeightGradSlot
+
+# transformers builds the two latent norms without the model's rms_norm_eps.
+LATENT_NORM_EPS = 1e-6
+
+
+class Rotary:
+    """The rotary tables in the model's type, grown to the longest sequence seen."""
+
+    def __init__(self, model: ModelConfig, allocator: Allocator) -> None:
+        self._model, self._allocator = model, allocator
+        self._cos = self._sin = torch.empty(0, 0)
+
+    def tables(self, length: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """Cosine and sine (S, P) of the first `length` positions."""
+        if self._cos.shape[0] < length:
+            cos_SP, sin_SP = rotary_tables(self._model, length)
+            device, dtype = self._allocator.device, self._allocator.dtype
+            self._cos, self._sin = cos_SP.to(device, dtype), sin_SP.to(device, dtype)
+        return self._cos[:length], self._sin[:length]
+
+
+class LatentAttention:
+    """The attention of one layer, between its norm and its residual."""
+
+    def __init__(self, model: ModelConfig, prefix: str, rotary: Rotary, allocator: Allocator) -> None:
+        self.model, self.prefix, self.rotary = model, prefix, rotary
+        self.scale = softmax_scale(model)
+        hidden, heads = model.hidden_size, model.num_attention_heads
+        self.weights: dict[str, torch.nn.Parameter] = {}
+        if model.q_lora_rank is None:
+            self.weights["q_proj"] = allocator.parameter(heads * model.qk_head_dim, hidden)
+        else:
+            self.weights["q_a_proj"] = allocator.parameter(model.q_lora_rank, hidden)
+            self.weights["q_a_layernorm"] = allocator.parameter(model.q_lora_rank)
+            self.weights["q_b_proj"] = allocator.parameter(heads * model.qk_head_dim, model.q_lora_rank)
+        latent = model.kv_lora_rank
+        self.weights["kv_a_proj_with_mqa"] = allocator.parameter(latent + model.qk_rope_head_dim, hidden)
+        self.weights["kv_a_layernorm"] = allocator.parameter(latent)
+        self.weights["kv_b_proj"] = allocator.parameter(
+            heads * (model.qk_nope_head_dim + model.v_head_dim), latent
+        )
+        self.weights["o_proj"] = allocator.parameter(hidden, heads * model.v_head_dim)
+
+    def pieces(self) -> list[Piece]:
+        return [Piece(f"{self.prefix}.{name}.weight", weight) for name, weight in self.weights.items()]
+
+    def __call__(
+        self, normed_TD: torch.Tensor, num_sequences: int, slot: WeightGradSlot | None
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """The attention's output (T, D) and the largest logit of each head (H,)."""
+        cos_SP, sin_SP = self.rotary.tables(normed_TD.shape[0] // num_sequences)
+        q_BHSK = self._queries(normed_TD, num_sequences, slot, cos_SP, sin_SP)
+        k_BHSK, v_BHSV = self._keys_values(normed_TD, num_sequences, slot, cos_SP, sin_SP)
+        out_BSHV, max_logit_H = causal_attention(q_BHSK, k_BHSK, v_BHSV, self.scale)
+        out_TD = linear(out_BSHV.view(normed_TD.shape[0], -1), self.weights["o_proj"], slot)
+        return out_TD, max_logit_H
+
+    def _queries(
+        self,
+        normed_TD: torch.Tensor,
+        num_sequences: int,
+        slot: WeightGradSlot | None,
+        cos_SP: torch.Tensor,
+        sin_SP: torch.Tensor,
+    ) -> torch.Tensor:
+        weights, model = self.weights, self.model
+        if model.q_lora_rank is None:
+            q_TX = linear(normed_TD, weights["q_proj"], slot)
+        else:
+            latent_TR = linear(normed_TD, weights["q_a_proj"], slot)
+            latent_TR = rms_norm(latent_TR, weights["q_a_layernorm"], LATENT_NORM_EPS)
+            q_TX = linear(latent_TR, weights["q_b_proj"], slot)
+        q_BSHK = q_TX.view(num_sequences, -1, model.num_attention_heads, model.qk_head_dim)
+        return rotary_queries(q_BSHK, cos_SP, sin_SP)
+
+    def _keys_values(
+        self,
+        normed_TD: torch.Tensor,
+        num_sequences: int,
+        slot: WeightGradSlot | None,
+        cos_SP: torch.Tensor,
+        sin_SP: torch.Tensor,
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        weights, model = self.weights, self.model
+        compressed_TX = linear(normed_TD, weights["kv_a_proj_with_mqa"], slot)
+        latent_TR, rope_TR = compressed_TX.split([model.kv_lora_rank, model.qk_rope_head_dim], dim=1)
+        latent_TR = rms_norm(latent_TR, weights["kv_a_layernorm"], LATENT_NORM_EPS)
+        kv_TX = linear(latent_TR, weights["kv_b_proj"], slot)
+        width = model.qk_nope_head_dim + model.v_head_dim
+        kv_BSHC = kv_TX.view(num_sequences, -1, model.num_attention_heads, width)
+        rope_BSR = rope_TR.unflatten(0, (num_sequences, -1))
+        return rotary_keys(kv_BSHC, rope_BSR, cos_SP, sin_SP, model.qk_nope_head_dim)

@@ -1,0 +1,69 @@
+"""What a phase may touch besides its inputs: one MicrobatchContext for each (virtual stage, microbatch)."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import torch
+
+from k2train.model.dispatcher import Route
+from k2train.ops.weight_grad import GradientSink, Key, WeightGradQueue
+
+
+class Statistics:
+    """What a step reports, summed over microbatches on the device with no host sync.
+
+    loss and balance_loss are the scaled parts of the objective, so their sums over microbatches are the step's values.
+    """
+
+    def __init__(self) -> None:
+        self.max_logits: dict[int, torch.Tensor] = {}
+        self.expert_loads: dict[int, torch.Tensor] = {}
+        self.loss: torch.Tensor | None = None
+        self.balance_loss: torch.Tensor | None = None
+
+    def add_max_logits(self, layer: int, max_logit_H: torch.Tensor) -> None:
+        """Keep the larger of each head's logits so far in the step."""
+        seen = self.max_logits.get(layer)
+        self.max_logits[layer] = max_logit_H if seen is None else torch.maximum(seen, max_logit_H)
+
+    def add_expert_loads(self, layer: int, counts_E: torch.Tensor) -> None:
+        """Count the tokens every expert of the layer was chosen by."""
+        seen = self.expert_loads.get(layer)
+        self.expert_loads[layer] = counts_E if seen is None else seen + counts_E
+
+    def add_loss(self, loss: torch.Tensor) -> None:
+        self.loss = loss if self.loss is None else self.loss + loss
+
+    def add_balance_loss(self, loss: torch.Tensor) -> None:
+        self.balance_loss = loss if self.balance_loss is None else self.balance_loss + loss
+
+
+@dataclasses.dataclass
+class MicrobatchContext:
+    """One microbatch on one virtual stage; the same object in its forward and its backward.
+
+    num_sequences: sequences in the microbatch; tokens are flattened, so phases cut them again for attention.
+    gradients: where gradients end; None in evaluation, when nothing is saved for a backward.
+    weight_grads: the queue of put-off weight gradients; None accumulates them at the end of each phase's backward.
+    key: (virtual_stage, microbatch), the queue's key.
+    loss_scale: factor on the summed token losses, 1 / tokens of the global batch for a mean.
+    balance_loss_scale: factor on the mean over the microbatch's sequences of the balance loss, summed over layers;
+        alpha / microbatches of the global batch for a mean. 0 switches it off.
+    targets: (T,) the next tokens, needed where the head is; -100 is ignored.
+    routes: the row exchange of each MoE layer between its dispatch and its combine.
+    """
+
+    num_sequences: int
+    gradients: GradientSink | None = None
+    weight_grads: WeightGradQueue | None = None
+    key: Key = (0, 0)
+    statistics: Statistics = dataclasses.field(default_factory=Statistics)
+    loss_scale: float = 1.0
+    balance_loss_scale: float = 0.0
+    targets: torch.Tensor | None = None
+    routes: dict[int, Route] = dataclasses.field(default_factory=dict)
+
+    @property
+    def training(self) -> bool:
+        return self.gradients is not None

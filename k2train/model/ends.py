@@ -1,0 +1,129 @@
+"""The first and the last phase: token embedding, and final norm with head and loss.
+
+Letters: T tokens, D hidden, V vocabulary.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Literal
+
+import torch
+import torch.nn.functional as F
+
+from k2train.config.model import ModelConfig
+from k2train.layout.tensors import EMBEDDING, FINAL_NORM, HEAD
+from k2train.model.context import MicrobatchContext
+from k2train.model.phase import ComputePhase, ComputeRecord, Grads, Tensors
+from k2train.model.pieces import Allocator, Piece
+from k2train.ops.cross_entropy import linear_cross_entropy
+from k2train.ops.norm import rms_norm
+from k2train.ops.weight_grad import (
+    BufferedSink,
+    GradientSink,
+    WeightGradQueue,
+    WeightGradSlot,
+    accumulation_dtype,
+)
+
+
+@dataclasses.dataclass(frozen=True)
+class EmbeddingWeightGrad:
+    """The put-off gradient of the embedding's rows."""
+
+    weight: torch.Tensor
+    tokens: torch.Tensor
+    dx: torch.Tensor
+
+    @property
+    def tensors(self) -> tuple[torch.Tensor, ...]:
+        return (self.tokens, self.dx)
+
+    def accumulate(self, sink: GradientSink) -> None:
+        wide = accumulation_dtype(self.weight.dtype)
+        if isinstance(sink, BufferedSink):
+            sink.buffer(self.weight).index_add_(0, self.tokens, self.dx.to(wide))
+        else:
+            gradient = torch.zeros_like(self.weight, dtype=wide, requires_grad=False)
+            sink.add(self.weight, gradient.index_add_(0, self.tokens, self.dx.to(wide)))
+
+
+class EmbeddingPhase:
+    """Tokens (T,) or (B, S) -> x_TD. A look-up: its backward is written out, and is all weight gradient."""
+
+    name = "embedding"
+    stream: Literal["compute"] = "compute"
+
+    def __init__(self, model: ModelConfig, allocator: Allocator) -> None:
+        self.weight = allocator.parameter(model.vocab_size, model.hidden_size)
+
+    def pieces(self) -> list[Piece]:
+        return [Piece(EMBEDDING, self.weight)]
+
+    def compute(self, inputs: Tensors, context: MicrobatchContext, slot: WeightGradSlot | None) -> Tensors:
+        return (F.embedding(inputs[0].reshape(-1), self.weight),)
+
+    def forward(self, inputs: Tensors, context: MicrobatchContext) -> tuple[Tensors, torch.Tensor]:
+        with torch.no_grad():
+            return self.compute(inputs, context, None), inputs[0].reshape(-1)
+
+    def backward(self, record: torch.Tensor, grad_outputs: Grads, context: MicrobatchContext) -> Grads:
+        (dx_TD,) = grad_outputs
+        assert dx_TD is not None
+        assert context.gradients is not None
+        queue = context.weight_grads or WeightGradQueue()
+        queue.put(context.key, EmbeddingWeightGrad(self.weight, record, dx_TD))
+        if context.weight_grads is None:
+            queue.drain(context.key, context.gradients)
+        return (None,)
+
+
+class HeadPhase(ComputePhase):
+    """Final norm, head and cross-entropy: x_TD -> the microbatch's part of the loss, in FP32.
+
+    The loss is the root, so `backward` takes its gradient as 1 whatever it is given, and the head's own weight gradient
+    goes to the sink during the forward (see ops.cross_entropy).
+    """
+
+    def __init__(self, model: ModelConfig, allocator: Allocator) -> None:
+        super().__init__("head")
+        self.eps = model.rms_norm_eps
+        self.norm = allocator.parameter(model.hidden_size)
+        self.weight = allocator.parameter(model.vocab_size, model.hidden_size)
+
+    def pieces(self) -> list[Piece]:
+        return [Piece(FINAL_NORM, self.norm), Piece(HEAD, self.weight)]
+
+    def compute(self, inputs: Tensors, context: MicrobatchContext, slot: WeightGradSlot | None) -> Tensors:
+        assert context.targets is not None, "the head needs the context's targets"
+        hidden_TD = rms_norm(inputs[0], self.norm, self.eps)
+        targets_T = context.targets.reshape(-1)
+        if slot is None:
+            loss = linear_cross_entropy(hidden_TD, self.weight, targets_T, context.loss_scale)
+        else:
+            loss = self._loss_with_gradient(hidden_TD, targets_T, context)
+        context.statistics.add_loss(loss.detach())
+        return (loss,)
+
+    def _loss_with_gradient(
+        self, hidden_TD: torch.Tensor, targets_T: torch.Tensor, context: MicrobatchContext
+    ) -> torch.Tensor:
+        sink = context.gradients
+        weight_VD = self.weight.detach()
+        if isinstance(sink, BufferedSink):
+            return linear_cross_entropy(
+                hidden_TD, weight_VD, targets_T, context.loss_scale, sink.buffer(self.weight)
+            )
+        assert sink is not None
+        gradient_VD = torch.zeros_like(weight_VD, dtype=accumulation_dtype(weight_VD.dtype))
+        loss = linear_cross_entropy(hidden_TD, weight_VD, targets_T, context.loss_scale, gradient_VD)
+        sink.add(self.weight, gradient_VD)
+        return loss
+
+    def backward(self, record: ComputeRecord, grad_outputs: Grads, context: MicrobatchContext) -> Grads:
+        wide = accumulation_dtype(self.weight.dtype)
+        return super().backward(record, (torch.ones((), dtype=wide, device=self.weight.device),), context)
+
+    def logits(self, x_TD: torch.Tensor) -> torch.Tensor:
+        """The logits (T, V), all at once: for generation and tests."""
+        return F.linear(rms_norm(x_TD, self.norm, self.eps), self.weight)

@@ -1,0 +1,179 @@
+"""Transformer layers as phases.
+
+A dense layer is attention and mlp. A MoE layer is attention (with norm, router and permutation), dispatch, experts and
+combine; what travels between its phases:
+
+    attention -> residual_TD normed_TD rows_ND weights_N token_of_row_N row_of_slot_TK counts_E
+    dispatch  -> residual_TD normed_TD rows_MD weights_M token_of_row_N row_of_slot_TK offsets_L
+    experts   -> partial_TD (residual + shared expert) rows_MD token_of_row_N row_of_slot_TK
+    combine   -> x_TD
+
+Letters: T tokens, K experts per token, N = T x K rows here, M rows at local experts, E experts, L local experts, D hidden.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+
+from k2train.config.model import ModelConfig
+from k2train.model.attention import LatentAttention, Rotary
+from k2train.model.context import MicrobatchContext
+from k2train.model.dispatcher import Dispatcher
+from k2train.model.feed_forward import FeedForward, RoutedExperts
+from k2train.model.phase import CommunicationPhase, ComputePhase, Grads, Started, Tensors
+from k2train.model.pieces import Allocator, Piece
+from k2train.model.routing import Router
+from k2train.ops.norm import rms_norm
+from k2train.ops.permute import gather_rows, gather_slots, sort_slots, sum_slots
+from k2train.ops.weight_grad import WeightGradSlot
+
+
+class AttentionPhase(ComputePhase):
+    """Norm, attention and residual: x_TD -> x_TD."""
+
+    def __init__(self, model: ModelConfig, layer: int, rotary: Rotary, allocator: Allocator) -> None:
+        super().__init__(f"layer{layer}.attention")
+        self.model, self.layer = model, layer
+        self.prefix = f"model.layers.{layer}"
+        self.norm = allocator.parameter(model.hidden_size)
+        self.attention = LatentAttention(model, f"{self.prefix}.self_attn", rotary, allocator)
+
+    def pieces(self) -> list[Piece]:
+        return [Piece(f"{self.prefix}.input_layernorm.weight", self.norm), *self.attention.pieces()]
+
+    def compute(self, inputs: Tensors, context: MicrobatchContext, slot: WeightGradSlot | None) -> Tensors:
+        (x_TD,) = inputs
+        normed_TD = rms_norm(x_TD, self.norm, self.model.rms_norm_eps)
+        out_TD, max_logit_H = self.attention(normed_TD, context.num_sequences, slot)
+        context.statistics.add_max_logits(self.layer, max_logit_H)
+        return (x_TD + out_TD,)
+
+
+class RoutedAttentionPhase(AttentionPhase):
+    """A MoE layer's attention, followed by its second norm, the router, and the copies of tokens sorted by expert."""
+
+    def __init__(self, model: ModelConfig, layer: int, rotary: Rotary, allocator: Allocator) -> None:
+        super().__init__(model, layer, rotary, allocator)
+        self.post_norm = allocator.parameter(model.hidden_size)
+        self.router = Router(model, layer, allocator)
+
+    def pieces(self) -> list[Piece]:
+        post_norm = Piece(f"{self.prefix}.post_attention_layernorm.weight", self.post_norm)
+        return [*super().pieces(), post_norm, *self.router.pieces()]
+
+    def compute(self, inputs: Tensors, context: MicrobatchContext, slot: WeightGradSlot | None) -> Tensors:
+        (residual_TD,) = super().compute(inputs, context, slot)
+        normed_TD = rms_norm(residual_TD, self.post_norm, self.model.rms_norm_eps)
+        experts_TK, weights_TK, counts_E = self.router(normed_TD, context, slot)
+        order = sort_slots(experts_TK)
+        rows_ND, weights_N = gather_rows(normed_TD, order), gather_slots(weights_TK, order)
+        return residual_TD, normed_TD, rows_ND, weights_N, order.token_of_row, order.row_of_slot, counts_E
+
+
+class DispatchPhase(CommunicationPhase):
+    """Rows and their weights to their experts; backward brings the gradients of both back."""
+
+    def __init__(self, layer: int, dispatcher: Dispatcher) -> None:
+        super().__init__(f"layer{layer}.dispatch")
+        self.layer, self.dispatcher = layer, dispatcher
+
+    def pieces(self) -> list[Piece]:
+        return []
+
+    def start_forward(self, inputs: Tensors, context: MicrobatchContext) -> Started:
+        residual_TD, normed_TD, rows_ND, weights_N, token_of_row_N, row_of_slot_TK, counts_E = inputs
+        route = context.routes[self.layer] = self.dispatcher.route(counts_E)
+        pending = self.dispatcher.dispatch((rows_ND, weights_N), route)
+        return Started(pending, (residual_TD, normed_TD, token_of_row_N, row_of_slot_TK))
+
+    def finish_forward(self, started: Started, context: MicrobatchContext) -> tuple[Tensors, None]:
+        residual_TD, normed_TD, *order = started.rest
+        rows_MD, weights_M = started.pending.wait()
+        return (residual_TD, normed_TD, rows_MD, weights_M, *order, context.routes[self.layer].offsets), None
+
+    def start_backward(self, record: None, grad_outputs: Grads, context: MicrobatchContext) -> Started:
+        dresidual_TD, dnormed_TD, drows_MD, dweights_M, *_ = grad_outputs
+        assert drows_MD is not None
+        assert dweights_M is not None
+        pending = self.dispatcher.combine((drows_MD, dweights_M), context.routes.pop(self.layer))
+        return Started(pending, (dresidual_TD, dnormed_TD))
+
+    def finish_backward(self, started: Started, context: MicrobatchContext) -> Grads:
+        return (*started.rest, *started.pending.wait(), None, None, None)
+
+
+class ExpertsPhase(ComputePhase):
+    """The routed experts on the rows that came here, and the shared experts on this rank's own tokens."""
+
+    def __init__(
+        self, model: ModelConfig, layer: int, local_experts: Sequence[int], allocator: Allocator
+    ) -> None:
+        super().__init__(f"layer{layer}.experts")
+        prefix, width = f"model.layers.{layer}.mlp", model.moe_intermediate_size
+        self.routed = RoutedExperts(f"{prefix}.experts", local_experts, model.hidden_size, width, allocator)
+        self.shared = None
+        if model.n_shared_experts:
+            width *= model.n_shared_experts
+            self.shared = FeedForward(f"{prefix}.shared_experts", model.hidden_size, width, allocator)
+
+    def pieces(self) -> list[Piece]:
+        return self.routed.pieces() + (self.shared.pieces() if self.shared else [])
+
+    def compute(self, inputs: Tensors, context: MicrobatchContext, slot: WeightGradSlot | None) -> Tensors:
+        residual_TD, normed_TD, rows_MD, weights_M, token_of_row_N, row_of_slot_TK, offsets_L = inputs
+        out_MD = self.routed(rows_MD, weights_M, offsets_L, slot)
+        partial_TD = residual_TD + self.shared(normed_TD, slot) if self.shared else residual_TD
+        return partial_TD, out_MD, token_of_row_N, row_of_slot_TK
+
+
+class CombinePhase(CommunicationPhase):
+    """Rows back to their tokens and added up; backward sends every token's gradient to its K rows."""
+
+    def __init__(self, layer: int, dispatcher: Dispatcher) -> None:
+        super().__init__(f"layer{layer}.combine")
+        self.layer, self.dispatcher = layer, dispatcher
+
+    def pieces(self) -> list[Piece]:
+        return []
+
+    def start_forward(self, inputs: Tensors, context: MicrobatchContext) -> Started:
+        partial_TD, rows_MD, token_of_row_N, row_of_slot_TK = inputs
+        pending = self.dispatcher.combine((rows_MD,), context.routes[self.layer])
+        return Started(pending, (partial_TD, token_of_row_N, row_of_slot_TK))
+
+    def finish_forward(self, started: Started, context: MicrobatchContext) -> tuple[Tensors, torch.Tensor]:
+        partial_TD, token_of_row_N, row_of_slot_TK = started.rest
+        (rows_ND,) = started.pending.wait()
+        return (partial_TD + sum_slots(rows_ND, row_of_slot_TK),), token_of_row_N
+
+    def start_backward(
+        self, record: torch.Tensor, grad_outputs: Grads, context: MicrobatchContext
+    ) -> Started:
+        (dx_TD,) = grad_outputs
+        assert dx_TD is not None
+        drows_ND = dx_TD.index_select(0, record)
+        return Started(self.dispatcher.dispatch((drows_ND,), context.routes[self.layer]), (dx_TD,))
+
+    def finish_backward(self, started: Started, context: MicrobatchContext) -> Grads:
+        (dx_TD,) = started.rest
+        (drows_MD,) = started.pending.wait()
+        return dx_TD, drows_MD, None, None
+
+
+class MlpPhase(ComputePhase):
+    """A dense layer's norm, feed-forward and residual."""
+
+    def __init__(self, model: ModelConfig, layer: int, allocator: Allocator) -> None:
+        super().__init__(f"layer{layer}.mlp")
+        self.eps, self.prefix = model.rms_norm_eps, f"model.layers.{layer}"
+        self.norm = allocator.parameter(model.hidden_size)
+        self.mlp = FeedForward(f"{self.prefix}.mlp", model.hidden_size, model.intermediate_size, allocator)
+
+    def pieces(self) -> list[Piece]:
+        return [Piece(f"{self.prefix}.post_attention_layernorm.weight", self.norm), *self.mlp.pieces()]
+
+    def compute(self, inputs: Tensors, context: MicrobatchContext, slot: WeightGradSlot | None) -> Tensors:
+        (x_TD,) = inputs
+        return (x_TD + self.mlp(rms_norm(x_TD, self.norm, self.eps), slot),)

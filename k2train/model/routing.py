@@ -1,0 +1,94 @@
+"""Which experts a token goes to, with which weights, and how their load is kept even.
+
+DeepSeek-V3 (arXiv 2412.19437, section 2.1.2): sigmoid scores, a correction bias for the choice alone, group limits,
+no auxiliary loss but a small sequence-wise one. Letters: T tokens, K experts per token, E experts, G groups,
+B sequences, D hidden.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+
+from k2train.config.model import ModelConfig
+from k2train.model.context import MicrobatchContext
+from k2train.model.pieces import Allocator, Piece
+from k2train.ops.linear import linear
+from k2train.ops.routing import attach_loss, chosen_weights, sequence_balance_loss
+from k2train.ops.weight_grad import WeightGradSlot, accumulation_dtype
+
+
+def choose_experts(scores_TE: torch.Tensor, bias_E: torch.Tensor, model: ModelConfig) -> torch.Tensor:
+    """The K experts of every token (T, K): the best biased scores within the best `topk_group` groups.
+
+    A group is ranked by the sum of its two best biased scores.
+    """
+    biased_TE = scores_TE + bias_E
+    if model.topk_group < model.n_group:
+        biased_TE = _limit_groups(biased_TE, model.n_group, model.topk_group)
+    return torch.topk(biased_TE, model.num_experts_per_tok, dim=-1, sorted=False).indices
+
+
+def _limit_groups(biased_TE: torch.Tensor, groups: int, kept: int) -> torch.Tensor:
+    biased_TGE = biased_TE.unflatten(1, (groups, -1))
+    ranks_TG = biased_TGE.topk(2, dim=-1).values.sum(-1)
+    kept_TK = ranks_TG.topk(kept, dim=-1, sorted=False).indices
+    dropped_TG = torch.ones_like(ranks_TG, dtype=torch.bool).scatter_(1, kept_TK, False)
+    return biased_TGE.masked_fill(dropped_TG.unsqueeze(-1), float("-inf")).flatten(1)
+
+
+def count_experts(experts_TK: torch.Tensor, num_sequences: int, num_experts: int) -> torch.Tensor:
+    """How many tokens of each sequence chose each expert (B, E), int64, with no host sync."""
+    experts_BN = experts_TK.reshape(num_sequences, -1)
+    counts_BE = torch.zeros(num_sequences, num_experts, dtype=torch.int64, device=experts_TK.device)
+    return counts_BE.scatter_add_(1, experts_BN, torch.ones_like(experts_BN))
+
+
+class Router:
+    """The gate of one MoE layer. Scores are FP32 (FP64 for float64) whatever the model's type."""
+
+    def __init__(self, model: ModelConfig, layer: int, allocator: Allocator) -> None:
+        self.model, self.layer = model, layer
+        self.weight = allocator.parameter(model.n_routed_experts, model.hidden_size)
+        self.bias = allocator.bias(model.n_routed_experts)
+
+    def pieces(self) -> list[Piece]:
+        prefix = f"model.layers.{self.layer}.mlp.gate"
+        return [Piece(f"{prefix}.weight", self.weight), Piece(f"{prefix}.e_score_correction_bias", self.bias)]
+
+    def __call__(
+        self, normed_TD: torch.Tensor, context: MicrobatchContext, slot: WeightGradSlot | None
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Experts (T, K), their weights (T, K), and tokens per expert (E,). Reports loads and the balance loss."""
+        model = self.model
+        wide = accumulation_dtype(normed_TD.dtype)
+        scores_TE = linear(normed_TD, self.weight, slot, compute_dtype=wide).sigmoid()
+        experts_TK = choose_experts(scores_TE.detach(), self.bias, model)
+        weights_TK = chosen_weights(scores_TE, experts_TK, model.norm_topk_prob, model.routed_scaling_factor)
+        counts_BE = count_experts(experts_TK, context.num_sequences, model.n_routed_experts)
+        counts_E = counts_BE.sum(0)
+        context.statistics.add_expert_loads(self.layer, counts_E)
+        if context.balance_loss_scale:
+            loss = sequence_balance_loss(scores_TE, counts_BE, model.num_experts_per_tok)
+            context.statistics.add_balance_loss(loss.detach() * context.balance_loss_scale)
+            weights_TK = attach_loss(weights_TK, loss, context.balance_loss_scale)
+        return experts_TK, weights_TK, counts_E
+
+
+def update_correction_bias(bias_E: torch.Tensor, loads_E: torch.Tensor, rate: float) -> None:
+    """bias += rate * sign(mean load - load), in place: an expert that got too little is chosen more easily next step.
+
+    loads_E are the counts of a whole step over all ranks.
+    """
+    loads_E = loads_E.to(torch.float64)
+    bias_E.add_(torch.sign(loads_E.mean() - loads_E).to(bias_E), alpha=rate)
+
+
+def load_violation(loads: Sequence[torch.Tensor]) -> float:
+    """Largest load over mean load, minus 1, of the worst layer (MaxVio, arXiv 2408.15664); 0 is even, 0 without loads."""
+    if not loads:
+        return 0.0
+    loads_LE = torch.stack([load.to(torch.float64) for load in loads])
+    mean_L = loads_LE.mean(1).clamp_min(1e-9)
+    return float((loads_LE.amax(1) / mean_L - 1).amax().clamp_min(0.0))

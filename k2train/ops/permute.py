@@ -1,0 +1,97 @@
+"""Moving tokens to rows sorted by expert and back, by index in both directions.
+
+A token's copies are its slots (token, k); a row is one slot after the sort by expert. Both index tables are made once,
+so every direction is a gather: no masks, no scatter with duplicates, sums in a fixed order.
+Letters: T tokens, K experts per token, N = T x K rows, D features.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import torch
+
+
+@dataclasses.dataclass(frozen=True)
+class Permutation:
+    """Where every slot went: slot_of_row (N,), the flat slot t * K + k of each row; row_of_slot (T, K), its inverse;
+    token_of_row (N,)."""
+
+    slot_of_row: torch.Tensor
+    row_of_slot: torch.Tensor
+    token_of_row: torch.Tensor
+
+
+def sort_slots(experts_TK: torch.Tensor) -> Permutation:
+    """The stable order of slots by expert, so that equal routing gives equal rows on every layout."""
+    flat_N = experts_TK.reshape(-1)
+    slot_of_row_N = torch.sort(flat_N, stable=True).indices
+    row_of_slot_N = torch.empty_like(slot_of_row_N)
+    row_of_slot_N[slot_of_row_N] = torch.arange(flat_N.numel(), device=flat_N.device)
+    token_of_row_N = torch.div(slot_of_row_N, experts_TK.shape[1], rounding_mode="floor")
+    return Permutation(slot_of_row_N, row_of_slot_N.view(experts_TK.shape), token_of_row_N)
+
+
+def gather_rows(x_TD: torch.Tensor, permutation: Permutation) -> torch.Tensor:
+    """Each token's features at its K rows (N, D). Saves the index tables alone."""
+    return _GatherRows.apply(x_TD, permutation.token_of_row, permutation.row_of_slot)
+
+
+def gather_slots(w_TK: torch.Tensor, permutation: Permutation) -> torch.Tensor:
+    """The slots' values in row order (N,). Saves the index table alone."""
+    return _GatherSlots.apply(w_TK, permutation.slot_of_row, permutation.row_of_slot)
+
+
+def sum_slots(rows_ND: torch.Tensor, row_of_slot_TK: torch.Tensor) -> torch.Tensor:
+    """Every token's K rows added up (T, D); the transpose of gather_rows. Not differentiable by autograd."""
+    tokens, k = row_of_slot_TK.shape
+    return rows_ND.index_select(0, row_of_slot_TK.reshape(-1)).view(tokens, k, -1).sum(1)
+
+
+def scale_rows(y_ND: torch.Tensor, w_N: torch.Tensor) -> torch.Tensor:
+    """y * w per row, in y's type: the routing weights on the experts' outputs. Saves y and w."""
+    return _ScaleRows.apply(y_ND, w_N)
+
+
+class _GatherRows(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, x_TD: torch.Tensor, token_of_row_N: torch.Tensor, row_of_slot_TK: torch.Tensor
+    ) -> torch.Tensor:
+        ctx.save_for_backward(row_of_slot_TK)
+        return x_TD.index_select(0, token_of_row_N)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: torch.Tensor) -> Any:
+        (row_of_slot_TK,) = ctx.saved_tensors
+        return sum_slots(grads[0], row_of_slot_TK), None, None
+
+
+class _GatherSlots(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, w_TK: torch.Tensor, slot_of_row_N: torch.Tensor, row_of_slot_TK: torch.Tensor
+    ) -> torch.Tensor:
+        ctx.save_for_backward(row_of_slot_TK)
+        return w_TK.reshape(-1).index_select(0, slot_of_row_N)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: torch.Tensor) -> Any:
+        (row_of_slot_TK,) = ctx.saved_tensors
+        return grads[0].index_select(0, row_of_slot_TK.reshape(-1)).view(row_of_slot_TK.shape), None, None
+
+
+class _ScaleRows(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, y_ND: torch.Tensor, w_N: torch.Tensor) -> torch.Tensor:
+        ctx.save_for_backward(y_ND, w_N)
+        return (y_ND * w_N.unsqueeze(1)).to(y_ND.dtype)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: torch.Tensor) -> Any:
+        y_ND, w_N = ctx.saved_tensors
+        (dout_ND,) = grads
+        dy_ND = (dout_ND * w_N.unsqueeze(1)).to(y_ND.dtype) if ctx.needs_input_grad[0] else None
+        dw_N = (dout_ND.to(w_N.dtype) * y_ND).sum(1) if ctx.needs_input_grad[1] else None
+        return dy_ND, dw_N
