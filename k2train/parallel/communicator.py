@@ -20,6 +20,10 @@ import torch
 ReduceOp = Literal["sum", "max"]
 
 
+class CommunicationError(RuntimeError):
+    """An operation failed, ran into the timeout, or does not fit the other ranks'; the message names it, group and rank."""
+
+
 class Work(Protocol):
     """A started operation."""
 
@@ -107,6 +111,22 @@ class Communicator(Protocol):
 
     def recv(self, t: torch.Tensor, peer: int) -> None:
         self.start_recv(t, peer).wait()
+
+
+class World(Protocol):
+    """A run seen by one of its ranks: who it is, where its tensors live, and how it makes groups."""
+
+    @property
+    def rank(self) -> int: ...
+
+    @property
+    def size(self) -> int: ...
+
+    @property
+    def device(self) -> torch.device: ...
+
+    def group(self, name: str, ranks: Sequence[int]) -> Communicator:
+        """A new group of these ranks, this one among them. Every member calls it, with the same arguments."""
 
 
 def equal_splits(num_entries: int, size: int) -> tuple[int, ...]:

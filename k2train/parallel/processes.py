@@ -21,6 +21,7 @@ import torch.distributed as dist
 
 from k2train.config.errors import ConfigError
 from k2train.parallel.communicator import (
+    CommunicationError,
     Communicator,
     CompletedWork,
     ReduceOp,
@@ -43,10 +44,6 @@ _BYTE_TYPES = (
     torch.float8_e5m2fnuz,
     torch.float8_e8m0fnu,
 )
-
-
-class CommunicationError(RuntimeError):
-    """An operation failed or ran into the timeout; the message names it, its group and this rank."""
 
 
 @dataclasses.dataclass(frozen=True)
