@@ -1,18 +1,19 @@
 """The manifest of a checkpoint: which shard holds which tensor or rows of it, and the checksums.
 
-    {"format": "k2train checkpoint", "version": 1, "meta": {...},
+    {"sha256": "...", "format": "k2train checkpoint", "version": 1, "meta": {...},
      "shards":  [{"file": "rank00000-00001.safetensors", "bytes": 1234, "sha256": "..."}, ...],
      "tensors": {"master/lm_head.weight": {"dtype": "F32", "shape": [163840, 7168],
                  "pieces": [{"shard": 0, "key": "...", "start": 0, "rows": 10240, "crc32": 123}, ...]}, ...}}
 
 A piece without "rows" is the whole tensor. SHA-256 covers each file as a whole and can be checked with common tools
 (it runs at disk speed on processors with SHA instructions); the CRC-32 of each piece lets every single load be checked
-without reading the rest of its shard. Nothing here says which layout wrote the checkpoint.
+without reading the rest of its shard. The first entry is the SHA-256 of the manifest's own JSON without it. Nothing here says which layout wrote the checkpoint.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import json
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -117,7 +118,13 @@ def manifest_text(manifest: Manifest) -> str:
     }
     shards = [{"file": s.file, "bytes": s.num_bytes, "sha256": s.sha256} for s in manifest.shards]
     head = {"format": FORMAT, "version": VERSION, "meta": dict(manifest.meta)}
-    return json.dumps({**head, "shards": shards, "tensors": tensors}, ensure_ascii=False) + "\n"
+    body = {**head, "shards": shards, "tensors": tensors}
+    return json.dumps({"sha256": _digest(body), **body}) + "\n"
+
+
+def _digest(body: Mapping[str, Any]) -> str:
+    # Python's JSON keeps the order of keys and the exact value of floats, so reading and writing again gives the same text.
+    return hashlib.sha256(json.dumps(body).encode()).hexdigest()
 
 
 def _piece_dict(name: str, piece: PieceEntry) -> dict[str, Any]:
@@ -143,6 +150,8 @@ def read_manifest(directory: Path) -> Manifest:
     if data.get("version") != VERSION:
         raise CheckpointError(directory, f"is of format version {data.get('version')}, this program reads {VERSION}",
                               "use the version of k2train that wrote it")  # fmt: skip
+    if data.pop("sha256", None) != _digest(data):
+        raise CheckpointError(directory, f"its {MANIFEST} is damaged (its own SHA-256 differs)", _REMEDY)
     try:
         return _parse(data)
     except (KeyError, TypeError, ValueError, IndexError, AttributeError) as error:
@@ -174,6 +183,8 @@ def _parse(data: Mapping[str, Any]) -> Manifest:
         raise ValueError("a shard's file name leads out of the directory")
     held: list[list[PieceEntry]] = [[] for _ in files]
     for name, entry in data["tensors"].items():
+        if not entry["pieces"]:
+            raise ValueError(f"{name} has no pieces")
         for piece in entry["pieces"]:
             held[_index(piece["shard"], len(files))].append(_piece(name, entry, piece))
     shards = [

@@ -87,12 +87,14 @@ def write_shards(
     The result is also left in the directory for `read_entries`. A shard holds at most `max_shard_bytes`, or one larger
     tensor. `on_bytes` is told of every tensor's size once it is written.
     """
-    entries = []
-    for index, group in enumerate(group_by_bytes(_slabs(tensors), max_shard_bytes)):
-        file = f"{prefix}-{index:05d}.safetensors"
+    entries: list[ShardEntry] = []
+    for group in group_by_bytes(_slabs(tensors), max_shard_bytes):
+        file = f"{prefix}-{len(entries):05d}.safetensors"
         written = write_file(temporary / file, [(slab.key, slab.tensor) for slab in group], None, on_bytes)
         pieces = tuple(slab.entry(written.crc32[slab.key]) for slab in group)
         entries.append(ShardEntry(file, written.num_bytes, written.sha256, pieces))
+        # The next shard is gathered before this name is bound again (and enumerate would hold on to the group as well).
+        del group
     write_text(temporary / (prefix + _ENTRIES), entries_text(entries))
     sync_directory(temporary)
     return entries
