@@ -11,6 +11,7 @@ from k2train.config.fields import check_ranges, key
 ScheduleKind = Literal["k2", "gpipe", "1f1b", "interleaved_1f1b", "zb_h1", "dualpipe", "dualpipe_v"]
 Policy = Literal["keep", "fp8", "recompute", "offload", "fp8_offload"]
 Dtype = Literal["bfloat16", "float32", "float64"]
+DispatchCopies = Literal["per_expert", "per_rank", "per_node"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -113,7 +114,12 @@ class ClusterConfig:
         "device-to-device bandwidth inside a node", unit="bytes/s", above=0
     )
     internode_bytes_per_second: float = key("network bandwidth between nodes", unit="bytes/s", above=0)
-    network_efficiency: float = key("share of the two link rates that collectives reach", above=0, maximum=1)
+    intranode_efficiency: float = key(
+        "share of the rate inside a node that collectives reach", above=0, maximum=1
+    )
+    internode_efficiency: float = key(
+        "share of the rate between nodes that collectives reach", above=0, maximum=1
+    )
     host_link_bytes_per_second: float = key("device-to-host bandwidth", unit="bytes/s", above=0)
     host_link_efficiency: float = key("share of the host link that pinned copies reach", above=0, maximum=1)
     kernel_latency_seconds: float = key("fixed cost of a kernel", unit="seconds", minimum=0)
@@ -121,6 +127,11 @@ class ClusterConfig:
     internode_latency_seconds: float = key("fixed cost of a message between nodes", unit="seconds", minimum=0)
     device_memory_bytes: float = key("memory of a device", unit="bytes", above=0)
     host_memory_bytes: float = key("memory of a node's host", unit="bytes", above=0)
+    dispatch_copies: DispatchCopies = key(
+        "how often a token crosses the network on its way to the experts: once for every expert it chose, which is what "
+        "this program's all-to-all does, once for every rank that holds one, or once for every node",
+        default="per_expert",
+    )
     reserved_device_bytes: float = key("device memory taken by the driver, libraries and fragmentation", unit="bytes",
                                        default=0.0, minimum=0)  # fmt: skip
 

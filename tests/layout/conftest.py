@@ -16,7 +16,7 @@ MODEL = ModelConfig(
 CLUSTER = ClusterConfig(
     name="test", gpus_per_node=8, matmul_flops_per_second=1e15, matmul_efficiency=0.5, attention_efficiency=0.5,
     memory_bytes_per_second=1e12, memory_efficiency=0.5, intranode_bytes_per_second=1e11,
-    internode_bytes_per_second=1e10, network_efficiency=0.5, host_link_bytes_per_second=1e10, host_link_efficiency=0.5,
+    internode_bytes_per_second=1e10, intranode_efficiency=0.5, internode_efficiency=0.5, host_link_bytes_per_second=1e10, host_link_efficiency=0.5,
     kernel_latency_seconds=1e-6, intranode_latency_seconds=1e-6, internode_latency_seconds=1e-5,
     device_memory_bytes=8e10, host_memory_bytes=1e12,
 )  # fmt: skip

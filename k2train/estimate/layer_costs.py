@@ -1,0 +1,185 @@
+"""Seconds and bytes of one layer, forward and backward: phases on two streams, memory between and during them.
+
+The estimate of a layer is a sum over its operations; the embedding and the head are treated as layers of their own. All
+layers of a kind cost the same, so a model is two of these and two ends.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+from k2train.config.sections import ActivationsConfig
+from k2train.estimate.activations import SavedTensor, saved_tensors
+from k2train.estimate.layer_ops import (
+    Workload,
+    attention_phase,
+    embedding_grad_bytes,
+    embedding_ops,
+    experts_phase,
+    head_ops,
+    merge_ops,
+    mlp_phase,
+)
+from k2train.estimate.work import Machine, Op
+
+StreamName = Literal["compute", "ep"]
+LOGITS_CHUNK_TOKENS = 1024
+"""Tokens whose logits exist at once: the head is meant to run in chunks, K2's full logits would take 2.7 GB in FP32."""
+
+
+@dataclass(frozen=True)
+class TimedPhase:
+    """A piece of a forward or a backward on one stream."""
+
+    name: str
+    stream: StreamName
+    seconds: float
+
+
+@dataclass(frozen=True)
+class LayerCosts:
+    """One layer, or one end of the model, for one microbatch on one rank."""
+
+    forward: tuple[TimedPhase, ...]
+    backward_input: tuple[TimedPhase, ...]
+    weight_grad_seconds: float
+    saved: tuple[SavedTensor, ...]
+    forward_transient_bytes: int
+    backward_transient_bytes: int
+    weight_queue_bytes: int
+    forward_flops: float
+    """Of the model: no recomputation, attention counted causally."""
+    recompute_flops: float
+
+
+def transformer_layer(
+    w: Workload, policies: ActivationsConfig, machine: Machine, all_to_all_seconds: float, moe: bool
+) -> LayerCosts:
+    """One layer. all_to_all_seconds: one dispatch or one combine, 0 without expert parallelism."""
+    saved = saved_tensors(w, policies, moe)
+    phases = _phases(w, moe)
+    forward = [_forward(machine, name, ops, saved) for name, ops in phases]
+    backward = [_backward(machine, name, ops, saved) for name, ops in reversed(phases)]
+    if moe and all_to_all_seconds:
+        forward = _around_experts(forward, all_to_all_seconds, ("dispatch", "combine"))
+        backward = _around_experts(backward, all_to_all_seconds, ("combine", "dispatch"))
+    ops = [op for _, phase in phases for op in phase]
+    exchange = 2 * w.rows * w.model.hidden_size * w.element_bytes if moe and w.ep > 1 else 0
+    unkept = sum(tensor.full_bytes - tensor.stored_bytes for tensor in saved)
+    return LayerCosts(
+        tuple(forward),
+        tuple(backward),
+        machine.weight_grad(ops),
+        saved,
+        # As if nothing that a layer makes were freed before it ends: an upper bound.
+        unkept + exchange,
+        unkept + exchange + _gradient_bytes(w, moe),
+        _queue_bytes(w, ops),
+        sum(op.flops for op in ops),
+        sum(op.flops for op in _recomputed(ops, saved)),
+    )
+
+
+def embedding(w: Workload, machine: Machine) -> LayerCosts:
+    """The look-up; its gradient is a weight gradient only."""
+    output = w.tokens * w.model.hidden_size * w.element_bytes
+    return LayerCosts(
+        (TimedPhase("embedding", "compute", machine.forward(embedding_ops(w))),),
+        (),
+        machine.seconds(0.0, embedding_grad_bytes(w), "elementwise"),
+        (),
+        output,
+        0,
+        output,
+        0.0,
+        0.0,
+    )
+
+
+def head(w: Workload, machine: Machine) -> LayerCosts:
+    """Final norm, logits and loss, in chunks of tokens. Its input and normed input stay on the device."""
+    ops = head_ops(w)
+    stream = w.tokens * w.model.hidden_size
+    chunk = min(w.tokens, LOGITS_CHUNK_TOKENS) * w.model.vocab_size
+    kept = tuple(
+        SavedTensor(name, "keep", stream, stream * w.element_bytes, stream * w.element_bytes)
+        for name in ("head_input", "head_norm_output")
+    )
+    logits = chunk * (w.element_bytes + 4)
+    return LayerCosts(
+        (TimedPhase("head", "compute", machine.forward(ops)),),
+        (TimedPhase("head", "compute", machine.backward_input(ops)),),
+        machine.weight_grad(ops),
+        kept,
+        logits,
+        2 * logits,
+        # The weight gradient is taken chunk by chunk with the input gradient's logits at hand.
+        stream * w.element_bytes + logits,
+        sum(op.flops for op in ops),
+        0.0,
+    )
+
+
+def _phases(w: Workload, moe: bool) -> list[tuple[str, list[Op]]]:
+    if not moe:
+        return [("attention", attention_phase(w, moe=False)), ("mlp", mlp_phase(w))]
+    # The weighted sum of what came back runs with whatever attention comes next, so that a layer ends with its combine.
+    return [("attention", attention_phase(w, moe=True) + merge_ops(w)), ("experts", experts_phase(w))]
+
+
+def _around_experts(phases: Sequence[TimedPhase], seconds: float, names: tuple[str, str]) -> list[TimedPhase]:
+    """An all-to-all before and one after the experts."""
+    placed: list[TimedPhase] = []
+    for phase in phases:
+        if phase.name == "experts":
+            placed += [TimedPhase(names[0], "ep", seconds), phase, TimedPhase(names[1], "ep", seconds)]
+        else:
+            placed.append(phase)
+    return placed
+
+
+def _forward(machine: Machine, name: str, ops: Sequence[Op], saved: Sequence[SavedTensor]) -> TimedPhase:
+    return TimedPhase(name, "compute", machine.forward(ops) + _casts(machine, ops, saved))
+
+
+def _backward(machine: Machine, name: str, ops: Sequence[Op], saved: Sequence[SavedTensor]) -> TimedPhase:
+    rebuilt = machine.forward(_recomputed(ops, saved)) + _casts(machine, ops, saved)
+    return TimedPhase(name, "compute", machine.backward_input(ops) + rebuilt)
+
+
+def _recomputed(ops: Iterable[Op], saved: Iterable[SavedTensor]) -> list[Op]:
+    """What runs again in the backward. Queries and keys that are rebuilt are rotated again."""
+    dropped = {tensor.name for tensor in saved if tensor.policy == "recompute"}
+    rotated = bool(dropped & {"query", "key_value"})
+    return [op for op in ops if op.produces in dropped or (op.name == "rotary" and rotated)]
+
+
+def _casts(machine: Machine, ops: Iterable[Op], saved: Iterable[SavedTensor]) -> float:
+    """To FP8 in the forward, and back in the backward: read one form, write the other."""
+    made = {op.produces for op in ops}
+    if any(op.name == "experts_up" for op in ops):
+        made.add("expert_input")
+    return sum(
+        machine.seconds(0.0, tensor.full_bytes + tensor.stored_bytes, "elementwise")
+        for tensor in saved
+        if tensor.is_fp8 and tensor.name in made
+    )
+
+
+def _gradient_bytes(w: Workload, moe: bool) -> int:
+    """Gradients alive at once in a layer's backward: around its feed-forward or around its attention, whichever is more."""
+    model, tokens = w.model, w.tokens
+    heads = model.num_attention_heads
+    attention = tokens * (2 * model.hidden_size + heads * (2 * model.qk_head_dim + 2 * model.v_head_dim))
+    if moe:
+        forward = w.rows * (2 * model.hidden_size + 3 * model.moe_intermediate_size)
+    else:
+        forward = tokens * (2 * model.hidden_size + 3 * model.intermediate_size)
+    return w.element_bytes * max(attention, forward)
+
+
+def _queue_bytes(w: Workload, ops: Iterable[Op]) -> int:
+    """Inputs and output gradients of every product; a tensor that feeds two products is counted twice."""
+    return round(sum(op.bytes - w.element_bytes * op.weight_elements for op in ops if op.weight_elements))

@@ -1,0 +1,74 @@
+"""What a step costs outside the pipeline: gradients reduced, the update, parameters gathered; and its FLOPs.
+
+Reduce-scatter, update and all-gather run after the last backward, one after another; nothing hides them, and at K2's
+batch nothing needs to.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from k2train.config.model import ModelConfig
+from k2train.config.optim import OptimConfig
+from k2train.estimate.states import StageStates
+from k2train.estimate.traffic import Network, local_peers
+from k2train.estimate.work import ELEMENT_BYTES, Machine, accumulation_bytes
+from k2train.layout.layout import Layout
+from k2train.layout.weights import piece_weights
+
+
+@dataclass(frozen=True)
+class UpdateSeconds:
+    """The end of a step on the slowest rank of a stage."""
+
+    reduce_scatter: float
+    update: float
+    all_gather: float
+
+    @property
+    def data_parallel(self) -> float:
+        """Communication alone."""
+        return self.reduce_scatter + self.all_gather
+
+    @property
+    def total(self) -> float:
+        return self.reduce_scatter + self.update + self.all_gather
+
+
+def update_seconds(
+    states: StageStates, layout: Layout, optim: OptimConfig, machine: Machine, copies: int = 1
+) -> UpdateSeconds:
+    """The update of one stage. copies: how many times a pipeline holds every parameter (2 in DualPipe)."""
+    network, dtype = Network(machine.cluster), machine.dtype
+    gpus = layout.gpus_per_node
+    groups = (
+        (states.dense_elements, layout.dp * copies, local_peers(layout.dp, 1, gpus)),
+        (states.expert_elements, layout.edp * copies, local_peers(layout.edp, layout.ep, gpus)),
+    )
+    reduce = sum(
+        network.ring(numbers * accumulation_bytes(dtype), size, near) for numbers, size, near in groups
+    )
+    gather = sum(network.ring(numbers * ELEMENT_BYTES[dtype], size, near) for numbers, size, near in groups)
+    return UpdateSeconds(reduce, _owner_seconds(states, optim, machine), gather)
+
+
+def _owner_seconds(states: StageStates, optim: OptimConfig, machine: Machine) -> float:
+    """Newton-Schulz and the elementwise update of the fullest owner; host states cross the bus both ways at once."""
+    products = machine.seconds(states.newton_schulz_flops, 0.0, "matmul")
+    # Gradient read, states read and written, the compute type's copy written.
+    moved = states.owned_elements * (accumulation_bytes(machine.dtype) + ELEMENT_BYTES[machine.dtype])
+    memory = machine.seconds(0.0, moved + 2.0 * states.optimizer_bytes, "elementwise")
+    if optim.states == "device":
+        return products + memory
+    return max(products + memory, Network(machine.cluster).host_copy(states.optimizer_bytes))
+
+
+def step_flops(model: ModelConfig, seq_len: int, tokens: int) -> float:
+    """FLOPs a step needs, the numerator of MFU: forward and twice that backward, causal attention, no recomputation."""
+    embedding, layers, head = piece_weights(model, seq_len)
+    return 3.0 * tokens * (embedding + sum(layers) + head)
+
+
+def model_flops_utilisation(flops: float, seconds: float, world: int, peak: float) -> float:
+    """Share of the devices' matrix rate that useful work took."""
+    return flops / (seconds * world * peak)

@@ -1,0 +1,107 @@
+"""Seconds and bytes of a virtual stage: its layers one after another, and what it sends and copies.
+
+The result speaks of phases, seconds and bytes only; whoever has a schedule turns it into that room's costs.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from k2train.config.model import ModelConfig
+from k2train.config.sections import ActivationsConfig, ClusterConfig, TrainConfig
+from k2train.estimate.activations import SavedTensor, check_policies
+from k2train.estimate.layer_costs import LayerCosts, TimedPhase, embedding, head, transformer_layer
+from k2train.estimate.layer_ops import Workload, workload
+from k2train.estimate.traffic import Network, all_to_all_seconds, hop_seconds
+from k2train.estimate.work import Machine
+from k2train.layout.layout import Layout, VirtualStage
+
+
+@dataclass(frozen=True)
+class VirtualStageEstimate:
+    """One microbatch on one virtual stage, on one rank."""
+
+    forward: tuple[TimedPhase, ...]
+    backward_input: tuple[TimedPhase, ...]
+    weight_grad_seconds: float
+    hop_seconds: float
+    """Its output on the way to the next stage; the gradient on the way back takes as long."""
+    offload_bytes: int
+    offload_seconds: float
+    device_bytes: int
+    """Activations that stay on the device between forward and backward."""
+    saved: tuple[SavedTensor, ...]
+    """Of all its layers."""
+    forward_transient_bytes: int
+    backward_transient_bytes: int
+    weight_queue_bytes: int
+    forward_flops: float
+    recompute_flops: float
+
+
+@dataclass(frozen=True)
+class Estimator:
+    """What layers cost in one setting; `virtual_stage` adds them up. Built by `build_estimator`."""
+
+    workload: Workload
+    network: Network
+    hop: float
+    embedding: LayerCosts
+    dense: LayerCosts
+    moe: LayerCosts
+    head: LayerCosts
+
+    def virtual_stage(self, piece: VirtualStage) -> VirtualStageEstimate:
+        """The estimate of one piece of the model."""
+        parts = self._parts(piece)
+        saved = tuple(tensor for part in parts for tensor in part.saved)
+        offload_bytes = sum(tensor.host_bytes for tensor in saved)
+        return VirtualStageEstimate(
+            forward=tuple(phase for part in parts for phase in part.forward),
+            backward_input=tuple(phase for part in reversed(parts) for phase in part.backward_input),
+            weight_grad_seconds=sum(part.weight_grad_seconds for part in parts),
+            hop_seconds=self.hop,
+            offload_bytes=offload_bytes,
+            offload_seconds=self.network.host_copy(offload_bytes),
+            device_bytes=sum(tensor.device_bytes for tensor in saved),
+            saved=saved,
+            forward_transient_bytes=max((part.forward_transient_bytes for part in parts), default=0),
+            backward_transient_bytes=max((part.backward_transient_bytes for part in parts), default=0),
+            weight_queue_bytes=sum(part.weight_queue_bytes for part in parts),
+            forward_flops=sum(part.forward_flops for part in parts),
+            recompute_flops=sum(part.recompute_flops for part in parts),
+        )
+
+    def layer(self, layer: int) -> LayerCosts:
+        """The costs of one transformer layer."""
+        return self.moe if self.workload.model.is_moe(layer) else self.dense
+
+    def _parts(self, piece: VirtualStage) -> Sequence[LayerCosts]:
+        parts = [self.embedding] if piece.embedding else []
+        parts += [self.layer(layer) for layer in piece.layers]
+        return [*parts, self.head] if piece.head else parts
+
+
+def build_estimator(
+    model: ModelConfig,
+    train: TrainConfig,
+    policies: ActivationsConfig,
+    layout: Layout,
+    cluster: ClusterConfig,
+) -> Estimator:
+    """Cost the layers of a model. Raises ConfigError for activation policies that cannot be carried out."""
+    check_policies(policies)
+    w = workload(model, train, layout.ep)
+    machine = Machine(cluster, train.dtype)
+    exchange = all_to_all_seconds(w, layout, cluster)
+    dense, moe = (transformer_layer(w, policies, machine, exchange, moe) for moe in (False, True))
+    return Estimator(
+        w,
+        Network(cluster),
+        hop_seconds(w, layout, cluster),
+        embedding(w, machine),
+        dense,
+        moe,
+        head(w, machine),
+    )

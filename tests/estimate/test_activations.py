@@ -1,0 +1,93 @@
+"""Bytes between forward and backward, by hand for single names and by rule for all policies."""
+
+import dataclasses
+
+import pytest
+
+from k2train.config.compose import load_config
+from k2train.config.errors import ConfigError
+from k2train.config.sections import ActivationsConfig
+from k2train.estimate.activations import check_policies, saved_tensors
+from k2train.estimate.layer_ops import workload
+
+NAMES = [field.name for field in dataclasses.fields(ActivationsConfig)]
+
+
+def by_name(w, policies, moe=True):
+    return {tensor.name: tensor for tensor in saved_tensors(w, policies, moe)}
+
+
+def test_every_name_belongs_to_a_dense_or_a_moe_layer(model, train, policies):
+    w = workload(model, train, 1)
+    moe, dense = by_name(w, policies()), by_name(w, policies(), moe=False)
+    assert set(moe) | set(dense) == set(NAMES)
+    assert set(moe) - set(dense) == {
+        "routing", "expert_input", "swiglu_input", "swiglu_output", "expert_output", "shared_swiglu_input",
+        "shared_swiglu_output",
+    }  # fmt: skip
+
+
+def test_bytes_of_single_names_by_hand(model, train, policies):
+    w = workload(model, train, 2)
+    saved = by_name(w, policies(expert_input="fp8", query="recompute", layer_input="offload"))
+    tokens, rows = 1024, 4096
+    assert saved["layer_input"].full_bytes == saved["layer_input"].host_bytes == tokens * 256 * 2
+    assert saved["layer_input"].device_bytes == 0
+    assert saved["query"].full_bytes == tokens * 4 * 48 * 2
+    assert saved["query"].stored_bytes == 0
+    # FP8: one byte a number, four bytes for each of a row's two tiles of 128.
+    assert saved["expert_input"].device_bytes == rows * (256 + 2 * 4)
+    assert saved["swiglu_input"].device_bytes == rows * 2 * 128 * 2
+    # Log-sum-exps are FP32, one for a head.
+    assert saved["attention_output"].full_bytes == tokens * (4 * 24 * 2 + 4 * 4)
+
+
+@pytest.mark.parametrize("policy", ["keep", "fp8", "offload", "fp8_offload", "recompute"])
+def test_policies_only_move_bytes_or_drop_them(model, train, policies, policy):
+    w = workload(model, train, 1)
+    for name in set(NAMES) - {
+        "layer_input",
+        "expert_input",
+        "routing",
+        "mlp_swiglu_input",
+        "mlp_swiglu_output",
+    }:
+        tensor = by_name(w, policies(**{name: policy}))[name]
+        assert tensor.device_bytes + tensor.host_bytes == tensor.stored_bytes <= tensor.full_bytes
+        assert (tensor.host_bytes > 0) == (policy in ("offload", "fp8_offload"))
+        assert (tensor.stored_bytes == 0) == (policy == "recompute")
+        if policy in ("fp8", "fp8_offload"):
+            assert tensor.stored_bytes < 0.75 * tensor.full_bytes
+
+
+def test_a_model_without_query_latent_or_shared_experts_has_no_such_names(model, train, policies):
+    plain = dataclasses.replace(model, q_lora_rank=None, n_shared_experts=0)
+    names = set(by_name(workload(plain, train, 1), policies()))
+    assert not names & {"q_latent", "q_latent_norm_output", "shared_swiglu_input", "shared_swiglu_output"}
+
+
+def test_k2_policies_leave_a_tenth_or_less_on_the_device():
+    config = load_config(["experiment=k2"])
+    w = workload(config.model, config.train, 16)
+    before = sum(tensor.device_bytes for tensor in saved_tensors(w, ActivationsConfig(), True))
+    after = sum(tensor.device_bytes for tensor in saved_tensors(w, config.activations, True))
+    assert after <= before / 10
+
+
+@pytest.mark.parametrize(("name", "policy"), [
+    ("layer_input", "recompute"), ("expert_input", "recompute"), ("routing", "fp8"), ("routing", "fp8_offload"),
+])  # fmt: skip
+def test_policies_that_cannot_be_carried_out_are_refused(policies, name, policy):
+    with pytest.raises(ConfigError, match=f"activations.{name}={policy}"):
+        check_policies(policies(**{name: policy}))
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float64"])
+def test_wider_types_take_more_bytes(model, train, policies, dtype):
+    narrow = workload(model, train, 1)
+    wide = dataclasses.replace(narrow, dtype=dtype)
+    factor = {"float32": 2, "float64": 4}[dtype]
+    assert (
+        by_name(wide, policies())["query"].full_bytes
+        == factor * by_name(narrow, policies())["query"].full_bytes
+    )

@@ -1,0 +1,97 @@
+"""States of a stage against sums over parameters, sharded by owner."""
+
+import dataclasses
+import itertools
+
+import pytest
+
+from k2train.config.compose import load_config
+from k2train.estimate.parameters import model_parameters
+from k2train.estimate.states import stage_states
+from k2train.estimate.step import model_flops_utilisation, step_flops, update_seconds
+from k2train.estimate.work import Machine
+
+
+def optim_of(name, **changes):
+    return dataclasses.replace(load_config([f"optim={name}"]).optim, **changes)
+
+
+def states_of(model, layout, stage, optim, dtype="bfloat16"):
+    pieces = [layout.virtual_stages[v] for v in layout.virtual_stages_of(stage)]
+    return stage_states(pieces, model, optim, dtype, layout.ep, (layout.dp, layout.edp))
+
+
+@pytest.mark.parametrize(("pp", "edp", "ep"), list(itertools.product((1, 2, 4), (1, 3), (1, 2, 4))))
+def test_parameters_and_gradients_cover_what_the_stage_holds(model, make_layout, pp, edp, ep):
+    layout = make_layout(pp=pp, edp=edp, ep=ep)
+    parameters = model_parameters(model)
+    for stage in range(pp):
+        held = sum(parameters.of(layout.virtual_stages[v], ep) for v in layout.virtual_stages_of(stage))
+        states = states_of(model, layout, stage, optim_of("muonclip"))
+        assert states.dense_elements + states.expert_elements == held
+        assert (states.parameter_bytes, states.gradient_bytes) == (2 * held, 4 * held)
+
+
+@pytest.mark.parametrize(("pp", "edp", "ep"), list(itertools.product((1, 2), (1, 2, 3), (1, 2, 4))))
+@pytest.mark.parametrize("name", ["muonclip", "adamw"])
+def test_owners_together_hold_each_state_once(model, make_layout, pp, edp, ep, name):
+    layout = make_layout(pp=pp, edp=edp, ep=ep)
+    parameters = model_parameters(model)
+    total = 0.0
+    for stage in range(pp):
+        states = states_of(model, layout, stage, optim_of(name))
+        total += layout.dp * states.optimizer_mean_bytes
+        assert states.optimizer_bytes >= states.optimizer_mean_bytes - 1
+    adam = 2 * parameters.embedding + parameters.final_norm
+    norms = (2 * model.hidden_size + model.q_lora_rank + model.kv_lora_rank) * model.num_hidden_layers
+    numbers = 3 * parameters.total if name == "adamw" else 2 * parameters.total + adam + norms
+    assert total == pytest.approx(4 * numbers)
+
+
+def test_more_replicas_shrink_optimizer_states_and_nothing_else(model, make_layout):
+    few, many = (states_of(model, make_layout(edp=edp), 0, optim_of("adamw")) for edp in (1, 8))
+    assert many.parameter_bytes == few.parameter_bytes
+    assert many.optimizer_bytes == pytest.approx(few.optimizer_bytes / 8, rel=0.01)
+
+
+def test_float64_runs_double_every_state(model, make_layout):
+    single, double = (
+        states_of(model, make_layout(), 0, optim_of("muonclip"), dtype) for dtype in ("float32", "float64")
+    )
+    for name in ("parameter_bytes", "gradient_bytes", "optimizer_bytes"):
+        assert getattr(double, name) == 2 * getattr(single, name)
+
+
+def test_one_rank_needs_no_gradient_traffic_and_replicas_do(model, make_layout, cluster):
+    machine = Machine(cluster, "bfloat16")
+    alone, replicated = (
+        update_seconds(
+            states_of(model, layout, 0, optim_of("muonclip")), layout, optim_of("muonclip"), machine
+        )
+        for layout in (make_layout(), make_layout(edp=4))
+    )
+    assert alone.data_parallel == 0.0
+    assert replicated.reduce_scatter == pytest.approx(2 * replicated.all_gather)  # FP32 out, BF16 back
+    assert replicated.update < alone.update
+
+
+def test_host_states_wait_for_the_bus_where_it_is_slower(model, make_layout, cluster):
+    slow = dataclasses.replace(cluster, host_link_bytes_per_second=1e6, host_link_efficiency=1.0)
+    layout, optim = make_layout(), optim_of("muonclip", states="host")
+    states = states_of(model, layout, 0, optim)
+    assert (
+        update_seconds(states, layout, optim, Machine(slow, "bfloat16")).update
+        == states.optimizer_bytes / 1e6
+    )
+
+
+def test_mfu_is_one_when_devices_do_nothing_but_useful_work(model):
+    flops = step_flops(model, 512, tokens=1024)
+    assert model_flops_utilisation(flops, flops / 1e12 / 8, world=8, peak=1e12) == pytest.approx(1.0)
+
+
+def test_k2_needs_about_six_flops_a_token_and_active_parameter():
+    model = load_config(["model=k2"]).model
+    active = model_parameters(model).activated - 163840 * 7168  # the look-up multiplies nothing
+    # 8 % more for causal attention at 4096 tokens.
+    assert 1.0 < step_flops(model, 4096, 1) / (6 * active) < 1.1

@@ -1,0 +1,111 @@
+"""Traffic against exact enumeration of routings, and times against bytes over bandwidth."""
+
+import dataclasses
+import itertools
+
+import pytest
+
+from k2train.estimate.layer_ops import workload
+from k2train.estimate.traffic import (
+    Network,
+    all_to_all_seconds,
+    dispatch_traffic,
+    hit_probability,
+    hop_seconds,
+    local_peers,
+)
+
+
+@pytest.mark.parametrize(("size", "stride", "gpus", "expected"), [
+    (16, 1, 8, 8),  # K2: one expert group on two nodes
+    (8, 1, 8, 8),
+    (4, 1, 8, 4),
+    (4, 16, 8, 1),  # replicas of an expert, each on nodes of its own
+    (2, 4, 8, 2),
+    (4, 4, 8, 2),
+    (3, 1, 8, 1),  # groups 0-2, 3-5, 6-8: the third straddles
+    (1, 1, 8, 1),
+])  # fmt: skip
+def test_local_peers_counts_the_worst_rank(size, stride, gpus, expected):
+    assert local_peers(size, stride, gpus) == expected
+
+
+@pytest.mark.parametrize("copies", ["per_expert", "per_rank", "per_node"])
+@pytest.mark.parametrize(("ep", "gpus"), [(2, 4), (4, 4), (4, 2), (6, 2)])
+def test_expected_copies_equal_the_mean_over_all_choices(
+    model, train, make_layout, cluster, copies, ep, gpus
+):
+    small = dataclasses.replace(model, n_routed_experts=12, num_experts_per_tok=3)
+    cluster = dataclasses.replace(cluster, gpus_per_node=gpus, dispatch_copies=copies)
+    layout = make_layout(cluster, ep=ep, pp=1)
+    w = workload(small, train, ep)
+    near, far, choices = 0.0, 0.0, list(itertools.combinations(range(12), 3))
+    for chosen in choices:
+        ranks = [expert // (12 // ep) for expert in chosen]
+        # Every rank of the first node in turn is the sender, so that the sender's own share averages out.
+        local = min(ep, gpus)
+        for sender in range(local):
+            if copies != "per_expert":
+                ranks = sorted(set(ranks))
+            inside = [rank for rank in ranks if rank // gpus == 0 and rank != sender]
+            outside = [rank for rank in ranks if rank // gpus != 0]
+            near += len(inside) / local
+            if copies == "per_node":
+                far += len({rank // gpus for rank in outside}) / local
+                near += len(outside) * (local - 1) / local / local
+            else:
+                far += len(outside) / local
+    token = w.tokens * model.hidden_size * 2
+    traffic = dispatch_traffic(w, layout, cluster)
+    assert traffic.intranode_bytes == pytest.approx(token * near / len(choices))
+    assert traffic.internode_bytes == pytest.approx(token * far / len(choices))
+
+
+def test_hit_probability_is_certain_for_all_ranks_and_nothing_for_none(model, train):
+    w = workload(model, train, 4)
+    assert hit_probability(w, 4) == 1.0
+    assert hit_probability(w, 0) == 0.0
+
+
+def test_the_slower_share_decides_an_exchange(cluster):
+    network = Network(cluster)
+    assert network.exchange(1e11, 1e9) == 1.0
+    assert network.exchange(1e9, 2.5e10) == 1.0
+    assert network.exchange(0.0, 0.0) == 0.0
+
+
+def test_all_to_all_inside_a_node_never_touches_the_network(model, train, make_layout, cluster):
+    slow = dataclasses.replace(cluster, internode_bytes_per_second=1.0)
+    w = workload(model, train, 4)
+    assert (
+        all_to_all_seconds(w, make_layout(slow, ep=4), slow)
+        == all_to_all_seconds(w, make_layout(ep=4), cluster)
+        > 0
+    )
+    assert all_to_all_seconds(workload(model, train, 1), make_layout(), cluster) == 0.0
+
+
+def test_copying_per_node_sends_less_than_per_rank_and_that_less_than_per_expert(
+    model, train, make_layout, cluster
+):
+    layout, w = make_layout(ep=8), workload(model, train, 8)
+    far = [
+        dispatch_traffic(w, layout, dataclasses.replace(cluster, dispatch_copies=copies)).internode_bytes
+        for copies in ("per_node", "per_rank", "per_expert")
+    ]
+    assert far == sorted(far)
+    assert len(set(far)) == 3
+
+
+def test_a_hop_crosses_nodes_as_soon_as_the_world_does(model, train, make_layout, cluster):
+    w = workload(model, train, 2)
+    num_bytes = 1024 * 256 * 2
+    assert hop_seconds(w, make_layout(pp=2, ep=2), cluster) == num_bytes / 1e11
+    assert hop_seconds(w, make_layout(pp=4, ep=2), cluster) == num_bytes / 2.5e10
+    assert hop_seconds(w, make_layout(pp=1, ep=2), cluster) == 0.0
+
+
+@pytest.mark.parametrize(("size", "near", "rate"), [(4, 4, 1e11), (8, 4, 1e11), (8, 2, 5e10), (8, 1, 2.5e10)])
+def test_ring_moves_all_but_one_share_at_the_rate_of_its_narrowest_link(cluster, size, near, rate):
+    assert Network(cluster).ring(8e9, size, near) == pytest.approx(8e9 * (size - 1) / size / rate)
+    assert Network(cluster).ring(8e9, 1, 1) == 0.0

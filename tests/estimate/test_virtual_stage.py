@@ -1,0 +1,61 @@
+"""A virtual stage is the sum of its layers; phases come in the order the design names."""
+
+import pytest
+
+from k2train.config.errors import ConfigError
+from k2train.layout.layout import VirtualStage
+
+
+def test_phases_of_a_moe_layer_forward_and_backward(make_estimator):
+    estimate = make_estimator(ep=2).virtual_stage(VirtualStage(1, 2))
+    assert [(p.name, p.stream) for p in estimate.forward] == [
+        ("attention", "compute"), ("dispatch", "ep"), ("experts", "compute"), ("combine", "ep"),
+    ]  # fmt: skip
+    assert [(p.name, p.stream) for p in estimate.backward_input] == [
+        ("combine", "ep"), ("experts", "compute"), ("dispatch", "ep"), ("attention", "compute"),
+    ]  # fmt: skip
+
+
+def test_one_rank_has_no_all_to_all_and_a_dense_layer_none_either(make_estimator):
+    for estimator, layer in ((make_estimator(ep=1), 1), (make_estimator(ep=4), 0)):
+        estimate = estimator.virtual_stage(VirtualStage(layer, layer + 1))
+        assert {phase.stream for phase in estimate.forward + estimate.backward_input} == {"compute"}
+
+
+def test_a_piece_is_the_sum_of_its_parts(make_estimator, policies):
+    estimator = make_estimator(policies(layer_input="offload", query="fp8"), ep=2, pp=2)
+    whole = estimator.virtual_stage(VirtualStage(0, 3, embedding=True, head=True))
+    parts = [
+        estimator.virtual_stage(VirtualStage(0, 0, embedding=True)),
+        *(estimator.virtual_stage(VirtualStage(layer, layer + 1)) for layer in range(3)),
+        estimator.virtual_stage(VirtualStage(3, 3, head=True)),
+    ]
+    for name in (
+        "weight_grad_seconds",
+        "offload_bytes",
+        "device_bytes",
+        "weight_queue_bytes",
+        "forward_flops",
+    ):
+        assert getattr(whole, name) == pytest.approx(sum(getattr(part, name) for part in parts))
+    assert whole.forward == tuple(phase for part in parts for phase in part.forward)
+    assert whole.backward_input == tuple(phase for part in reversed(parts) for phase in part.backward_input)
+    assert whole.forward_transient_bytes == max(part.forward_transient_bytes for part in parts)
+
+
+def test_an_empty_piece_costs_nothing_but_its_message(make_estimator):
+    estimate = make_estimator(pp=2).virtual_stage(VirtualStage(2, 2))
+    assert estimate.forward == estimate.backward_input == ()
+    assert estimate.offload_bytes == estimate.device_bytes == estimate.weight_queue_bytes == 0
+    assert estimate.hop_seconds > 0
+
+
+def test_offloaded_bytes_take_bus_time(make_estimator, policies, train):
+    estimate = make_estimator(policies(layer_input="offload")).virtual_stage(VirtualStage(0, 2))
+    assert estimate.offload_bytes == 2 * 1024 * 256 * 2
+    assert estimate.offload_seconds == estimate.offload_bytes / 2e10
+
+
+def test_impossible_policies_are_refused(make_estimator, policies):
+    with pytest.raises(ConfigError):
+        make_estimator(policies(expert_input="recompute"))
