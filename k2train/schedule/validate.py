@@ -18,11 +18,11 @@ from __future__ import annotations
 from collections import defaultdict
 from dataclasses import dataclass
 
-from k2train.schedule.actions import BACKWARDS, MESSAGES, Action, Kind, Pair, Step, parts
+from k2train.schedule.actions import Action, Kind, Pair, Step, parts
 from k2train.schedule.completeness import check_complete
 from k2train.schedule.deadlock import check_progress
 from k2train.schedule.errors import ScheduleError
-from k2train.schedule.p2p import received_as
+from k2train.schedule.p2p import receive_of, received_as
 from k2train.schedule.program import Schedule
 
 
@@ -47,7 +47,7 @@ def validate(schedule: Schedule) -> ScheduleReport:
     A schedule without any SEND or RECV is taken as one before `insert_p2p`: results then pass between stages at once.
     """
     has_messages = check_complete(schedule)
-    counts = [_check_stage(schedule, stage) for stage in range(schedule.num_stages)]
+    counts = [_check_stage(schedule, stage, has_messages) for stage in range(schedule.num_stages)]
     if has_messages:
         check_channels(schedule)
     check_progress(schedule, has_messages)
@@ -60,90 +60,99 @@ def validate(schedule: Schedule) -> ScheduleReport:
     )
 
 
-@dataclass
 class _Counts:
-    in_flight: int = 0
-    peak_in_flight: int = 0
-    queue: int = 0
-    peak_queue: int = 0
-    warmup: int = 0
-    sends: int = 0
-    in_warmup: bool = True
+    """Counters of one stage, in list order."""
 
-    def compute(self, action: Action) -> None:
-        if action.kind is Kind.F:
-            self.in_flight += 1
-            self.peak_in_flight = max(self.peak_in_flight, self.in_flight)
-            self.warmup += self.in_warmup
-        elif action.kind in BACKWARDS:
-            self.in_flight -= 1
-            self.in_warmup = False
-            self.queue += action.kind is Kind.I
+    def __init__(self) -> None:
+        self.in_flight = self.peak_in_flight = 0
+        self.queue = self.peak_queue = 0
+        self.warmup = self.sends = 0
+        self._in_warmup = True
+
+    def forward(self, alone: bool) -> None:
+        self._in_warmup = self._in_warmup and alone
+        self.warmup += self._in_warmup
+        self.in_flight += 1
+        self.peak_in_flight = max(self.peak_in_flight, self.in_flight)
+
+    def backward(self, split: bool) -> None:
+        self._in_warmup = False
+        self.in_flight -= 1
+        if split:
+            self.queue += 1
             self.peak_queue = max(self.peak_queue, self.queue)
-        elif action.kind is Kind.W:
-            self.queue -= 1
+
+
+def _check_stage(schedule: Schedule, stage: int, has_messages: bool) -> _Counts:
+    """Order within one stage. Whether F stands before its backward is left to `check_progress`, which knows the cycle."""
+    check = _StageOrder(schedule, stage, has_messages)
+    for step in schedule.stages[stage]:
+        for action in parts(step):
+            check.take(step, action)
+    return check.counts
 
 
 _NEEDED_BEFORE = {
-    Kind.SEND_F: (Kind.F, "its forward"),
-    Kind.SEND_B: (Kind.I, "its backward"),
-    Kind.W: (Kind.I, "its input gradient"),
-    Kind.OFFLOAD: (Kind.F, "its forward"),
-    Kind.RELOAD: (Kind.OFFLOAD, "its OFFLOAD"),
+    Kind.SEND_F: (Kind.F, "its forward stands later in the list"),
+    Kind.SEND_B: (Kind.I, "its backward stands later in the list"),
+    Kind.W: (Kind.I, "its input gradient stands later in the list"),
+    Kind.OFFLOAD: (Kind.F, "its forward stands later in the list"),
+    Kind.RELOAD: (Kind.OFFLOAD, "its OFFLOAD stands later in the list"),
 }
 
 
-def _check_stage(schedule: Schedule, stage: int) -> _Counts:
-    """Order within one stage. Whether F stands before its backward is left to `check_progress`, which knows the cycle."""
-    has_messages = bool(schedule.kinds & MESSAGES)
-    counts = _Counts()
-    done: dict[Kind, set[int]] = {kind: set() for kind in Kind}
-    width = schedule.num_microbatches
-    for step in schedule.stages[stage]:
-        if isinstance(step, Pair):
-            counts.in_warmup = False
-        for action in parts(step):
-            kind, virtual_stage, microbatch = action
-            key = virtual_stage * width + microbatch
+class _StageOrder:
+    """Walks one stage's list and checks that what belongs around a compute action is around it."""
+
+    def __init__(self, schedule: Schedule, stage: int, has_messages: bool) -> None:
+        self.counts = _Counts()
+        self._stage = stage
+        self._width = schedule.num_microbatches
+        cells = schedule.num_virtual_stages * schedule.num_microbatches
+        self._done = {kind: bytearray(cells) for kind in Kind}  # a full backward counts as I here
+        virtual_stages = range(schedule.num_virtual_stages)
+        self._receives = {
+            kind: [
+                has_messages and receive_of(schedule, Action(kind, vs, 0)) is not None
+                for vs in virtual_stages
+            ]
+            for kind in (Kind.F, Kind.B, Kind.I)
+        }
+
+    def take(self, step: Step, action: Action) -> None:
+        kind, virtual_stage, microbatch = action
+        done = self._done
+        cell = virtual_stage * self._width + microbatch
+        if kind is Kind.F or kind is Kind.I or kind is Kind.B:
+            self._compute(step, action, cell)
+            kind = Kind.F if kind is Kind.F else Kind.I
+        else:
             need = _NEEDED_BEFORE.get(kind)
-            if need is not None and key not in done[need[0]]:
-                raise _too_early(stage, step, action, f"{need[1]} stands later in the list")
-            if (has_messages and kind is Kind.F) or kind in BACKWARDS:
-                _check_inputs(schedule, stage, step, action, done, key, has_messages)
-            elif kind is Kind.OFFLOAD and key in done[Kind.I]:
-                raise _too_early(
-                    stage, step, action, "its backward stands earlier, so it never comes back", "late"
-                )
-            counts.compute(action)
-            counts.sends += kind in (Kind.SEND_F, Kind.SEND_B)
-            done[Kind.I if kind is Kind.B else kind].add(key)
-    return counts
+            if need is not None and not done[need[0]][cell]:
+                raise self._error(step, action, "early", need[1])
+            if kind is Kind.W:
+                self.counts.queue -= 1
+            elif kind is Kind.SEND_F or kind is Kind.SEND_B:
+                self.counts.sends += 1
+            elif kind is Kind.OFFLOAD and done[Kind.I][cell]:
+                raise self._error(step, action, "late", "its backward stands earlier, so it never comes back")
+        done[kind][cell] = 1
 
+    def _compute(self, step: Step, action: Action, cell: int) -> None:
+        kind, done = action.kind, self._done
+        if kind is Kind.F:
+            self.counts.forward(alone=step is action)
+        else:
+            self.counts.backward(split=kind is Kind.I)
+            if done[Kind.OFFLOAD][cell] and not done[Kind.RELOAD][cell]:
+                raise self._error(step, action, "early", "it was offloaded and not reloaded before its use")
+        receive = Kind.RECV_F if kind is Kind.F else Kind.RECV_B
+        if self._receives[kind][action.virtual_stage] and not done[receive][cell]:
+            raise self._error(step, action, "early", "its receive has not been posted")
 
-def _check_inputs(
-    schedule: Schedule,
-    stage: int,
-    step: Step,
-    action: Action,
-    done: dict[Kind, set[int]],
-    key: int,
-    has_messages: bool,
-) -> None:
-    forward = action.kind is Kind.F
-    if not forward and key in done[Kind.OFFLOAD] and key not in done[Kind.RELOAD]:
-        raise _too_early(stage, step, action, "it was offloaded and not reloaded before its use")
-    if not has_messages:
-        return
-    neighbour = (schedule.previous if forward else schedule.next)[action.virtual_stage]
-    if neighbour is None or schedule.placement[neighbour] == stage:
-        return
-    if key not in done[Kind.RECV_F if forward else Kind.RECV_B]:
-        raise _too_early(stage, step, action, "its receive has not been posted")
-
-
-def _too_early(stage: int, step: Step, action: Action, why: str, when: str = "early") -> ScheduleError:
-    inside = f" inside {step}" if isinstance(step, Pair) else ""
-    return ScheduleError(f"stage {stage}: {action}{inside} comes too {when}", [why])
+    def _error(self, step: Step, action: Action, when: str, why: str) -> ScheduleError:
+        inside = f" inside {step}" if isinstance(step, Pair) else ""
+        return ScheduleError(f"stage {self._stage}: {action}{inside} comes too {when}", [why])
 
 
 def check_channels(schedule: Schedule) -> None:
