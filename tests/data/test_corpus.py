@@ -39,9 +39,14 @@ def open_corpus(tmp_path: Path, *prefixes: str, seed: int = 0, seq_len: int = SE
 
 
 @pytest.mark.parametrize("split", ["train", "valid", "test"])
-def test_a_batch_is_the_same_however_it_is_cut_up(tmp_path: Path, write_dataset: WriteDataset, split: str) -> None:
+def test_a_batch_is_the_same_however_it_is_cut_up(
+    tmp_path: Path, write_dataset: WriteDataset, split: str
+) -> None:
     """Across an epoch's end too, and in a corpus opened anew, as after a restart."""
-    prefixes = write_dataset("a", numbered_documents(90, "a")), write_dataset("b", numbered_documents(70, "b"))
+    prefixes = (
+        write_dataset("a", numbered_documents(90, "a")),
+        write_dataset("b", numbered_documents(70, "b")),
+    )
     corpus = open_corpus(tmp_path, *prefixes, weights=(3.0, 1.0))
     count = 3 * corpus.num_samples(split) + 5
     whole = corpus.batch(split, 0, count)
@@ -84,7 +89,9 @@ def test_an_epoch_makes_every_token_a_target_once_and_epochs_are_shuffled_anew(
     assert not torch.equal(epochs[1], epochs[2])
 
 
-def test_the_first_epoch_is_what_megatron_cores_own_builder_gives(tmp_path: Path, write_dataset: WriteDataset) -> None:
+def test_the_first_epoch_is_what_megatron_cores_own_builder_gives(
+    tmp_path: Path, write_dataset: WriteDataset
+) -> None:
     """Oracle: BlendedMegatronDatasetBuilder with one epoch and the seed of that epoch, tokens and labels alike."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
@@ -108,7 +115,9 @@ def test_the_first_epoch_is_what_megatron_cores_own_builder_gives(tmp_path: Path
         assert torch.equal(batch[i, 1:], train[i]["labels"])
 
 
-def test_seeds_change_the_training_order_and_nothing_else(tmp_path: Path, write_dataset: WriteDataset) -> None:
+def test_seeds_change_the_training_order_and_nothing_else(
+    tmp_path: Path, write_dataset: WriteDataset
+) -> None:
     prefix = write_dataset("a", numbered_documents(90))
     zero, one = (open_corpus(tmp_path, prefix, seed=seed) for seed in (0, 1))
     assert not torch.equal(zero.batch("train", 0, 16), one.batch("train", 0, 16))
@@ -130,11 +139,15 @@ def test_no_document_of_one_split_shows_in_another(tmp_path: Path, write_dataset
     assert all(seen.values())
     assert seen["train"] <= {f"d{i}" for i in range(70)}
     # a sample's last word may be cut, and a cut number is a smaller one, hence only the upper bounds of the others
-    assert {w for w in seen["valid"] if len(w) == 3} <= {f"d{i}" for i in range(100)} - {f"d{i}" for i in range(10, 70)}
+    assert {w for w in seen["valid"] if len(w) == 3} <= {f"d{i}" for i in range(100)} - {
+        f"d{i}" for i in range(10, 70)
+    }
     assert corpus.num_documents("train") == 70
 
 
-@given(st.integers(1, 5000), st.lists(st.floats(0, 100), min_size=1, max_size=3).filter(lambda s: s[0] > 0.01))
+@given(
+    st.integers(1, 5000), st.lists(st.floats(0, 100), min_size=1, max_size=3).filter(lambda s: s[0] > 0.01)
+)
 def test_splits_are_disjoint_and_complete(num_documents: int, shares: list[float]) -> None:
     ranges = document_ranges(parse_split(",".join(map(str, shares))), num_documents)
     listed = [document for part in ranges.values() for document in part]
@@ -171,7 +184,9 @@ def test_the_end_of_a_pass_is_where_the_first_corpus_would_repeat() -> None:
     assert samples[:-1][corpora[:-1] == 1].max() == 9
 
 
-def test_held_out_text_is_the_text_of_the_samples_evaluated(tmp_path: Path, write_dataset: WriteDataset) -> None:
+def test_held_out_text_is_the_text_of_the_samples_evaluated(
+    tmp_path: Path, write_dataset: WriteDataset
+) -> None:
     """Whole documents in order, so that a compressor sees what the documents hold and not torn windows."""
     documents = numbered_documents(100)
     corpus = open_corpus(tmp_path, write_dataset("a", documents), split="50,50,0")
@@ -184,7 +199,9 @@ def test_held_out_text_is_the_text_of_the_samples_evaluated(tmp_path: Path, writ
     assert corpus.held_out_text(5) == text[: len(corpus.held_out_text(5))]
 
 
-def test_a_dataset_of_another_program_without_a_side_car_is_read(tmp_path: Path, foreign_dataset: str) -> None:
+def test_a_dataset_of_another_program_without_a_side_car_is_read(
+    tmp_path: Path, foreign_dataset: str
+) -> None:
     corpus = open_corpus(tmp_path, foreign_dataset, split="90,10,0")
     batch = corpus.batch("train", 0, 4)
     assert int(batch.max()) == 256
@@ -200,7 +217,9 @@ def test_ids_outside_the_vocabulary_are_refused(tmp_path: Path, foreign_dataset:
         open_corpus(tmp_path, foreign_dataset).batch("train", 0, 8)
 
 
-def test_a_rebuilt_dataset_is_not_read_with_the_old_shuffle(tmp_path: Path, write_dataset: WriteDataset) -> None:
+def test_a_rebuilt_dataset_is_not_read_with_the_old_shuffle(
+    tmp_path: Path, write_dataset: WriteDataset
+) -> None:
     prefix = write_dataset("a", numbered_documents(90))
     first = open_corpus(tmp_path, prefix).batch("train", 0, 8)
     write_dataset("a", numbered_documents(40, "other"))
@@ -209,7 +228,9 @@ def test_a_rebuilt_dataset_is_not_read_with_the_old_shuffle(tmp_path: Path, writ
     assert not torch.equal(corpus.batch("train", 0, 8), first)
 
 
-def test_two_processes_of_a_group_read_without_communicating(tmp_path: Path, write_dataset: WriteDataset) -> None:
+def test_two_processes_of_a_group_read_without_communicating(
+    tmp_path: Path, write_dataset: WriteDataset
+) -> None:
     """megatron-core's datasets call barriers once a process group exists; here only the second rank reads, and returns."""
     prefix = write_dataset("a", numbered_documents(60))
     program = textwrap.dedent(f"""
@@ -248,11 +269,15 @@ def test_a_split_too_small_for_a_sample_is_named(tmp_path: Path, write_dataset: 
     assert corpus.num_samples("valid") == 0
     with pytest.raises(ConfigError, match="its valid documents hold 6 tokens, less than one sample of 33"):
         corpus.batch("valid", 0, 1)
-    with pytest.raises(ConfigError, match="its train documents hold 202 tokens, less than one sample of 1001"):
+    with pytest.raises(
+        ConfigError, match="its train documents hold 202 tokens, less than one sample of 1001"
+    ):
         open_corpus(tmp_path, prefix, split="67,33,0", seq_len=1000)
 
 
-def test_files_that_are_missing_cut_short_or_not_an_index_are_named(tmp_path: Path, write_dataset: WriteDataset) -> None:
+def test_files_that_are_missing_cut_short_or_not_an_index_are_named(
+    tmp_path: Path, write_dataset: WriteDataset
+) -> None:
     prefix = write_dataset("a", numbered_documents(30))
     index, data = Path(prefix + ".idx"), Path(prefix + ".bin")
     good_index, good_data = index.read_bytes(), data.read_bytes()
