@@ -2,7 +2,7 @@
 
 A checkpoint says nothing about the layout that wrote it, so any layout can resume from it by name.
 
-    write_checkpoint(directory, tensors, meta)      one writer; begin / write_shards / read_entries / commit for many
+    write_checkpoint(directory, tensors, meta)      one writer; begin, partial_path, write_shards, read_entries, commit for many
     open_checkpoint(directory) -> Checkpoint        .meta .names() .load(name, rows) .verify()
     RowPiece, LazyTensor                            a row range of a tensor; a tensor made when its turn comes
     step_directory, latest_checkpoint, prune_checkpoints, checkpoint_steps, checkpoint_problem,
@@ -21,7 +21,7 @@ from k2train.checkpoint.run_checkpoints import (
     step_directory,
 )
 from k2train.checkpoint.safetensors_file import LazyTensor
-from k2train.checkpoint.staging import begin, clean_leftovers
+from k2train.checkpoint.staging import begin, clean_leftovers, partial_path
 from k2train.checkpoint.writer import RowPiece, Storable, commit, read_entries, write_checkpoint, write_shards
 
 __all__ = [
@@ -37,6 +37,7 @@ __all__ = [
     "commit",
     "latest_checkpoint",
     "open_checkpoint",
+    "partial_path",
     "prune_checkpoints",
     "read_entries",
     "step_directory",

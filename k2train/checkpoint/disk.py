@@ -42,6 +42,9 @@ def disk_errors(field: str, directory: Path) -> Iterator[None]:
     """Turn a full disk, a missing permission and the like, met while writing, into a ConfigError."""
     try:
         yield
+    except BrokenPipeError:
+        # The reader of our progress lines went away; no file is to blame.
+        raise
     except OSError as error:
         full = error.errno in (errno.ENOSPC, errno.EDQUOT)
         rule = "its disk is full; nothing was left of it" if full else f"cannot be written: {error}"

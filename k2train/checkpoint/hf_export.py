@@ -9,7 +9,7 @@ from __future__ import annotations
 import collections
 import dataclasses
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +22,7 @@ from k2train.checkpoint.hf_config import CONFIG_FILE, to_hf_config
 from k2train.checkpoint.hf_import import GENERATION_FILE
 from k2train.checkpoint.hf_source import INDEX_FILE
 from k2train.checkpoint.reader import Checkpoint
-from k2train.checkpoint.safetensors_file import LazyTensor, write_file
+from k2train.checkpoint.safetensors_file import LazyTensor, lazy, write_file
 from k2train.checkpoint.staging import publish, staged, write_text
 from k2train.checkpoint.writer import group_by_bytes
 from k2train.config.convert import from_dict
@@ -85,7 +85,9 @@ def plan_export(checkpoint: Checkpoint, dtype: str | None = None) -> HfExport:
         NamedTensor(spec.name, _lazy(checkpoint, spec, sources[spec.name] or "", dtype)) for spec in specs
     )
     hf = checkpoint.meta.get("hf") or {}
-    return HfExport(model, tensors, hf.get("tokens") or {}, hf.get("generation_config"))
+    return HfExport(
+        model, (*tensors, *_empty_shared_experts(model)), hf.get("tokens") or {}, hf.get("generation_config")
+    )
 
 
 def export_model(
@@ -130,6 +132,21 @@ def _model_of(checkpoint: Checkpoint) -> ModelConfig:
         raise CheckpointError(
             checkpoint.directory, f"its recorded architecture is refused: {error}"
         ) from error
+
+
+def _empty_shared_experts(model: ModelConfig) -> Iterator[NamedTensor]:
+    """transformers makes projections of width 0 where a model has no shared experts, and misses them in the files."""
+    shapes = {
+        "gate_proj": (0, model.hidden_size),
+        "up_proj": (0, model.hidden_size),
+        "down_proj": (model.hidden_size, 0),
+    }
+    if model.n_shared_experts:
+        return
+    for layer in filter(model.is_moe, range(model.num_hidden_layers)):
+        for projection, shape in shapes.items():
+            name = f"model.layers.{layer}.mlp.shared_experts.{projection}.weight"
+            yield NamedTensor(name, lazy(torch.empty(shape)))
 
 
 def _source(checkpoint: Checkpoint, name: str) -> str | None:

@@ -107,9 +107,7 @@ def check_tensors(
     Raises ConfigError that lists missing, extra and misshapen tensors (the first few of each, and how many), or names
     one of a type that is no weight's. Multi-token-prediction layers, beyond the model's last, are left aside.
     """
-    skipped = {
-        name for name in located if _beyond(name, model.num_hidden_layers) or name.endswith(_IGNORED_SUFFIX)
-    }
+    skipped = {name for name, place in located.items() if _left_aside(name, place, model)}
     names = located.keys() - skipped
     expected = {spec.name: spec.shape for spec in model_tensors(model)}
     matrices = {name for name in names & expected.keys() if len(expected[name]) == 2}
@@ -128,6 +126,12 @@ def check_tensors(
     layers = {f"model.layers.{match.group(1)}" for name in skipped if (match := _LAYER.match(name))
               and _beyond(name, model.num_hidden_layers)}  # fmt: skip
     return CheckedTensors(lazies, len(quantized), tuple(sorted(layers)))
+
+
+def _left_aside(name: str, place: Located, model: ModelConfig) -> bool:
+    # transformers saves the projections of zero shared experts as tensors without elements.
+    empty = 0 in place.slot.shape
+    return empty or name.endswith(_IGNORED_SUFFIX) or _beyond(name, model.num_hidden_layers)
 
 
 def _beyond(name: str, num_layers: int) -> bool:

@@ -19,7 +19,8 @@ REPLACED = ".replaced"
 
 
 def partial_path(directory: Path) -> Path:
-    """Where the files of `directory` are written until they are complete."""
+    """Where the files of `directory` are written until they are complete; what `begin` makes, the same on every rank."""
+    directory = Path(directory).resolve()
     return directory.with_name(directory.name + PARTIAL)
 
 

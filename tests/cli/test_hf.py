@@ -46,12 +46,15 @@ FAMILIES = {
 }  # fmt: skip
 
 
+NO_SHARED_EXPERTS = {**FAMILIES["k2"], "n_shared_experts": 0}
+
+
 def saved_by_transformers(
-    directory: Path, family: str, max_shard_size: str = "20KB"
+    directory: Path, config: dict, max_shard_size: str = "20KB"
 ) -> DeepseekV3ForCausalLM:
     """A random model that routing and attention matter in, saved as transformers saves it."""
     torch.manual_seed(0)
-    theirs = DeepseekV3ForCausalLM(DeepseekV3Config(**FAMILIES[family])).eval()
+    theirs = DeepseekV3ForCausalLM(DeepseekV3Config(**config)).eval()
     with torch.no_grad():
         for name, tensor in theirs.state_dict().items():
             tensor.normal_(std=0.05 if name.endswith("e_score_correction_bias") else 0.3)
@@ -75,7 +78,7 @@ def opened(directory: Path) -> torch.nn.Module:
 @pytest.mark.parametrize("family", FAMILIES)
 def test_a_model_of_transformers_comes_back_with_the_same_logits(family: str, tmp_path: Path, capsys) -> None:
     """Same bytes and same config, so the logits are equal to the bit."""
-    theirs = saved_by_transformers(tmp_path / "hf", family)
+    theirs = saved_by_transformers(tmp_path / "hf", FAMILIES[family])
     assert len(list((tmp_path / "hf").glob("*.safetensors"))) > 1
     assert main(["import-hf", str(tmp_path / "hf"), f"out={tmp_path}/ck", "verify=true"]) == 0
     assert main(["export-hf", str(tmp_path / "out"), f"checkpoint={tmp_path}/ck", "max_shard_bytes=2e4"]) == 0
@@ -100,7 +103,7 @@ def test_a_model_of_transformers_comes_back_with_the_same_logits(family: str, tm
 
 
 def test_a_runs_newest_complete_checkpoint_is_exported(tmp_path: Path) -> None:
-    saved_by_transformers(tmp_path / "hf", "k2")
+    saved_by_transformers(tmp_path / "hf", FAMILIES["k2"])
     model = to_model_config(json.loads((tmp_path / "hf" / "config.json").read_text()))
     root = tmp_path / "run" / "checkpoints"
     for step, value in [(5, 0.5), (10, 1.0), (20, 2.0)]:
@@ -180,14 +183,14 @@ def test_help_explains_every_key(command: str, capsys) -> None:
 def test_relative_paths_with_spaces_and_equal_signs_work(tmp_path: Path, monkeypatch) -> None:
     """Hydra's sweeps make directories like `lr=0.1,seed=2`."""
     monkeypatch.chdir(tmp_path)
-    saved_by_transformers(tmp_path / "my models" / "lr=0.1", "moonlight")
+    saved_by_transformers(tmp_path / "my models" / "lr=0.1", FAMILIES["moonlight"])
     assert import_hf(["my models/lr=0.1", "out=made of/lr=0.1,x=2"]) == 0
     assert export_hf(["./out=1", "checkpoint=made of/lr=0.1,x=2"]) == 0
     assert (tmp_path / "out=1" / "config.json").is_file()
 
 
 def test_multi_token_prediction_layers_are_left_out_with_a_note(tmp_path: Path, capsys) -> None:
-    theirs = saved_by_transformers(tmp_path / "hf", "k2", "1GB")
+    theirs = saved_by_transformers(tmp_path / "hf", FAMILIES["k2"], "1GB")
     path = tmp_path / "hf" / "extra.safetensors"
     save_file({"model.layers.3.eh_proj.weight": torch.zeros(32, 64)}, path)
     single = tmp_path / "hf" / "model.safetensors"
@@ -234,6 +237,16 @@ def test_transformers_gives_an_exported_model_of_ours_the_same_logits(family: st
     mine, theirs = model_logits(ours, tokens), logits(opened(tmp_path / "out"))
     assert theirs.abs().max() > 1
     assert (mine - theirs).abs().max() <= 1e-5 * theirs.abs().max()
+
+
+@pytest.mark.filterwarnings("ignore:Initializing zero-element tensors")
+def test_a_model_without_shared_experts_goes_both_ways(tmp_path: Path) -> None:
+    """transformers has projections of width zero there, in memory and on disk; we have none."""
+    theirs = saved_by_transformers(tmp_path / "hf", NO_SHARED_EXPERTS)
+    assert import_hf([str(tmp_path / "hf"), f"out={tmp_path}/ck"]) == 0
+    assert not [name for name in open_checkpoint(tmp_path / "ck").names() if "shared_experts" in name]
+    assert export_hf([str(tmp_path / "out"), f"checkpoint={tmp_path}/ck"]) == 0
+    assert torch.equal(logits(opened(tmp_path / "out")), logits(theirs))
 
 
 WIDE = ModelConfig(
