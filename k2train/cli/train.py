@@ -1,0 +1,48 @@
+"""`k2train train`: one run, or with -m one run for each point of a sweep."""
+
+from __future__ import annotations
+
+import dataclasses
+import sys
+
+from k2train.config.compose import config_dir, group_options, load_config
+from k2train.config.help import render_help
+from k2train.config.schema import Config
+from k2train.config.sweep import is_multirun, run_sweep
+
+USAGE = """k2train train [group=name ...] [key=value ...]
+       k2train train -m key=a,b,c ...        one run for each value (Hydra multirun)
+
+A run directory that holds a checkpoint is resumed: k2train train run_dir=DIR with the words of its first start.
+SIGTERM and Ctrl-C finish the step, write a checkpoint and exit with 0; a second Ctrl-C stops at once."""
+
+
+def run(args: list[str]) -> int:
+    """Train; 0 when done or stopped on request, 1 where the loss became non-finite."""
+    if any(word in ("-h", "--help") for word in args):
+        print(render_help(Config, "Train a model.", USAGE, group_options(config_dir())))
+        return 0
+    if is_multirun(args):
+        run_sweep(args, train_point)
+        return 0
+    return train_once(load_config(args), args)
+
+
+def train_once(config: Config, words: list[str]) -> int:
+    """One run, with its failure told in lines instead of a traceback."""
+    # Imported here: torch takes seconds, and --help and mistakes in the config do not need it.
+    from k2train.trainer.loop import TrainingDiverged, train
+
+    try:
+        train(config, words)
+    except TrainingDiverged as error:
+        print(f"k2train train: {error}", file=sys.stderr)
+        return 1
+    return 0
+
+
+def train_point(config: Config, output_dir: str) -> int:
+    """One point of a sweep, in the directory Hydra made for it unless the config names one."""
+    if config.run_dir is None:
+        config = dataclasses.replace(config, run_dir=output_dir)
+    return train_once(config, [])

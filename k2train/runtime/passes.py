@@ -1,0 +1,77 @@
+"""One microbatch through the phases of one virtual stage, as generators that pause where something else may run.
+
+A pause comes after each compute phase and between the start and the finish of each communication phase. Driving one
+generator to its end is a plain forward or backward; driving two in turn is a PAIR, in which one's all-to-all is under way
+while the other computes (K2 report, Figure 7).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Generator, Sequence
+from typing import Any
+
+import torch
+
+from k2train.model.context import MicrobatchContext
+from k2train.model.phase import CommunicationPhase, Grads, Phase, Tensors
+
+
+def forward_steps(
+    phases: Sequence[Phase], inputs: Tensors, context: MicrobatchContext, records: list[Any]
+) -> Generator[None, None, Tensors]:
+    """Forward through `phases`; appends each one's record and returns the outputs of the last."""
+    for phase in phases:
+        if isinstance(phase, CommunicationPhase):
+            with torch.no_grad():
+                started = phase.start_forward(inputs, context)
+            yield
+            with torch.no_grad():
+                inputs, record = phase.finish_forward(started, context)
+        else:
+            inputs, record = phase.forward(inputs, context)
+            yield
+        records.append(record)
+    return inputs
+
+
+def backward_steps(
+    phases: Sequence[Phase], grads: Grads, context: MicrobatchContext, records: list[Any]
+) -> Generator[None, None, Grads]:
+    """Backward through `phases`, last first; consumes `records` and returns the gradients of the first one's inputs."""
+    for phase in reversed(phases):
+        record = records.pop()
+        if isinstance(phase, CommunicationPhase):
+            with torch.no_grad():
+                started = phase.start_backward(record, grads, context)
+            yield
+            with torch.no_grad():
+                grads = phase.finish_backward(started, context)
+        else:
+            grads = phase.backward(record, grads, context)
+            yield
+    return grads
+
+
+def finish(steps: Generator[None, None, Any]) -> Any:
+    """Drive a generator to its end without pausing; its return value."""
+    while True:
+        try:
+            next(steps)
+        except StopIteration as end:
+            return end.value
+
+
+def alternate(
+    forward: Generator[None, None, Tensors], backward: Generator[None, None, Grads]
+) -> tuple[Tensors, Grads]:
+    """Drive both to their ends, a step of each in turn, the forward first; their return values."""
+    results: dict[int, Any] = {}
+    running = {0: forward, 1: backward}
+    while running:
+        for name, steps in list(running.items()):
+            try:
+                next(steps)
+            except StopIteration as end:
+                results[name] = end.value
+                del running[name]
+    return results[0], results[1]

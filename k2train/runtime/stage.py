@@ -1,0 +1,225 @@
+"""The handlers of one rank: its virtual stages, what is under way in them, and the messages to its neighbours.
+
+A microbatch on a virtual stage goes through these hands, each named by (virtual stage, microbatch):
+
+    inputs     activations that have arrived, local ones at once, remote ones as a receive to be waited for
+    records    what the phases keep from forward to backward, with the microbatch's context
+    outputs    activations to be sent        gradients, received_gradients    the same on the way back
+
+All of them must be empty at the end of a step, and `finish_step` proves it.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, Protocol
+
+import torch
+
+from k2train.model.context import MicrobatchContext
+from k2train.model.model import Model
+from k2train.model.phase import Tensors
+from k2train.ops.weight_grad import GradientSink, Key, WeightGradQueue
+from k2train.runtime.passes import alternate, backward_steps, finish, forward_steps
+
+
+class Arrival(Protocol):
+    """A message that may still be under way."""
+
+    def wait(self) -> torch.Tensor: ...
+
+
+@dataclasses.dataclass(frozen=True)
+class Here:
+    """A message from a virtual stage of the same rank."""
+
+    tensor: torch.Tensor
+
+    def wait(self) -> torch.Tensor:
+        return self.tensor
+
+
+class Transport(Protocol):
+    """Messages between pipeline stages. Between two stages they arrive in the order they were sent in."""
+
+    def send(self, tensor: torch.Tensor, stage: int) -> None: ...
+
+    def receive(self, num_rows: int, stage: int) -> Arrival:
+        """Post the receive of a (num_rows, hidden) tensor."""
+        ...
+
+    def finish(self) -> None:
+        """Wait until everything sent has left."""
+        ...
+
+
+@dataclasses.dataclass(frozen=True)
+class Route:
+    """Where a virtual stage's outputs go and its inputs come from.
+
+    previous and next are virtual stages (None at the ends); the stages are the pipeline ranks they live on.
+    """
+
+    stage: int
+    previous: int | None
+    next: int | None
+    previous_stage: int
+    next_stage: int
+
+    @property
+    def next_is_here(self) -> bool:
+        return self.next is not None and self.next_stage == self.stage
+
+    @property
+    def previous_is_here(self) -> bool:
+        return self.previous is not None and self.previous_stage == self.stage
+
+
+MakeContext = Callable[[int, int], MicrobatchContext]
+LoadTokens = Callable[[int], torch.Tensor]
+
+
+class PipelineStage:
+    """Implements executor.Handlers for the virtual stages of one rank."""
+
+    def __init__(
+        self,
+        models: Mapping[int, Model],
+        routes: Mapping[int, Route],
+        transport: Transport | None,
+        gradients: GradientSink | None,
+    ) -> None:
+        """transport may be None where all virtual stages live here; gradients is None in evaluation."""
+        self.models, self.routes, self.transport, self.gradients = models, routes, transport, gradients
+        self.queue = WeightGradQueue()
+        self._make_context: MakeContext | None = None
+        self._tokens: LoadTokens | None = None
+        self._inputs: dict[Key, Arrival] = {}
+        self._outputs: dict[Key, torch.Tensor] = {}
+        self._records: dict[Key, tuple[list[Any], MicrobatchContext]] = {}
+        self._arrived_gradients: dict[Key, Arrival] = {}
+        self._gradients: dict[Key, torch.Tensor] = {}
+
+    def begin_step(self, tokens: LoadTokens, make_context: MakeContext) -> None:
+        """tokens(microbatch) gives its (B, S) ids; make_context(virtual_stage, microbatch) what its phases may touch."""
+        self._tokens, self._make_context = tokens, make_context
+
+    def finish_step(self) -> None:
+        """Wait for the sends and prove that nothing is left under way."""
+        if self.transport is not None:
+            self.transport.finish()
+        left = {name: list(held) for name, held in self._held().items() if held}
+        assert not left, f"left under way at the end of a step: {left}"
+        assert self.queue.empty, f"weight gradients never taken: {self.queue.keys()}"
+
+    def abandon_step(self) -> None:
+        """Forget an interrupted step."""
+        for held in self._held().values():
+            held.clear()
+        self.queue.clear()
+
+    def forward(self, virtual_stage: int, microbatch: int) -> None:
+        key = (virtual_stage, microbatch)
+        self._forward_done(key, finish(self._forward_steps(key)))
+
+    def input_gradient(self, virtual_stage: int, microbatch: int) -> None:
+        key = (virtual_stage, microbatch)
+        self._backward_done(key, finish(self._backward_steps(key)))
+
+    def weight_gradient(self, virtual_stage: int, microbatch: int) -> None:
+        assert self.gradients is not None
+        self.queue.drain((virtual_stage, microbatch), self.gradients)
+
+    def pair(self, forward: Key, backward: Key) -> None:
+        outputs, grads = alternate(self._forward_steps(forward), self._backward_steps(backward))
+        self._forward_done(forward, outputs)
+        self._backward_done(backward, grads)
+
+    def send_activation(self, virtual_stage: int, microbatch: int) -> None:
+        self._wire().send(
+            self._outputs.pop((virtual_stage, microbatch)), self.routes[virtual_stage].next_stage
+        )
+
+    def receive_activation(self, virtual_stage: int, microbatch: int) -> None:
+        peer = self.routes[virtual_stage].previous_stage
+        self._inputs[virtual_stage, microbatch] = self._wire().receive(self._num_rows(microbatch), peer)
+
+    def send_gradient(self, virtual_stage: int, microbatch: int) -> None:
+        self._wire().send(
+            self._gradients.pop((virtual_stage, microbatch)), self.routes[virtual_stage].previous_stage
+        )
+
+    def receive_gradient(self, virtual_stage: int, microbatch: int) -> None:
+        peer = self.routes[virtual_stage].next_stage
+        self._arrived_gradients[virtual_stage, microbatch] = self._wire().receive(
+            self._num_rows(microbatch), peer
+        )
+
+    def offload(self, virtual_stage: int, microbatch: int) -> None:
+        raise NotImplementedError(
+            "activation offload is not built yet; schedules for training contain no OFFLOAD"
+        )
+
+    def reload(self, virtual_stage: int, microbatch: int) -> None:
+        raise NotImplementedError(
+            "activation offload is not built yet; schedules for training contain no RELOAD"
+        )
+
+    def _forward_steps(self, key: Key) -> Any:
+        virtual_stage, microbatch = key
+        assert self._make_context is not None
+        context, records = self._make_context(virtual_stage, microbatch), []  # type: ignore[var-annotated]
+        self._records[key] = (records, context)
+        return forward_steps(self.models[virtual_stage].phases, self._take_inputs(key), context, records)
+
+    def _take_inputs(self, key: Key) -> Tensors:
+        if self.routes[key[0]].previous is None:
+            assert self._tokens is not None
+            return (self._tokens(key[1]),)
+        return (self._inputs.pop(key).wait(),)
+
+    def _forward_done(self, key: Key, outputs: Tensors) -> None:
+        route = self.routes[key[0]]
+        if self.gradients is None:
+            del self._records[key]
+        if route.next is None:
+            return
+        if route.next_is_here:
+            self._inputs[route.next, key[1]] = Here(outputs[0])
+        else:
+            self._outputs[key] = outputs[0]
+
+    def _backward_steps(self, key: Key) -> Any:
+        records, context = self._records.pop(key)
+        is_last = self.routes[key[0]].next is None
+        gradient = None if is_last else self._arrived_gradients.pop(key).wait()
+        return backward_steps(self.models[key[0]].phases, (gradient,), context, records)
+
+    def _backward_done(self, key: Key, grads: Sequence[torch.Tensor | None]) -> None:
+        route = self.routes[key[0]]
+        if route.previous is None:
+            return
+        (gradient,) = grads
+        assert gradient is not None
+        if route.previous_is_here:
+            self._arrived_gradients[route.previous, key[1]] = Here(gradient)
+        else:
+            self._gradients[key] = gradient
+
+    def _wire(self) -> Transport:
+        assert self.transport is not None, "a schedule with messages needs a transport"
+        return self.transport
+
+    def _num_rows(self, microbatch: int) -> int:
+        assert self._tokens is not None
+        return self._tokens(microbatch).numel()
+
+    def _held(self) -> dict[str, dict[Key, Any]]:
+        return {
+            "inputs": self._inputs,
+            "outputs": self._outputs,
+            "records": self._records,
+            "received gradients": self._arrived_gradients,
+            "gradients": self._gradients,
+        }

@@ -1,0 +1,154 @@
+"""From a config to everything a run is made of: layout, schedule, model, optimizer, data.
+
+Nothing is trained here and nothing is written. What cannot run is refused here, before any tensor is made.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+
+import torch
+
+from k2train.config.errors import ConfigError
+from k2train.config.schema import Config
+from k2train.config.sections import ActivationsConfig
+from k2train.data.corpus import Corpus, build_corpus
+from k2train.layout.build import build_layout, num_microbatches
+from k2train.layout.layout import Layout
+from k2train.layout.tensors import model_tensors
+from k2train.model.model import Model, build_model
+from k2train.model.pieces import ModelPart
+from k2train.optim.build import build_optimizer
+from k2train.optim.lr_schedule import LrSchedule
+from k2train.optim.optimizer import Optimizer
+from k2train.parallel.groups import Groups
+from k2train.runtime.stage import PipelineStage, Route
+from k2train.schedule import Schedule, ScheduleSpec, build_schedule, validate
+
+DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32, "float64": torch.float64}
+
+
+@dataclasses.dataclass(frozen=True)
+class Run:
+    """One rank's share of a run. Made by `build_run`; a step changes parameters, optimizer and biases in place."""
+
+    config: Config
+    layout: Layout
+    schedule: Schedule
+    groups: Groups
+    device: torch.device
+    models: Mapping[int, Model]
+    optimizer: Optimizer
+    corpus: Corpus
+    learning_rate: LrSchedule
+    training: PipelineStage
+    evaluation: PipelineStage
+
+    @property
+    def pp_rank(self) -> int:
+        return self.groups.pp.rank
+
+    @property
+    def num_microbatches(self) -> int:
+        """Microbatches of this pipeline in a step."""
+        return self.schedule.num_microbatches
+
+
+def check_supported(config: Config, layout: Layout) -> None:
+    """Refuse what can be planned but not trained yet, by name."""
+    if layout.world != 1:
+        raise ConfigError("layout", f"{layout.world} ranks", "training runs on one rank so far; plan takes any layout",
+                          "set layout=single")  # fmt: skip
+    for field in dataclasses.fields(ActivationsConfig):
+        policy = getattr(config.activations, field.name)
+        if policy != "keep":
+            raise ConfigError(f"activations.{field.name}", policy, "training keeps every activation so far; plan takes any policy",
+                              "set activations=none")  # fmt: skip
+
+
+def choose_device(config: Config) -> torch.device:
+    """`train.device`, with auto taking a GPU where there is one."""
+    available = torch.cuda.is_available()
+    if config.train.device == "cuda" and not available:
+        raise ConfigError(
+            "train.device", "cuda", "this machine shows no CUDA device", "set train.device=auto or cpu"
+        )
+    return torch.device("cuda" if available and config.train.device != "cpu" else "cpu")
+
+
+def build_layouts(config: Config) -> tuple[Layout, Schedule]:
+    """The layout and the validated schedule of a run; pure, and refused here if they cannot run."""
+    layout = build_layout(config.layout, config.cluster, config.model, config.train.seq_len)
+    check_supported(config, layout)
+    options = config.schedule
+    spec = ScheduleSpec(
+        pp=layout.pp,
+        num_microbatches=num_microbatches(config.train, layout),
+        kind=options.kind,
+        vpp=layout.vpp,
+        extra_warmup_microbatches=options.extra_warmup_microbatches,
+        pair_forward_backward=options.pair_forward_backward,
+        split_weight_grad=options.split_weight_grad,
+        prefetch_depth=options.prefetch_depth,
+    )
+    schedule = build_schedule(spec)
+    validate(schedule)
+    return layout, schedule
+
+
+def build_run(
+    config: Config, layout: Layout, schedule: Schedule, groups: Groups, device: torch.device
+) -> Run:
+    """One rank's share of the run, weights initialised from the seed. Every rank calls it; it communicates with nobody."""
+    corpus = build_corpus(config.data, config.train.seq_len, config.train.seed, config.model.vocab_size)
+    models = build_models(config, layout, groups, device)
+    catalogue = {spec.name: spec for spec in model_tensors(config.model)}
+    pieces = [list(model.pieces()) for model in models.values()]
+    trained = [[piece for piece in of_stage if piece.trained] for of_stage in pieces]
+    optimizer = build_optimizer(config.optim, config.model, catalogue, trained, groups)
+    routes = build_routes(schedule, groups.pp.rank)
+    learning_rate = LrSchedule(config.optim.lr_phases, config.train.steps, config.train.global_batch_tokens)
+    return Run(
+        config=config,
+        layout=layout,
+        schedule=schedule,
+        groups=groups,
+        device=device,
+        models=models,
+        optimizer=optimizer,
+        corpus=corpus,
+        learning_rate=learning_rate,
+        training=PipelineStage(models, routes, None, optimizer.gradients),
+        evaluation=PipelineStage(models, routes, None, None),
+    )
+
+
+def build_models(config: Config, layout: Layout, groups: Groups, device: torch.device) -> dict[int, Model]:
+    """The model parts of this rank's virtual stages, initialised."""
+    models = {}
+    per_rank = config.model.n_routed_experts // layout.ep
+    experts = tuple(range(groups.ep.rank * per_rank, (groups.ep.rank + 1) * per_rank))
+    for virtual_stage, piece in enumerate(layout.virtual_stages):
+        if layout.placement[virtual_stage] != groups.pp.rank:
+            continue
+        part = ModelPart(tuple(piece.layers), piece.embedding, piece.head, experts)
+        models[virtual_stage] = build_model(config.model, part, DTYPES[config.train.dtype], device)
+        models[virtual_stage].initialise(config.train.seed)
+    return models
+
+
+def build_routes(schedule: Schedule, stage: int) -> dict[int, Route]:
+    """Where the messages of this stage's virtual stages go."""
+    placement = schedule.placement
+    routes = {}
+    for virtual_stage in (v for v, place in enumerate(placement) if place == stage):
+        before, after = schedule.previous[virtual_stage], schedule.next[virtual_stage]
+        routes[virtual_stage] = Route(
+            stage=stage,
+            previous=before,
+            next=after,
+            previous_stage=stage if before is None else placement[before],
+            next_stage=stage if after is None else placement[after],
+        )
+    return routes

@@ -1,0 +1,50 @@
+"""What a run says when it ends: the held-out loss beside gzip, where the results are, a picture of the loss."""
+
+from __future__ import annotations
+
+import shlex
+from collections.abc import Sequence
+from pathlib import Path
+
+from rich.console import Console
+
+from k2train.checkpoint import latest_checkpoint
+from k2train.telemetry.metrics import read_metrics
+from k2train.telemetry.plot import draw_loss_curve
+from k2train.trainer.build import Run
+from k2train.trainer.compression import gzip_bits_per_byte
+
+
+def print_end(
+    run: Run, run_dir: Path, steps_done: int, stopped_by: str | None, words: Sequence[str], console: Console
+) -> None:
+    """Print the end of a run and draw its loss curve."""
+    metrics = read_metrics(run_dir / "metrics.jsonl")
+    lines = []
+    if stopped_by is not None:
+        lines.append(f"stopped by {stopped_by} after step {steps_done} of {run.config.train.steps}")
+        lines.append(f"resume with: {resume_command(run_dir, words)}")
+    elif metrics and metrics[-1].get("eval_bits_per_byte") is not None:
+        lines.append(comparison(run, metrics[-1]["eval_bits_per_byte"]))
+    lines.append(f"metrics:    {run_dir / 'metrics.jsonl'}")
+    lines.append(f"checkpoint: {latest_checkpoint(run_dir / 'checkpoints')}")
+    if metrics:
+        picture = run_dir / "loss.png"
+        draw_loss_curve(metrics, picture, run_dir.name)
+        lines.append(f"loss curve: {picture}")
+    for line in lines:
+        console.print(line, highlight=False, markup=False, soft_wrap=True)
+
+
+def comparison(run: Run, bits_per_byte: float) -> str:
+    """The model beside gzip -9 on the same held-out text."""
+    num_sequences = run.config.train.final_eval_tokens // run.config.train.seq_len
+    text = run.corpus.held_out_text(num_sequences)
+    gzip = gzip_bits_per_byte(text)
+    return f"held-out text ({len(text):,} bytes): {bits_per_byte:.3f} bits per byte; gzip -9 needs {gzip:.3f}"
+
+
+def resume_command(run_dir: Path, words: Sequence[str]) -> str:
+    """The command line that goes on from the newest checkpoint."""
+    kept = [word for word in words if not word.startswith("run_dir=")]
+    return shlex.join(["k2train", "train", *kept, f"run_dir={run_dir}"])

@@ -1,0 +1,91 @@
+"""What a run says before its first step: parameters by optimizer, tokens per step, device, what is on and what is off."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections import Counter
+from pathlib import Path
+
+from rich.console import Console
+from rich.table import Table
+
+from k2train.config.schema import Config
+from k2train.config.sections import ActivationsConfig
+from k2train.layout.tensors import model_tensors
+from k2train.trainer.build import Run
+
+
+def print_start(run: Run, run_dir: Path, first_step: int, changes: list[str], console: Console) -> None:
+    """Print the tables of a run that is about to start or go on."""
+    console.print(run_table(run, run_dir, first_step))
+    console.print(parameter_table(run))
+    console.print(feature_table(run.config))
+    for change in changes:
+        console.print(f"changed since the last start: {change}", highlight=False, markup=False)
+
+
+def run_table(run: Run, run_dir: Path, first_step: int) -> Table:
+    config, train = run.config, run.config.train
+    table = Table(title="run", title_justify="left", show_header=False)
+    table.add_row("directory", str(run_dir))
+    table.add_row("steps", f"{first_step} of {train.steps} done" if first_step else f"{train.steps}")
+    table.add_row("tokens per step", f"{train.global_batch_tokens:,} ({train.global_batch_tokens // train.seq_len} sequences of "
+                  f"{train.seq_len}, {run.num_microbatches} microbatches a pipeline)")  # fmt: skip
+    table.add_row("device", f"{run.device}, {train.dtype}")
+    layout = run.layout
+    table.add_row(
+        "layout",
+        f"{layout.world} rank(s): pp {layout.pp} x edp {layout.edp} x ep {layout.ep}, vpp {layout.vpp}",
+    )
+    table.add_row("schedule", f"{config.schedule.kind}")
+    tokens = run.corpus.num_tokens("train")
+    table.add_row("data", f"{config.data.name}: {tokens:,} training tokens, {run.corpus.num_documents('train'):,} documents; "
+                  f"held out {run.corpus.num_tokens('valid'):,} tokens")  # fmt: skip
+    return table
+
+
+def parameter_table(run: Run) -> Table:
+    """Parameters of the whole model by the optimizer that updates them; the correction biases belong to none."""
+    methods = {row.name: row.method for row in run.optimizer.ownership()}
+    elements: Counter[str] = Counter()
+    tensors: Counter[str] = Counter()
+    for spec in model_tensors(run.config.model):
+        method = methods.get(spec.name, "other ranks" if spec.trained else "load balance")
+        elements[method] += spec.num_elements
+        tensors[method] += 1
+    names = {"muon": "Muon", "adamw": "AdamW", "load balance": "correction bias (by load, no gradient)"}
+    table = Table("updated by", "tensors", "parameters", title="parameters", title_justify="left")
+    for method, count in elements.items():
+        table.add_row(names.get(method, method), f"{tensors[method]:,}", f"{count:,}")
+    table.add_row("all", f"{sum(tensors.values()):,}", f"{sum(elements.values()):,}")
+    return table
+
+
+def feature_table(config: Config) -> Table:
+    """What is on and what is off."""
+    optim, train, schedule = config.optim, config.train, config.schedule
+    policies = Counter(
+        getattr(config.activations, field.name) for field in dataclasses.fields(ActivationsConfig)
+    )
+    tau = optim.qk_clip_tau if optim.name == "muonclip" else None
+    rows = [
+        ("QK-Clip", f"tau {tau:g}" if tau is not None else "off"),
+        (
+            "gradient clipping",
+            f"norm {train.grad_clip_norm:g}" if train.grad_clip_norm is not None else "off",
+        ),
+        ("balance loss", f"alpha {train.balance_loss_alpha:g}" if train.balance_loss_alpha else "off"),
+        ("correction bias", f"rate {train.bias_update_rate:g}" if train.bias_update_rate else "off"),
+        ("paired forward and backward", "on" if schedule.pair_forward_backward else "off"),
+        ("weight gradients split off", "on" if schedule.split_weight_grad else "off"),
+        ("activations", ", ".join(f"{count} {policy}" for policy, count in policies.items())),
+        (
+            "checkpoints",
+            f"every {train.checkpoint_every_steps} steps" if train.checkpoint_every_steps else "at the end",
+        ),
+        ("evaluation", f"every {train.eval_every_steps} steps" if train.eval_every_steps else "at the end"),
+    ]
+    table = Table(title="features", title_justify="left", show_header=False)
+    for row in rows:
+        table.add_row(*row)
+    return table

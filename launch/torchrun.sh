@@ -1,0 +1,22 @@
+#!/usr/bin/env bash
+# Start k2train on the GPUs of this node, or as one of NUM_NODES nodes.
+#
+#   launch/torchrun.sh experiment=tiny layout=laptop                      one node
+#   NUM_NODES=32 NODE_RANK=$i HEAD_NODE=node0 launch/torchrun.sh experiment=k2 layout.nodes=32
+#
+# NUM_NODES   nodes of the run (1)            NODE_RANK   this node's number, from 0 (0)
+# HEAD_NODE   host of node 0 (localhost)      HEAD_PORT   a free port on it (29400)
+# RANKS       ranks a node (one a GPU; 4 where there is none)
+set -euo pipefail
+
+if [[ -z "${RANKS:-}" ]]; then
+  RANKS=$(nvidia-smi --list-gpus 2>/dev/null | wc -l)
+  [[ "$RANKS" -gt 0 ]] || RANKS=4
+fi
+
+# One intra-op thread a rank: ranks share the cores.
+export OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}"
+exec torchrun \
+  --nnodes="${NUM_NODES:-1}" --node-rank="${NODE_RANK:-0}" --nproc-per-node="$RANKS" \
+  --rdzv-backend=c10d --rdzv-id="${RUN_ID:-k2train}" --rdzv-endpoint="${HEAD_NODE:-localhost}:${HEAD_PORT:-29400}" \
+  -m k2train train "$@"
