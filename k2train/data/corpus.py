@@ -81,7 +81,7 @@ class Corpus:
 
         Held-out bits per byte = summed loss of the targets in nats / ln 2 / num_bytes(targets).
         """
-        return self.tokenizer.num_bytes(tokens.reshape(-1).numpy())
+        return self.tokenizer.num_bytes(tokens.reshape(-1).cpu().numpy())
 
     def held_out_text(self, num_samples: int, split: SplitName = "valid") -> bytes:
         """The text of the targets of batch(split, 0, num_samples), corpus after corpus, at most one pass.
@@ -172,10 +172,10 @@ def _identity(
     """Equal for two corpora that give the same samples; a run can refuse to be resumed on other data."""
     digest = hashlib.sha256()
     for source in sources:
-        index = Path(f"{source.prefix}.idx")
-        with open(index, "rb") as stream:
-            digest.update(stream.read(1 << 20))
-        sizes = (index.stat().st_size, os.path.getsize(f"{source.prefix}.bin"), source.weight)
-        digest.update(repr(sizes).encode())
+        for suffix in (".idx", ".bin"):
+            # the beginnings and the sizes tell corpora apart; reading terabytes at every start would not be worth more
+            with open(source.prefix + suffix, "rb") as stream:
+                digest.update(stream.read(1 << 20))
+            digest.update(repr((os.path.getsize(source.prefix + suffix), source.weight)).encode())
     digest.update(repr((config.split, tokenizer.identity, seq_len, seed)).encode())
     return digest.hexdigest()[:32]

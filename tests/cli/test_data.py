@@ -35,7 +35,7 @@ def test_build_then_show(tmp_path: Path, texts: Path, capsys: pytest.CaptureFixt
     ("args", "message"),
     [
         (["biuld"], "did you mean build?"),
-        (["build"], "needs at least one file or directory"),
+        (["build", "output=x"], "needs at least one file or directory"),
         (["build", "input=[a.txt]"], "output=(missing): must be given"),
         (["build", "output=x", "input=[]"], "needs at least one file or directory"),
         (["build", "output=x", "input=[nowhere]"], "input[0]=nowhere: not found"),
