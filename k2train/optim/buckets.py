@@ -19,6 +19,7 @@ from collections.abc import Iterable, Sequence
 
 import torch
 
+from k2train.ops.weight_grad import BufferedSink, accumulation_dtype
 from k2train.optim.shares import BucketPlan, Share
 from k2train.parallel.communicator import Communicator, Work
 
@@ -37,11 +38,6 @@ class _Run:
         return self.offset + self.stop - self.start
 
 
-def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
-    """Type of gradient sums, masters and moments for a compute type."""
-    return torch.float64 if dtype == torch.float64 else torch.float32
-
-
 class Bucket:
     """One bucket on one rank."""
 
@@ -57,24 +53,37 @@ class Bucket:
             dataclasses.replace(share, offset=share.offset - first) for share in plan.owned(group.rank)
         ]
         self.runs = _runs_by_parameter(plan.shares)
+        self._reducing: Work | None = None
+        self._gathering: Work | None = None
 
     @property
     def own_gradient(self) -> torch.Tensor:
         """The rank's own stretch, flat; after `start_reduce` was waited for, the sum over all replicas."""
         return self.flat[self._own]
 
-    def start_reduce(self) -> Work:
-        """Begin the reduce-scatter. Collective over the replication group."""
-        return self.group.start_reduce_scatter(self.own_gradient, self.flat, self.plan.splits)
+    def start_reduce(self) -> None:
+        """Begin the reduce-scatter, unless it has begun. Collective over the replication group."""
+        if self._reducing is None:
+            self._reducing = self.group.start_reduce_scatter(self.own_gradient, self.flat, self.plan.splits)
 
-    def start_gather(self, own_master: torch.Tensor) -> Work:
+    def finish_reduce(self) -> None:
+        """Wait for the reduce-scatter."""
+        assert self._reducing is not None, "no reduce-scatter was started"
+        self._reducing.wait()
+        self._reducing = None
+
+    def start_gather(self, own_master: torch.Tensor) -> None:
         """Begin the all-gather of updated values, which ends the gradients. Collective over the replication group."""
         staging = self._staging()
         staging[self._own].copy_(own_master)
-        return self.group.start_all_gather(staging, staging[self._own], self.plan.splits)
+        self._gathering = self.group.start_all_gather(staging, staging[self._own], self.plan.splits)
 
     def finish_gather(self) -> None:
-        """Copy gathered values into the parameters and make the bucket ready for gradients."""
+        """Copy gathered values into the parameters and make the bucket ready for gradients; nothing if not begun."""
+        if self._gathering is None:
+            return
+        self._gathering.wait()
+        self._gathering = None
         staging = self._staging()
         for parameter, runs in self.runs.items():
             flat_parameter = parameter.detach().view(-1)
@@ -91,18 +100,16 @@ class GradBuffers:
 
     def __init__(self, buckets: Sequence[Bucket]) -> None:
         self.buckets = tuple(buckets)
-        self._holders: dict[torch.Tensor, list[Bucket]] = {}
-        for bucket in buckets:
-            for parameter in bucket.runs:
-                self._holders.setdefault(parameter, []).append(bucket)
+        # All pieces of a parameter live on one virtual stage and in one replication group, so in one bucket.
+        self._holder = {parameter: bucket for bucket in buckets for parameter in bucket.runs}
 
     def add(self, parameter: torch.Tensor, gradient: torch.Tensor) -> None:
-        """Add the gradient of a module parameter, of any floating type, to its tensors' sums."""
+        """Add the gradient of a module parameter, of any floating type, to its tensors' sums. Local."""
         assert gradient.shape == parameter.shape, f"gradient {gradient.shape}, parameter {parameter.shape}"
         gradient = gradient.detach().reshape(-1)
-        for bucket in self._holders[parameter]:
-            for run in bucket.runs[parameter]:
-                bucket.flat[run.offset : run.end].add_(gradient[run.start : run.stop])
+        bucket = self._holder[parameter]
+        for run in bucket.runs[parameter]:
+            bucket.flat[run.offset : run.end].add_(gradient[run.start : run.stop])
 
     def zero(self) -> None:
         """Forget all sums."""
@@ -118,6 +125,25 @@ class GradBuffers:
         return torch.cat(
             [share.in_bucket(bucket.flat) for share, bucket in sorted(shares, key=lambda s: s[0].start)]
         )
+
+
+class WholeGradBuffers(GradBuffers, BufferedSink):
+    """GradBuffers where every parameter is one stretch of one bucket, as under a single owner.
+
+    Then a weight gradient accumulates in the bucket itself, with no temporary.
+    """
+
+    def buffer(self, parameter: torch.Tensor) -> torch.Tensor:
+        """The bucket's stretch in the parameter's shape."""
+        bucket = self._holder[parameter]
+        (run,) = bucket.runs[parameter]
+        return bucket.flat[run.offset : run.end].view(parameter.shape)
+
+
+def build_grad_buffers(buckets: Sequence[Bucket]) -> GradBuffers:
+    """The quicker form where the layout of the buckets allows it."""
+    whole = all(len(runs) == 1 for bucket in buckets for runs in bucket.runs.values())
+    return WholeGradBuffers(buckets) if whole else GradBuffers(buckets)
 
 
 def _runs_by_parameter(shares: Iterable[Share]) -> dict[torch.Tensor, list[_Run]]:

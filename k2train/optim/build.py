@@ -10,11 +10,12 @@ from k2train.config.errors import ConfigError
 from k2train.config.model import ModelConfig
 from k2train.config.optim import OptimConfig
 from k2train.layout.tensors import TensorSpec
+from k2train.model.pieces import Piece
 from k2train.optim.buckets import Bucket
 from k2train.optim.muon import MuonRule
 from k2train.optim.optimizer import Optimizer
 from k2train.optim.qk_clip_step import QkClipper
-from k2train.optim.shares import BucketPlan, Piece, Replication, plan_buckets
+from k2train.optim.shares import BucketPlan, Replication, plan_buckets
 from k2train.optim.states import AdamRule
 from k2train.parallel.groups import Groups
 

@@ -18,7 +18,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 
 import torch
 
-from k2train.optim.buckets import Bucket, GradBuffers
+from k2train.optim.buckets import Bucket, build_grad_buffers
 from k2train.optim.muon import MuonRule
 from k2train.optim.qk_clip_step import QkClipper
 from k2train.optim.shares import OwnershipRow, ownership_table
@@ -59,7 +59,7 @@ class Optimizer:
         adam_rule: AdamRule,
         qk_clip: QkClipper,
     ) -> None:
-        self.gradients = GradBuffers(buckets)
+        self.gradients = build_grad_buffers(buckets)
         self.num_updates = 0
         self._buckets = tuple(buckets)
         self._states = [OwnedStates(bucket) for bucket in buckets]
@@ -75,18 +75,22 @@ class Optimizer:
         max_logits: Mapping[int, torch.Tensor] | None = None,
         clip_norm: float | None = None,
         gradient_scale: float = 1.0,
+        finish: bool = True,
     ) -> StepResult:
         """Update every parameter from the gradients summed since the last step, and forget the gradients.
 
         max_logits: layer -> (H,) largest pre-softmax logits of this rank's microbatches, for the layers of this rank.
         clip_norm: largest global gradient norm; None never clips. gradient_scale: multiplies the summed gradients first,
-        for losses that were not already divided by the number of tokens.
+        for losses that were not already divided by the number of tokens. finish: False leaves the all-gathers running; then
+        `finish_gather` must be called before the parameters are read or gradients added.
         With a non-finite norm nothing is updated and the result says so.
-        Collectives, in this order, for every rank of the world: a reduce-scatter for each bucket, a sum and a max over the
-        world, an all-gather for each bucket. Waits for the device once, to read norm and logits.
+        Collectives, in this order, for every rank of the world: a reduce-scatter for each bucket not begun yet, a sum and a
+        max over the world, an all-gather for each bucket. Waits for the device to read norm and logits.
         """
-        for work in [bucket.start_reduce() for bucket in self._buckets]:
-            work.wait()
+        for bucket in self._buckets:
+            bucket.start_reduce()
+        for bucket in self._buckets:
+            bucket.finish_reduce()
         norm = self._gradient_norm() * gradient_scale
         logits = self._qk_clip.reduce(max_logits or {}, self._world)
         clip_scale = 1.0 if clip_norm is None else min(1.0, clip_norm / (norm + 1e-6))
@@ -96,8 +100,26 @@ class Optimizer:
         orthogonalised = self._update(lr, gradient_scale * clip_scale)
         for states in self._states:
             self._qk_clip.apply(states.masters(), logits)
-        self._publish()
+        self._start_gather()
+        if finish:
+            self.finish_gather()
         return StepResult(norm, clip_scale, logits.clipped_heads, logits.max_logit, True, orthogonalised)
+
+    def start_reduce(self, virtual_stage: int) -> None:
+        """Begin the reduce-scatters of a virtual stage whose last weight gradient of the step is in; `step` begins the rest.
+
+        Collective over the replication groups, so every rank of the stage calls it in the same order.
+        """
+        for bucket in self._buckets:
+            if bucket.plan.virtual_stage == virtual_stage:
+                bucket.start_reduce()
+
+    @torch.no_grad()
+    def finish_gather(self, virtual_stage: int | None = None) -> None:
+        """Wait for updated parameters, of one virtual stage (counted on this rank) or of all. Does nothing where nothing runs."""
+        for bucket in self._buckets:
+            if virtual_stage in (None, bucket.plan.virtual_stage):
+                bucket.finish_gather()
 
     def ownership(self) -> list[OwnershipRow]:
         """The start-up table: every trained tensor this rank holds, its optimizer and its owner."""
@@ -129,7 +151,8 @@ class Optimizer:
             for name, tensor, start, _ in states.tensors():
                 tensor.copy_(lookup(name, start, start + tensor.shape[0]))
         self.num_updates = int(lookup(NUM_UPDATES, 0, 1).item())
-        self._publish()
+        self._start_gather()
+        self.finish_gather()
 
     @torch.no_grad()
     def read_parameters(self) -> None:
@@ -158,9 +181,7 @@ class Optimizer:
         self.num_updates += 1
         return orthogonalised
 
-    def _publish(self) -> None:
-        """Masters to every replica's parameters. An all-gather for each bucket; gradients are forgotten."""
-        works = [states.bucket.start_gather(states.master) for states in self._states]
-        for work, bucket in zip(works, self._buckets, strict=True):
-            work.wait()
-            bucket.finish_gather()
+    def _start_gather(self) -> None:
+        """Begin to send masters to every replica; gradients are forgotten. An all-gather for each bucket."""
+        for states in self._states:
+            states.bucket.start_gather(states.master)

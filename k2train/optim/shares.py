@@ -19,28 +19,16 @@ import dataclasses
 import itertools
 import math
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Literal, Protocol
+from typing import Literal
 
 import torch
 
 from k2train.layout.ownership import assign_owners, newton_schulz_cost, row_ranges
 from k2train.layout.tensors import TensorSpec
+from k2train.model.pieces import Piece
 
 Method = Literal["muon", "adamw"]
 Replication = Literal["dp", "edp"]
-
-
-class Piece(Protocol):
-    """A named tensor that is part of a module parameter: the model's pieces fit, and nothing more of it is needed here."""
-
-    @property
-    def name(self) -> str: ...
-
-    @property
-    def parameter(self) -> torch.Tensor: ...
-
-    def view(self, t: torch.Tensor) -> torch.Tensor:
-        """The same part of any tensor of the parameter's shape; one contiguous stretch of it."""
 
 
 @dataclasses.dataclass(frozen=True)

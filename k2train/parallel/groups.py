@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 
-from k2train.parallel.communicator import Communicator
+from k2train.layout.grid import RankGrid
+from k2train.parallel.communicator import Communicator, World
 
 
 @dataclasses.dataclass(frozen=True)
@@ -20,6 +21,21 @@ class Groups:
     ep: Communicator
     edp: Communicator
     dp: Communicator
+
+
+def build_groups(grid: RankGrid, world: World) -> Groups:
+    """One rank's groups. Every rank of the world must call it.
+
+    Groups of equal ranks are still separate, so that one axis's traffic does not queue behind another's.
+    """
+    assert grid.world == world.size, f"the layout has {grid.world} ranks, the world {world.size}"
+    return Groups(
+        world=world.group("world", range(world.size)),
+        pp=world.group("pp", grid.group("pp", world.rank)),
+        ep=world.group("ep", grid.group("ep", world.rank)),
+        edp=world.group("edp", grid.group("edp", world.rank)),
+        dp=world.group("dp", grid.group("dp", world.rank)),
+    )
 
 
 def single_rank_groups(world: Communicator) -> Groups:

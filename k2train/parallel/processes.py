@@ -76,6 +76,8 @@ class ProcessCommunicator(Communicator):
         self._uneven = dist.get_backend(group) == "nccl"
 
     def start_all_reduce(self, t: torch.Tensor, op: ReduceOp = "sum") -> Work:
+        if self.size == 1:
+            return CompletedWork()
         return self._work("all_reduce", dist.all_reduce(t, _OPS[op], group=self._group, async_op=True))
 
     def start_all_gather(
@@ -84,14 +86,14 @@ class ProcessCommunicator(Communicator):
         out, t = _as_bytes(out), _as_bytes(t)
         splits = tuple(splits) if splits is not None else equal_splits(out.shape[0], self.size)
         parts = split_parts(out, splits)
-        if self.size == 1 or not _even(splits):
-            _copy(parts[self.rank], t)
         if self.size == 1:
+            _copy(out, t)
             return CompletedWork()
         if _even(splits):
             return self._work("all_gather", all_gather_single(out, t, group=self._group, async_op=True))
         if self._uneven:
             return self._work("all_gather", dist.all_gather(parts, t, group=self._group, async_op=True))
+        _copy(parts[self.rank], t)
         handles = [
             dist.broadcast(part, self.ranks[root], group=self._group, async_op=True)
             for root, part in enumerate(parts)

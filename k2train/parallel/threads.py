@@ -12,7 +12,9 @@ random generator and the default type are the process's: use explicit generators
 from __future__ import annotations
 
 import dataclasses
+import os
 import threading
+import time
 from collections.abc import Callable, Sequence
 from typing import TypeVar
 
@@ -208,6 +210,7 @@ def run_threads(
         shared.baton.wait_for_end()
     for thread in threads:
         thread.join()
+        _wait_for_native_exit(thread)
     _raise_error(shared)
     return [results[rank] for rank in range(world_size)]
 
@@ -224,6 +227,14 @@ def _start_threads(run: Callable[[int], None], world_size: int) -> list[threadin
     finally:
         threading.stack_size(usual)
     return threads
+
+
+def _wait_for_native_exit(thread: threading.Thread) -> None:
+    """Python's join returns while the thread still runs its native clean-up, in which it may hold a lock of the math
+    library; a process forked in that instant would inherit the lock and hang in its first product.
+    """
+    while os.path.exists(f"/proc/self/task/{thread.native_id}"):
+        time.sleep(1e-4)
 
 
 def _raise_error(shared: _Shared) -> None:
