@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import os
 import sys
 
 from k2train.config.compose import config_dir, group_options, load_config
@@ -30,12 +31,15 @@ def run(args: list[str]) -> int:
 
 def train_once(config: Config, words: list[str]) -> int:
     """One run, with its failure told in lines instead of a traceback."""
+    # OpenMP's threads spin while they wait; on a machine whose cores are shared, two spinning ranks or a busy neighbour
+    # cost a factor of ten (docs/decisions/0003). It is read when torch is loaded, so it is set before.
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     # Imported here: torch takes seconds, and --help and mistakes in the config do not need it.
-    from k2train.trainer.loop import TrainingDiverged, train
+    from k2train.trainer.loop import TrainingDivergedError, train
 
     try:
         train(config, words)
-    except TrainingDiverged as error:
+    except TrainingDivergedError as error:
         print(f"k2train train: {error}", file=sys.stderr)
         return 1
     return 0

@@ -35,7 +35,7 @@ from k2train.trainer.start_up import print_start
 from k2train.trainer.step import StepMetrics, train_step
 
 
-class TrainingDiverged(RuntimeError):
+class TrainingDivergedError(RuntimeError):
     """A loss or gradient norm that is not finite."""
 
 
@@ -61,7 +61,7 @@ class Outputs:
 def train(config: Config, words: Sequence[str] = ()) -> Outcome:
     """Run `config` from its start or from its newest checkpoint. `words` are the user's, to print how to resume.
 
-    Raises ConfigError for what cannot run, TrainingDiverged for a non-finite loss.
+    Raises ConfigError for what cannot run, TrainingDivergedError for a non-finite loss.
     """
     layout, schedule = build_layouts(config)
     if config.world in ("threads", "processes"):
@@ -125,7 +125,7 @@ def take_step(run: Run, index: int, outputs: Outputs) -> None:
     }
     if not step.finite:
         outputs.metrics.write(line)
-        raise TrainingDiverged(diverged_message(step, outputs.run_dir))
+        raise TrainingDivergedError(diverged_message(step, outputs.run_dir))
     if evaluation_due(run.config, step.step):
         evaluation = evaluate(run, evaluation_tokens(run.config, step.step))
         if evaluation is not None:
