@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import pytest
 import torch
 
+from k2train.config.model import ModelConfig
+from k2train.model.context import MicrobatchContext
+from k2train.model.model import forward
 from k2train.optim.qk_clip import HeadRows, clip_key_rows, clip_query_rows, qk_clip_scale
 
 ROWS = HeadRows(num_heads=3, nope=4, rope=2, value=5)
@@ -62,3 +67,36 @@ def test_clipped_weights_give_logits_scaled_by_gamma() -> None:
     clip_key_rows(key, gamma, ROWS)
     torch.testing.assert_close(max_logits(), before * gamma)
     assert (max_logits() <= tau * (1 + 1e-12)).all()
+
+
+@pytest.mark.parametrize("latent", [14, None])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_the_same_batch_stays_at_tau_after_the_step(
+    one_rank, model_config: ModelConfig, latent: int | None, dtype
+) -> None:
+    """A real layer whose second head reaches 1000: after a step of rate 0 it reaches tau, the others what they did."""
+    config = dataclasses.replace(
+        model_config, num_hidden_layers=1, first_k_dense_replace=1, q_lora_rank=latent
+    )
+    rank = one_rank(model=config, dtype=dtype)
+    tokens = torch.randint(0, config.vocab_size, (2, 24), generator=torch.Generator().manual_seed(3))
+
+    def max_logits() -> torch.Tensor:
+        context = MicrobatchContext(num_sequences=2, targets=tokens.flatten())
+        forward(rank.model, (tokens,), context)
+        return context.statistics.max_logits[0]
+
+    query = next(
+        p.tensor for p in rank.model.pieces() if p.name.endswith(("q_b_proj.weight", "q_proj.weight"))
+    )
+    query.view(3, 10, -1)[1] *= 1000 / max_logits()[1]
+    rank.optimizer.read_parameters()
+    before = max_logits()
+    assert before[1] == pytest.approx(1000, rel=1e-4)
+    assert before[[0, 2]].max() < TAU
+    rank.feed(0)
+    result = rank.optimizer.step(0.0, {0: before})
+    after = max_logits()
+    assert result.clipped_heads == 1
+    assert after[1] == pytest.approx(TAU, rel=1e-5)
+    assert torch.equal(after[[0, 2]], before[[0, 2]])

@@ -9,8 +9,10 @@ from typing import Literal
 import pytest
 import torch
 
-from k2train.parallel.communicator import Communicator, World
-from k2train.parallel.testing import run_distributed_test
+from k2train.config.errors import ConfigError
+from k2train.parallel.communicator import CommunicationError, Communicator, World
+from k2train.parallel.processes import process_world
+from k2train.parallel.testing import RankFailedError, run_distributed_test
 
 Backend = Literal["threads", "processes"]
 BACKENDS: list[Backend] = ["threads", "processes"]
@@ -212,3 +214,50 @@ def test_subgroups_count_ranks_from_their_own_first(backend: Backend) -> None:
 def test_results_come_back_by_rank(backend: Backend) -> None:
     results = run_distributed_test(lambda world: torch.tensor([world.rank, world.size]), 3, backend)
     assert [t.tolist() for t in results] == [[0, 3], [1, 3], [2, 3]]
+
+
+def test_a_process_that_stays_away_is_an_error_that_names_the_operation() -> None:
+    def fn(world: World) -> str:
+        group = world.group("stage", [0, 1])
+        group.barrier()
+        if world.rank == 1:
+            return "left"
+        try:
+            group.all_reduce(torch.zeros(2))
+        except CommunicationError as error:
+            return str(error)
+        return "no error"
+
+    answers = run_distributed_test(fn, 2, "processes")
+    assert answers[1] == "left"
+    assert answers[0].startswith("all_reduce in group stage (0, 1) on rank 0 failed: ")
+
+
+def test_an_exception_in_a_process_is_raised_with_its_traceback() -> None:
+    def fn(world: World) -> None:
+        if world.rank == 1:
+            raise ZeroDivisionError("one")
+        world.group("all", [0, 1]).barrier()
+
+    with pytest.raises(RankFailedError, match=r"rank 1 failed:\n(.|\n)*ZeroDivisionError: one"):
+        run_distributed_test(fn, 2, "processes")
+
+
+def test_a_single_process_needs_no_launcher() -> None:
+    with process_world("single", torch.device("cpu")) as world:
+        group = world.group("world", [0])
+        t = torch.arange(3.0)
+        group.all_reduce(t)
+        out = torch.zeros(3)
+        group.all_gather(out, t)
+        group.reduce_scatter(out, t)
+        group.all_to_all(out, t)
+        group.broadcast(out, 0)
+        group.barrier()
+        assert torch.equal(out, torch.arange(3.0))
+
+
+def test_processes_without_a_launcher_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("RANK", raising=False)
+    with pytest.raises(ConfigError, match="RANK"), process_world("processes", torch.device("cpu")):
+        pass
