@@ -132,7 +132,7 @@ def build_corpus(config: DataConfig, seq_len: int, seed: int, vocab_size: int | 
     if not named:
         named = [(str(build_stdlib(Path(config.cache_dir), tokenizer)), "data.blend", 1.0)]
     sources = [_open_source(config, tokenizer, entry, seq_len, seed) for entry in named]
-    _check_training_samples(sources, seq_len)
+    _check_samples(config, sources, seq_len)
     identity = _identity(config, tokenizer, sources, seq_len, seed)
     return Corpus(sources, tokenizer, seq_len, vocab_size or tokenizer.vocab_size, identity)
 
@@ -153,17 +153,21 @@ def _open_source(config: DataConfig, tokenizer: Tokenizer, entry: tuple[str, str
     return Source(prefix, field, weight, {split: len(ranges[split]) for split in SPLITS}, readers)
 
 
-def _check_training_samples(sources: list[Source], seq_len: int) -> None:
+def _check_samples(config: DataConfig, sources: list[Source], seq_len: int) -> None:
+    """Training and, where a share was asked for, validation must hold a sample of every corpus: otherwise a run would
+    find out at its first evaluation, or worse, report none."""
+    validates = parse_split(config.split)[1] > 0
     for source in sources:
-        reader = source.readers["train"]
-        if reader.samples_per_epoch == 0:
-            raise _too_small(source, "train", reader.num_tokens, seq_len)
+        for split in SPLITS[: 1 + validates]:
+            if source.readers[split].samples_per_epoch == 0:
+                raise _too_small(source, split, source.readers[split].num_tokens, seq_len)
 
 
 def _too_small(source: Source, split: SplitName, num_tokens: int, seq_len: int) -> ConfigError:
     return ConfigError(source.field, source.prefix,
                        f"its {split} documents hold {num_tokens} tokens, less than one sample of {seq_len + 1}",
-                       "give that split a larger share in data.split, add text, or lower train.seq_len")  # fmt: skip
+                       "give that split a larger share in data.split (1,0,0 holds nothing out), add text, or "
+                       "lower train.seq_len")  # fmt: skip
 
 
 def _identity(

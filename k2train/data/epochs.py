@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
+import importlib.metadata
 import logging
 import os
 import shutil
@@ -35,6 +36,7 @@ from k2train.data.order import epoch_seed
 from k2train.data.split import SPLITS, SplitName, as_indices
 from k2train.data.tokenizer import Tokenizer
 
+_ORDER = "order.npy"
 _OPEN_EPOCHS = 2  # a batch may reach from one epoch into the next
 
 
@@ -82,12 +84,10 @@ class EpochReader:
         if epoch not in self._open:
             while len(self._open) >= _OPEN_EPOCHS:
                 self._open.pop(next(iter(self._open)))
-            dataset = self._build(epoch_seed(self._window.seed, SPLITS.index(self._split), epoch))
-            order = None if self._split == "train" else np.argsort(dataset.shuffle_index)
-            self._open[epoch] = (dataset, order)
+            self._open[epoch] = self._build(epoch_seed(self._window.seed, SPLITS.index(self._split), epoch))
         return self._open[epoch]
 
-    def _build(self, seed: int) -> Any:
+    def _build(self, seed: int) -> tuple[Any, npt.NDArray[np.int64] | None]:
         directory = self._window.cache_dir / "indices" / self._cache_key(seed)
         try:
             if not directory.is_dir():
@@ -96,7 +96,8 @@ class EpochReader:
             raise ConfigError("data.cache_dir", self._window.cache_dir,
                               f"cannot hold shuffle indices: {error.strerror}",
                               "name a directory that can be written") from error  # fmt: skip
-        return self._gpt_dataset(seed, str(directory))
+        order = None if self._split == "train" else np.load(directory / _ORDER, mmap_mode="r")
+        return self._gpt_dataset(seed, str(directory)), order
 
     def _write_indices(self, directory: Path, seed: int) -> None:
         # an empty path makes GPTDataset build in memory on every rank, with no file and no communication
@@ -108,6 +109,8 @@ class EpochReader:
         (scratch / f"{stem}-description.txt").write_text(built.unique_description, encoding="utf-8")
         for name in ("document_index", "sample_index", "shuffle_index"):
             np.save(scratch / f"{stem}-{name}.npy", getattr(built, name))
+        if self._split != "train":
+            np.save(scratch / _ORDER, np.argsort(built.shuffle_index))
         try:
             os.rename(scratch, directory)
         except OSError:
@@ -131,7 +134,8 @@ class EpochReader:
         """The indices depend on the documents' lengths, which the index file holds, and on how they are cut."""
         stat = os.stat(f"{self._indexed.path_prefix}.idx")
         window = self._window
-        parts = (os.path.abspath(self._indexed.path_prefix), stat.st_size, stat.st_mtime_ns, window.seq_len,
+        version = importlib.metadata.version("megatron-core")  # another version may shuffle otherwise
+        parts = (version, os.path.abspath(self._indexed.path_prefix), stat.st_size, stat.st_mtime_ns, window.seq_len,
                  window.split, window.tokenizer.identity, self._split, seed)  # fmt: skip
         return hashlib.sha256(repr(parts).encode()).hexdigest()[:32]
 

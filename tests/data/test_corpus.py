@@ -4,11 +4,9 @@ from __future__ import annotations
 
 import gzip
 import math
-import subprocess
-import sys
-import textwrap
 import warnings
 from collections import Counter
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -228,27 +226,30 @@ def test_a_rebuilt_dataset_is_not_read_with_the_old_shuffle(
     assert not torch.equal(corpus.batch("train", 0, 8), first)
 
 
-def test_two_processes_of_a_group_read_without_communicating(
+@pytest.fixture
+def second_of_two_ranks(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """A default process group in which this process is rank 1 of 2 and any barrier is a failure."""
+    from torch.testing._internal.distributed.fake_pg import FakeStore
+
+    def fail(*args: object, **kwargs: object) -> None:
+        raise AssertionError("the data room communicated")
+
+    torch.distributed.init_process_group("fake", store=FakeStore(), rank=1, world_size=2)
+    for name in ("barrier", "all_reduce", "broadcast", "all_gather_object", "broadcast_object_list"):
+        monkeypatch.setattr(torch.distributed, name, fail)
+    yield
+    torch.distributed.destroy_process_group()
+
+
+@pytest.mark.usefixtures("second_of_two_ranks")
+def test_a_rank_that_is_not_the_first_reads_without_communicating(
     tmp_path: Path, write_dataset: WriteDataset
 ) -> None:
-    """megatron-core's datasets call barriers once a process group exists; here only the second rank reads, and returns."""
+    """megatron-core's datasets write their indices on rank 0 alone and wait at barriers once a process group exists."""
     prefix = write_dataset("a", numbered_documents(60))
-    program = textwrap.dedent(f"""
-        import sys, torch
-        from k2train.config.data import CorpusConfig, DataConfig
-        from k2train.data.corpus import build_corpus
-        rank = int(sys.argv[1])
-        torch.distributed.init_process_group("gloo", init_method="file://{tmp_path}/store", rank=rank, world_size=2)
-        if rank == 1:
-            config = DataConfig(name="t", blend=(CorpusConfig({prefix!r}),), cache_dir="{tmp_path}/cache")
-            torch.save(build_corpus(config, {SEQ_LEN}, 0).batch("train", 0, 4), "{tmp_path}/batch.pt")
-        torch.distributed.barrier()
-        torch.distributed.destroy_process_group()
-    """)
-    ranks = [subprocess.Popen([sys.executable, "-c", program, str(rank)]) for rank in range(2)]
-    assert [rank.wait(timeout=120) for rank in ranks] == [0, 0]
-    expected = open_corpus(tmp_path, prefix, split="95,5,0").batch("train", 0, 4)
-    assert torch.equal(torch.load(tmp_path / "batch.pt"), expected)
+    assert torch.distributed.get_rank() == 1
+    first = open_corpus(tmp_path, prefix).batch("train", 0, 4)
+    assert torch.equal(open_corpus(tmp_path, prefix).batch("train", 0, 4), first), "read from the cache"
 
 
 @pytest.mark.parametrize(
@@ -265,14 +266,27 @@ def test_a_split_that_cannot_be_is_refused(split: str, rule: str) -> None:
 
 def test_a_split_too_small_for_a_sample_is_named(tmp_path: Path, write_dataset: WriteDataset) -> None:
     prefix = write_dataset("a", ["x" * 100, "y" * 100, "short"])
-    corpus = open_corpus(tmp_path, prefix, split="67,33,0")
-    assert corpus.num_samples("valid") == 0
-    with pytest.raises(ConfigError, match="its valid documents hold 6 tokens, less than one sample of 33"):
-        corpus.batch("valid", 0, 1)
     with pytest.raises(
-        ConfigError, match="its train documents hold 202 tokens, less than one sample of 1001"
+        ConfigError, match="its valid documents hold 6 tokens, less than one sample of 33"
+    ) as caught:
+        open_corpus(tmp_path, prefix, split="67,33,0")
+    assert "data.split" in caught.value.remedy
+    with pytest.raises(ConfigError, match="its valid documents hold 0 tokens"):
+        open_corpus(tmp_path, prefix, split="95,5,0")
+    with pytest.raises(
+        ConfigError, match="its train documents hold 208 tokens, less than one sample of 1001"
     ):
-        open_corpus(tmp_path, prefix, split="67,33,0", seq_len=1000)
+        open_corpus(tmp_path, prefix, split="1,0,0", seq_len=1000)
+    corpus = open_corpus(tmp_path, prefix, split="67,0,33")
+    assert corpus.num_samples("valid") == corpus.num_samples("test") == 0
+    with pytest.raises(ConfigError, match="its test documents hold 6 tokens"):
+        corpus.batch("test", 0, 1)
+
+
+@pytest.mark.parametrize("weight", [0.0, -1.0, math.nan, math.inf])
+def test_a_weight_that_is_no_share_is_refused(weight: float) -> None:
+    with pytest.raises(ConfigError, match="weight"):
+        CorpusConfig("x", weight)
 
 
 def test_files_that_are_missing_cut_short_or_not_an_index_are_named(
