@@ -12,6 +12,7 @@ from dataclasses import dataclass
 
 from k2train.config.schema import Config
 from k2train.config.sections import ScheduleConfig
+from k2train.estimate.activations import check_policies
 from k2train.estimate.layer_costs import TimedPhase
 from k2train.estimate.virtual_stage import Estimator, VirtualStageEstimate, build_estimator
 from k2train.layout.build import build_layout, num_microbatches
@@ -56,6 +57,13 @@ def assemble(config: Config) -> Assembly:
     estimates = tuple(by_piece[piece] for piece in pieces)
     costs = Costs(tuple(virtual_stage_costs(estimate) for estimate in estimates))
     return Assembly(layout, schedule, estimator, pieces, estimates, costs)
+
+
+def check_layout(config: Config) -> None:
+    """Raise ConfigError for what `assemble` would refuse, without building a schedule."""
+    layout = build_layout(config.layout, config.cluster, config.model, config.train.seq_len)
+    schedule_spec(config, num_microbatches(config.train, layout))
+    check_policies(config.activations)
 
 
 def schedule_spec(config: Config, microbatches: int) -> ScheduleSpec:

@@ -1,0 +1,155 @@
+"""`k2train plan`: memory, step time and exposed communication of a config, before a device is rented.
+
+    k2train plan experiment=k2                                   one plan, in tables
+    k2train plan experiment=k2 plan.json=plan.json               the same for scripts
+    k2train plan -m experiment=k2 layout.nodes=32,64,128         a sweep, a row each
+    k2train plan experiment=k2 plan.compare=[k2,zb_h1,dualpipe]  schedules side by side
+
+The same keys as `k2train train`, so what is planned is what is trained.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from rich.console import Console
+
+from k2train.config.compose import expand_sweep, load_config, parse_overrides
+from k2train.config.errors import ConfigError
+from k2train.config.help import render_help
+from k2train.config.schema import Config
+from k2train.config.sections import PlanConfig
+from k2train.config.sweep import is_multirun, without_flags
+from k2train.planner.advice import Advice, advise, all_to_all_note
+from k2train.planner.export import plan_document
+from k2train.planner.plan import Plan, build_plan
+from k2train.planner.sweep import Row, compared, plan_rows, sweep_table
+from k2train.planner.tables import WIDTH, plan_tables
+from k2train.schedule.render import render_timeline
+from k2train.schedule.trace import write_trace
+
+USAGE = "k2train plan [-m] [key=value ...]"
+
+
+def run(args: list[str]) -> int:
+    """Plan what the overrides say and print it; returns 0. Raises ConfigError."""
+    if any(word in ("-h", "--help") for word in args):
+        print(render_help(Config, "Predict memory, step time and exposed communication.", USAGE))
+        return 0
+    words = without_flags(args)
+    if is_multirun(args):
+        return _sweep(words)
+    config: Config = load_config(words)
+    check_files(config.plan)
+    return _compare(config) if config.plan.compare else _single(config)
+
+
+def _single(config: Config) -> int:
+    """One plan, its tables and its files."""
+    pictures = config.plan.timeline is not None or config.plan.trace is not None
+    plan = build_plan(config, record=pictures)
+    advice = None if plan.fits else advise(plan)
+    _print(*plan_tables(plan, advice, all_to_all_note(plan)))
+    for path in _write(plan, advice):
+        print(f"wrote {path}")
+    return 0
+
+
+def _compare(config: Config) -> int:
+    """`plan.compare`: the same model and cluster under several schedules."""
+    rows = plan_rows(compared(config))
+    nodes = f"{config.name} on {rows[0].world} devices ({config.cluster.name})"
+    _print(*sweep_table(f"Schedules side by side: {nodes}", rows))
+    _write_rows(config.plan, rows)
+    return 0
+
+
+def _sweep(words: Sequence[str]) -> int:
+    """`-m`: every point of the sweep, and under every schedule of `plan.compare` where that is given."""
+    keys = swept_keys(words)
+    points = []
+    for overrides in expand_sweep(words):
+        config: Config = load_config(overrides)
+        check_files(config.plan)
+        labels = {key.rsplit(".", 1)[-1]: _value(overrides, key) for key in keys}
+        variants = compared(config) if config.plan.compare else [({}, config)]
+        points += [({**labels, **more}, variant) for more, variant in variants]
+    rows = plan_rows(points)
+    _print(*sweep_table(f"Sweep: {points[0][1].name}", rows))
+    _write_rows(points[0][1].plan, rows)
+    return 0
+
+
+def swept_keys(words: Sequence[str]) -> list[str]:
+    """The keys that take several values."""
+    return [override.get_key_element() for override in parse_overrides(words) if override.is_sweep_override()]
+
+
+def _value(overrides: Sequence[str], key: str) -> str:
+    return next(word.split("=", 1)[1] for word in overrides if word.split("=", 1)[0] == key)
+
+
+def _print(*things: object) -> None:
+    """Tables at the terminal's width, or at 100 columns where there is none."""
+    console = Console(width=None if sys.stdout.isatty() else WIDTH, highlight=False)
+    if console.width > WIDTH:
+        console = Console(width=WIDTH, highlight=False)
+    for thing in things:
+        console.print(thing)
+
+
+def check_files(section: PlanConfig) -> None:
+    """Raise ConfigError for a file that cannot be written, before the planning that it would be written after."""
+    for name in ("json", "timeline", "trace"):
+        value = getattr(section, name)
+        if value is not None:
+            check_writable(f"plan.{name}", value)
+    if section.timeline is not None and not section.timeline.endswith(".png"):
+        raise ConfigError(
+            "plan.timeline", section.timeline, "is drawn as PNG", "give a name that ends in .png"
+        )
+
+
+def check_writable(field: str, value: str) -> None:
+    """Try to open a file for writing; leaves no trace where it did not exist."""
+    path = Path(value)
+    existed = os.path.lexists(path)
+    try:
+        with path.open("ab"):
+            pass
+    except (OSError, ValueError) as error:
+        reason = getattr(error, "strerror", None) or str(error)
+        raise ConfigError(field, value, f"cannot be written: {reason}", "give a file in a directory that exists and "
+                          "that you may write to") from error  # fmt: skip
+    if not existed:
+        path.unlink()
+
+
+def _write(plan: Plan, advice: Advice | None) -> list[str]:
+    section, written = plan.config.plan, []
+    if section.json is not None:
+        _write_json(section.json, plan_document(plan, advice))
+        written.append(section.json)
+    title = f"{plan.config.name} on {plan.config.cluster.name}, {plan.config.schedule.kind} schedule"
+    if section.timeline is not None:
+        render_timeline(plan.simulation, section.timeline, title)
+        written.append(section.timeline)
+    if section.trace is not None:
+        write_trace(plan.simulation, section.trace)
+        written.append(section.trace)
+    return written
+
+
+def _write_rows(section: PlanConfig, rows: Sequence[Row]) -> None:
+    if section.json is not None:
+        _write_json(section.json, [dataclasses.asdict(row) for row in rows])
+        print(f"wrote {section.json}")
+
+
+def _write_json(path: str, document: object) -> None:
+    Path(path).write_text(json.dumps(document, indent=1) + "\n", encoding="utf-8")

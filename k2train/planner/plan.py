@@ -1,0 +1,120 @@
+"""`Plan`: everything `k2train plan` says about one config. Bytes, seconds, tokens; GB in reports is 1e9 bytes.
+
+A step is the simulated pipeline, then what follows it: gradients reduced, the update, parameters gathered. Waits are
+reported for the busiest stage, because the others stand still for its sake. Source: docs/design.md, "The one idea".
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from k2train.config.errors import ConfigError
+from k2train.config.schema import Config
+from k2train.estimate.states import StageStates
+from k2train.estimate.step import UpdateSeconds, model_flops_utilisation, step_flops, update_seconds
+from k2train.estimate.work import Machine
+from k2train.planner.assemble import Assembly, assemble
+from k2train.planner.memory import StageMemory, all_stage_states, stage_memories
+from k2train.schedule.errors import ScheduleError
+from k2train.schedule.simulate import simulate
+from k2train.schedule.simulation import Simulation, StageTimes
+from k2train.schedule.validate import validate
+
+
+@dataclass(frozen=True)
+class Plan:
+    """The answer to one config."""
+
+    config: Config
+    assembly: Assembly
+    simulation: Simulation
+    states: tuple[StageStates, ...]
+    memory: tuple[StageMemory, ...]
+    updates: tuple[UpdateSeconds, ...]
+    """The end of the step, for every stage."""
+
+    @property
+    def step_seconds(self) -> float:
+        """From the first forward until every rank has its new parameters."""
+        return self.simulation.makespan_seconds + self.slowest_update.total
+
+    @property
+    def slowest_update(self) -> UpdateSeconds:
+        return max(self.updates, key=lambda update: update.total)
+
+    @property
+    def tokens_per_second(self) -> float:
+        return self.config.train.global_batch_tokens / self.step_seconds
+
+    @property
+    def mfu(self) -> float:
+        """Model FLOPs utilisation: causal attention counted, recomputation not."""
+        train, cluster = self.config.train, self.config.cluster
+        flops = step_flops(self.config.model, train.seq_len, train.global_batch_tokens)
+        peak = cluster.matmul_flops_per_second
+        return model_flops_utilisation(flops, self.step_seconds, self.assembly.layout.world, peak)
+
+    @property
+    def busiest_stage(self) -> int:
+        """The stage with the most compute, of equals the one that waits most for communication."""
+        stages = self.simulation.stages
+        return max(
+            range(len(stages)), key=lambda i: (round(stages[i].busy_seconds, 9), _communication(stages[i]))
+        )
+
+    @property
+    def busiest(self) -> StageTimes:
+        return self.simulation.stages[self.busiest_stage]
+
+    @property
+    def bubble_share(self) -> float:
+        """Bubble of the busiest stage over the pipeline's time."""
+        return self.busiest.bubble_seconds / self.simulation.makespan_seconds
+
+    @property
+    def fullest(self) -> StageMemory:
+        """The stage with least room on its devices."""
+        return max(self.memory, key=lambda stage: stage.device)
+
+    @property
+    def fullest_host(self) -> StageMemory:
+        return max(self.memory, key=lambda stage: stage.node)
+
+    @property
+    def fits(self) -> bool:
+        return all(stage.fits_device and stage.fits_host for stage in self.memory)
+
+
+def _communication(stage: StageTimes) -> float:
+    waits = stage.waits
+    return waits.ep + waits.pp + waits.copy
+
+
+def build_plan(config: Config, record: bool = False, check: bool = True) -> Plan:
+    """Plan one config.
+
+    record: keep what timelines and traces need. check: prove the schedule first, which for a long step takes as long as the
+    simulation. Raises ConfigError, also for a schedule that cannot run.
+    """
+    assembly = assemble(config)
+    simulation = _proved(config, assembly, record, check)
+    states = all_stage_states(config, assembly)
+    memory = stage_memories(config, assembly, simulation, states)
+    machine = Machine(config.cluster, config.train.dtype)
+    updates = tuple(
+        update_seconds(of_stage, assembly.layout, config.optim, machine, assembly.copies)
+        for of_stage in states
+    )
+    return Plan(config, assembly, simulation, states, memory, updates)
+
+
+def _proved(config: Config, assembly: Assembly, record: bool, check: bool) -> Simulation:
+    try:
+        if check:
+            validate(assembly.schedule)
+        return simulate(assembly.schedule, assembly.costs, record)
+    except ScheduleError as error:
+        remedy = ""
+        if config.schedule.pair_forward_backward and not config.schedule.extra_warmup_microbatches:
+            remedy = "pairs need schedule.extra_warmup_microbatches=1"
+        raise ConfigError("schedule.kind", config.schedule.kind, f"cannot run: {error}", remedy) from error
