@@ -6,7 +6,7 @@ import itertools
 import math
 
 import pytest
-from hypothesis import assume, given
+from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 from k2train.config.errors import ConfigError
@@ -66,6 +66,7 @@ def lengths_in_steps(phases: list[LrPhase], total: int, tokens_per_step: int) ->
     ]  # fmt: skip
 
 
+@settings(deadline=None)
 @given(phase_lists, st.integers(1, 50), st.integers(1, 200))
 def test_no_step_moves_further_than_its_phases_allow(
     phases: list[LrPhase], total: int, tokens_per_step: int
@@ -85,6 +86,7 @@ def test_no_step_moves_further_than_its_phases_allow(
     assert rates[-1] == phases[-1].to
 
 
+@settings(deadline=None)
 @given(phase_lists, st.integers(1, 50), st.integers(1, 200))
 def test_rates_stay_between_zero_and_the_largest(
     phases: list[LrPhase], total: int, tokens_per_step: int
@@ -95,6 +97,7 @@ def test_rates_stay_between_zero_and_the_largest(
         assert 0 < schedule.at(step) <= largest * (1 + 1e-12)
 
 
+@settings(deadline=None)
 @given(st.integers(1, 40), st.integers(1, 40), st.sampled_from(["linear", "cosine"]))
 def test_whole_phases_end_exactly_at_their_rate(warmup: int, decay: int, kind: str) -> None:
     phases = [LrPhase("linear", 1.0, steps=warmup), LrPhase(kind, 0.125, steps=decay)]  # type: ignore[arg-type]
