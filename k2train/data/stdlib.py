@@ -12,6 +12,7 @@ upgrade of Python makes a new one. Two processes may build at once: both write t
 from __future__ import annotations
 
 import hashlib
+import os
 import platform
 import sysconfig
 from collections.abc import Iterator
@@ -41,8 +42,7 @@ def build_stdlib(cache_dir: Path, tokenizer: Tokenizer, root: Path | None = None
 
 def read_sources(root: Path) -> Iterator[tuple[str, str]]:
     """(relative path, text) of every source file, by hash of the path. Raises ConfigError where there are none."""
-    paths = [path.relative_to(root) for path in root.rglob("*.py") if path.is_file()]
-    wanted = [path.as_posix() for path in paths if _is_source(path)]
+    wanted = [path.relative_to(root).as_posix() for path in _walk(root)]
     if not wanted:
         raise ConfigError("data.blend", "[]", f"takes the standard library's sources, and {root} holds none",
                           "give corpora of your own (see docs/data.md)")  # fmt: skip
@@ -53,9 +53,14 @@ def read_sources(root: Path) -> Iterator[tuple[str, str]]:
             continue  # a few tests are in other encodings; the library proper is UTF-8
 
 
-def _is_source(path: Path) -> bool:
-    # _sysconfigdata holds the paths and flags this interpreter was built with: no source, another text on each machine
-    return not _EXCLUDED.intersection(path.parts) and not path.name.startswith("_sysconfigdata")
+def _walk(root: Path) -> Iterator[Path]:
+    for parent, directories, names in os.walk(root):
+        # pruned rather than filtered: installed packages can be a hundred times the library
+        directories[:] = [name for name in directories if name not in _EXCLUDED]
+        for name in names:
+            # _sysconfigdata holds the paths and flags this interpreter was built with: another text on each machine
+            if name.endswith(".py") and not name.startswith("_sysconfigdata"):
+                yield Path(parent, name)
 
 
 def _digest(documents: list[tuple[str, str]], tokenizer: Tokenizer) -> str:
