@@ -7,7 +7,9 @@ and answers what it costs; the runtime executes the same list.
     schedule = build_schedule(spec)                  Schedule: stages, placement, chains; to_text / parse_schedule
     report = validate(schedule)                      ScheduleReport, or ScheduleError with the cycle of waits
     simulation = simulate(schedule, costs, record=True)      Simulation: makespan, waits, memory, events
-    render_text(simulation), render_timeline(simulation, path), write_trace(simulation, path)
+    render_text(simulation)                          text for a terminal
+    render_timeline(simulation, path)                a picture; also render_window, render_comparison, render_cells
+    write_trace(simulation, path)                    opens in Perfetto
 
 Costs (`Costs`, `VirtualStageCosts`, `Phase`) are defined here and filled in by `estimate`; `uniform_costs` are those of the
 textbook formulas in `formulas.py`. Numbers a user chose wrongly raise ConfigError; a schedule that cannot run raises
@@ -16,13 +18,16 @@ ScheduleError.
 
 from k2train.schedule.actions import Action, Kind, Pair, Step, parse_action, parse_line, parse_step
 from k2train.schedule.builders import build_schedule, compute_order
-from k2train.schedule.costs import Costs, Phase, Stream, VirtualStageCosts, uniform_costs
+from k2train.schedule.costs import Costs, Phase, Stream, VirtualStageCosts, uniform_costs, without
 from k2train.schedule.errors import ScheduleError
 from k2train.schedule.overlap import interleave
 from k2train.schedule.program import Schedule, parse_schedule
+from k2train.schedule.render import render_comparison, render_timeline, render_window
+from k2train.schedule.render_text import render_cells, render_text
 from k2train.schedule.simulate import simulate
 from k2train.schedule.simulation import Event, Simulation, StageTimes, Waits
 from k2train.schedule.spec import KINDS, ScheduleSpec
+from k2train.schedule.trace import write_trace
 from k2train.schedule.validate import ScheduleReport, validate
 
 __all__ = [
@@ -50,7 +55,14 @@ __all__ = [
     "parse_line",
     "parse_schedule",
     "parse_step",
+    "render_cells",
+    "render_comparison",
+    "render_text",
+    "render_timeline",
+    "render_window",
     "simulate",
     "uniform_costs",
     "validate",
+    "without",
+    "write_trace",
 ]

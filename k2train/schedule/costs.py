@@ -10,9 +10,9 @@ after another, each on the compute stream or, for all-to-alls, on the expert-par
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from enum import Enum
+from typing import Any
 
 
 class Stream(str, Enum):
@@ -96,15 +96,28 @@ def uniform_costs(
     return Costs((one,) * num_virtual_stages)
 
 
-def collapse(phases: Iterable[Phase]) -> tuple[Phase, ...]:
-    """Neighbours on the same stream as one phase, which changes no time when the phases run alone."""
-    merged: list[Phase] = []
-    for phase in phases:
-        if merged and merged[-1].stream is phase.stream:
-            last = merged.pop()
-            phase = Phase(f"{last.name}+{phase.name}", phase.stream, last.seconds + phase.seconds)
-        merged.append(phase)
-    return tuple(merged)
+def without(costs: Costs, ep: bool = False, pp: bool = False, copies: bool = False) -> Costs:
+    """The same costs with all-to-alls, pipeline messages or copies taking no time.
+
+    The difference of two makespans says what a kind of traffic costs the step. That can be less than the time a stage
+    is seen waiting for it: a stage that is not the slowest would otherwise wait for something else.
+    """
+
+    def kept(phases: tuple[Phase, ...]) -> tuple[Phase, ...]:
+        if not ep:
+            return phases
+        return tuple(replace(phase, seconds=0.0) if phase.stream is Stream.EP else phase for phase in phases)
+
+    changes: dict[str, Any] = dict.fromkeys(
+        ["send_forward_seconds", "send_backward_seconds"] if pp else [], 0.0
+    )
+    changes |= dict.fromkeys(["offload_seconds", "reload_seconds"] if copies else [], 0.0)
+    return Costs(
+        tuple(
+            replace(one, forward=kept(one.forward), backward_input=kept(one.backward_input), **changes)
+            for one in costs.virtual_stages
+        )
+    )
 
 
 def _check_number(name: str, value: float) -> None:

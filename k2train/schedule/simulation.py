@@ -8,7 +8,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from k2train.schedule.actions import Action, Pair, Step, parts
+from k2train.schedule.actions import Action, Step, parts
 from k2train.schedule.overlap import Overlap
 from k2train.schedule.program import Schedule
 
@@ -114,13 +114,17 @@ class Simulation:
 
     def events(self, start: float = 0.0, end: float = float("inf")) -> Iterator[Event]:
         """Boxes that overlap a window, phase by phase. The simulation must have been recorded."""
-        for stage, records in enumerate(self.compute_records):
-            for record in records:
-                if record.start < end:
-                    yield from self._phases(stage, record, start, end)
+        for stage in range(len(self.compute_records)):
+            yield from self.events_of(stage, start, end)
         for event in self.other_events:
             if event.start < end and event.end > start:
                 yield event
+
+    def events_of(self, stage: int, start: float = 0.0, end: float = float("inf")) -> Iterator[Event]:
+        """The compute and all-to-all boxes of one stage that overlap a window, compute steps in order."""
+        for record in self.compute_records[stage]:
+            if record.start < end:
+                yield from self._phases(stage, record, start, end)
 
     @staticmethod
     def _phases(stage: int, record: StepRecord, start: float, end: float) -> Iterator[Event]:
@@ -135,8 +139,3 @@ class Simulation:
         for stage, records in enumerate(self.compute_records):
             for record in records:
                 yield stage, record.step, record.start, record.start + record.layout.compute_end
-
-
-def is_pair(step: Step) -> bool:
-    """Whether a recorded step is a pair."""
-    return isinstance(step, Pair)
