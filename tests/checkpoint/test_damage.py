@@ -148,6 +148,19 @@ def damaged_manifests(good: dict) -> list[object]:
     ]  # fmt: skip
 
 
+def test_a_shard_with_other_shapes_or_types_than_were_written_is_found(tmp_path: Path) -> None:
+    """As many bytes and the same ones, so that neither the size nor the CRC-32 tells."""
+    for index, (old, new) in enumerate(
+        [(b'"shape":[2,3]', b'"shape":[3,2]'), (b'"dtype":"F32"', b'"dtype":"I32"')]
+    ):
+        write_checkpoint(tmp_path / str(index), [("a", torch.ones(2, 3))], {})
+        shard = next((tmp_path / str(index)).glob("*.safetensors"))
+        assert old in shard.read_bytes()
+        shard.write_bytes(shard.read_bytes().replace(old, new))
+        with pytest.raises(CheckpointError, match="does not hold a as"):
+            open_checkpoint(tmp_path / str(index)).load("a")
+
+
 def signed(manifest: object) -> str:
     """The text of a manifest whose own checksum is right, so that only its content is wrong."""
     if not isinstance(manifest, dict):
@@ -191,9 +204,12 @@ def test_the_newest_complete_checkpoint_is_latest(tmp_path: Path) -> None:
     (root / "best").mkdir()
     (root / "step-final").mkdir()
     (root / "step-2000000").write_text("not a directory")
+    write_checkpoint(root / "step-11", TENSORS.items(), {"step": 11})
     begin(step_directory(root, 400))
     assert latest_checkpoint(root) == root / "step-1000000"
     next((root / "step-1000000").glob("*.safetensors")).unlink()
+    assert latest_checkpoint(root) == root / "step-11"
+    shutil.rmtree(root / "step-11")
     assert latest_checkpoint(root) == root / "step-000010"
     shard = next((root / "step-000010").glob("*.safetensors"))
     shard.write_bytes(shard.read_bytes()[:-1])

@@ -189,6 +189,22 @@ def test_yarn_without_its_optional_keys_takes_transformers_defaults() -> None:
     assert (yarn.original_max_position_embeddings, yarn.beta_fast, yarn.beta_slow) == (131072, 32.0, 1.0)
 
 
+def test_the_base_inside_the_rotary_section_wins_as_it_does_in_transformers() -> None:
+    sections: list[dict[str, Any]] = [
+        {"rope_parameters": {"rope_type": "default", "rope_theta": 777.0}},
+        {"rope_parameters": {"rope_theta": 777.0}, "rope_scaling": None},
+        {
+            "rope_scaling": {"rope_type": "default", "rope_theta": 777.0},
+            "rope_parameters": {"rope_theta": 5.0},
+        },
+    ]
+    for section in sections:
+        hf = {**PUBLISHED["moonlight_16b_a3b"], "rope_scaling": None, **section}
+        del hf["model_type"]
+        assert DeepseekV3Config(**hf).rope_parameters["rope_theta"] == 777.0
+        assert to_model_config({**hf, "model_type": "deepseek_v3"}).rope_theta == 777.0
+
+
 def test_block_sizes_of_the_published_quantisation_and_refusal_of_others() -> None:
     assert fp8_block_size({}) == (128, 128)
     assert fp8_block_size(PUBLISHED["k2"]) == (128, 128)
