@@ -15,7 +15,7 @@ from k2train.data.build import SHOWN_BAD_LINES, BuildReport, Progress, build_dat
 from k2train.data.show import ShowConfig, describe_dataset
 from k2train.telemetry.progress import ProgressDisplay, open_progress
 
-USAGE = """usage: k2train data build input=[FILE,DIR,...] output=PREFIX [key=value ...]
+USAGE = """usage: k2train data build 'input=[FILE,DIR,...]' output=PREFIX [key=value ...]
        k2train data show PREFIX [key=value ...]
 
   build  make an indexed dataset from .txt, .jsonl, .parquet and .gz files
@@ -23,7 +23,7 @@ USAGE = """usage: k2train data build input=[FILE,DIR,...] output=PREFIX [key=val
 
 `k2train data build --help` and `k2train data show --help` explain every key."""
 
-BUILD_USAGE = "k2train data build input=[FILE,DIR,...] output=PREFIX [key=value ...]"
+BUILD_USAGE = "k2train data build 'input=[FILE,DIR,...]' output=PREFIX [key=value ...]"
 SHOW_USAGE = "k2train data show PREFIX [key=value ...]"
 
 
@@ -61,7 +61,7 @@ def report_lines(report: BuildReport) -> Iterator[str]:
     yield (f"{report.prefix}: {facts.num_documents} documents, {facts.num_tokens} tokens, {facts.num_bytes} bytes of text "
            f"({facts.num_bytes / facts.num_tokens:.2f} a token) from {report.num_files} files; "
            f"tokenizer {facts.tokenizer}, vocabulary {facts.vocab_size}")  # fmt: skip
-    yield f"train on it with data.blend=[{{prefix:{report.prefix}}}] and the same data.tokenizer"
+    yield f"train on it with 'data.blend=[{{prefix: {report.prefix}}}]' and the same data.tokenizer"
 
 
 def _show(args: list[str]) -> int:

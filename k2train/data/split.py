@@ -13,7 +13,7 @@ from k2train.config.errors import ConfigError
 SplitName = Literal["train", "valid", "test"]
 SPLITS: tuple[SplitName, ...] = get_args(SplitName)
 
-_FORM = 'write shares of training, validation and test documents, for example "95,5,0"'
+_FORM = """write shares of training, validation and test documents, for example 'data.split="95,5,0"'"""
 
 
 def parse_split(text: str) -> tuple[float, float, float]:

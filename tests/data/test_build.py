@@ -111,7 +111,7 @@ def test_any_number_of_workers_and_any_cut_make_the_same_bytes(
 
 
 @given(st.lists(st.text(max_size=30), max_size=12), st.integers(1, 40), st.booleans())
-@settings(suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 def test_byte_ranges_read_every_line_once(
     tmp_path: Path, texts: list[str], step: int, last_end: bool
 ) -> None:

@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from k2train.config.data import CorpusConfig, DataConfig
@@ -146,6 +146,7 @@ def test_no_document_of_one_split_shows_in_another(tmp_path: Path, write_dataset
 @given(
     st.integers(1, 5000), st.lists(st.floats(0, 100), min_size=1, max_size=3).filter(lambda s: s[0] > 0.01)
 )
+@settings(deadline=None)
 def test_splits_are_disjoint_and_complete(num_documents: int, shares: list[float]) -> None:
     ranges = document_ranges(parse_split(",".join(map(str, shares))), num_documents)
     listed = [document for part in ranges.values() for document in part]

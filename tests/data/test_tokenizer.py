@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import tokenizers
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from tokenizers import decoders, models, pre_tokenizers, trainers
 
@@ -109,6 +109,7 @@ def test_half_a_surrogate_pair_is_an_error_and_no_replacement(tokenizer: Tokeniz
 
 
 @given(st.text())
+@settings(deadline=None)
 def test_bytes_round_trip_for_every_text(text: str) -> None:
     tokenizer = ByteTokenizer()
     ids = tokenizer.encode(text)
@@ -117,6 +118,7 @@ def test_bytes_round_trip_for_every_text(text: str) -> None:
 
 
 @given(st.lists(st.integers(0, 256)))
+@settings(deadline=None)
 def test_bytes_are_counted_for_any_ids(ids: list[int]) -> None:
     assert ByteTokenizer().num_bytes(np.array(ids)) == sum(token < 256 for token in ids)
 
@@ -181,6 +183,7 @@ def test_eos_is_the_one_that_tokenizer_config_names(byte_level_file: Path, ranks
 
 
 @given(st.integers(0, 3), st.integers(0, 3), st.text(alphabet=" a\n", max_size=20))
+@settings(deadline=None)
 def test_long_text_is_cut_without_loss(words: int, spaces: int, rest: str) -> None:
     text = "w" * (words * MAX_RUN_CHARACTERS + words) + " " * (spaces * MAX_RUN_CHARACTERS + 1) + rest
     pieces = list(cut_long(text))
