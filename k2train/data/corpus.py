@@ -166,7 +166,7 @@ def _check_samples(config: DataConfig, sources: list[Source], seq_len: int) -> N
 def _too_small(source: Source, split: SplitName, num_tokens: int, seq_len: int) -> ConfigError:
     return ConfigError(source.field, source.prefix,
                        f"its {split} documents hold {num_tokens} tokens, less than one sample of {seq_len + 1}",
-                       "give that split a larger share in data.split ("1,0,0" holds nothing out), add text, or "
+                       "give that split a larger share in data.split ('1,0,0' holds nothing out), add text, or "
                        "lower train.seq_len")  # fmt: skip
 
 
