@@ -8,6 +8,7 @@ and `--help` start without torch. This file alone turns errors into messages and
 from __future__ import annotations
 
 import importlib
+import os
 import sys
 from collections.abc import Callable, Sequence
 
@@ -37,7 +38,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         return command(words[0])(words[1:])
     except ConfigError as error:
-        print(f"k2train {words[0]}: {error}", file=sys.stderr)
+        # Under a launcher every rank finds the same mistake; one telling is enough.
+        if os.environ.get("RANK", "0") == "0":
+            print(f"k2train {words[0]}: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print(f"k2train {words[0]}: interrupted", file=sys.stderr)

@@ -166,6 +166,9 @@ class TrainConfig:
         "steps between checkpoints; 0 writes one at the end only", unit="steps", default=0, minimum=0
     )
     keep_checkpoints: int = key("newest checkpoints kept on disk", default=2, minimum=1)
+    timeout_seconds: float = key(
+        "how long a collective may take before the run is given up", unit="seconds", default=600.0, above=0
+    )
     init_from: str | None = key(
         "checkpoint directory whose weights start the run, written by import-hf or train", default=None
     )

@@ -11,6 +11,7 @@ All of them must be empty at the end of a step, and `finish_step` proves it.
 
 from __future__ import annotations
 
+import collections
 import dataclasses
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Protocol
@@ -76,8 +77,20 @@ class Route:
         return self.previous is not None and self.previous_stage == self.stage
 
 
-MakeContext = Callable[[int, int], MicrobatchContext]
-LoadTokens = Callable[[int], torch.Tensor]
+@dataclasses.dataclass(frozen=True)
+class StepInputs:
+    """What one pass over an action list works on.
+
+    tokens(microbatch) gives its (B, S) ids; make_context(virtual_stage, microbatch) what its phases may touch.
+    before_forward(virtual_stage) is called ahead of each forward, weight_gradients_done(virtual_stage) once its last
+    weight gradient is in, which needs num_microbatches.
+    """
+
+    tokens: Callable[[int], torch.Tensor]
+    make_context: Callable[[int, int], MicrobatchContext]
+    num_microbatches: int
+    before_forward: Callable[[int], None] = lambda virtual_stage: None
+    weight_gradients_done: Callable[[int], None] = lambda virtual_stage: None
 
 
 class PipelineStage:
@@ -93,17 +106,18 @@ class PipelineStage:
         """transport may be None where all virtual stages live here; gradients is None in evaluation."""
         self.models, self.routes, self.transport, self.gradients = models, routes, transport, gradients
         self.queue = WeightGradQueue()
-        self._make_context: MakeContext | None = None
-        self._tokens: LoadTokens | None = None
+        self._step: StepInputs | None = None
+        self._weight_gradients: collections.Counter[int] = collections.Counter()
         self._inputs: dict[Key, Arrival] = {}
         self._outputs: dict[Key, torch.Tensor] = {}
         self._records: dict[Key, tuple[list[Any], MicrobatchContext]] = {}
         self._arrived_gradients: dict[Key, Arrival] = {}
         self._gradients: dict[Key, torch.Tensor] = {}
 
-    def begin_step(self, tokens: LoadTokens, make_context: MakeContext) -> None:
-        """tokens(microbatch) gives its (B, S) ids; make_context(virtual_stage, microbatch) what its phases may touch."""
-        self._tokens, self._make_context = tokens, make_context
+    def begin_step(self, step: StepInputs) -> None:
+        """Take up the inputs of a pass; `finish_step` or `abandon_step` ends it."""
+        self._step = step
+        self._weight_gradients.clear()
 
     def finish_step(self) -> None:
         """Wait for the sends and prove that nothing is left under way."""
@@ -130,6 +144,10 @@ class PipelineStage:
     def weight_gradient(self, virtual_stage: int, microbatch: int) -> None:
         assert self.gradients is not None
         self.queue.drain((virtual_stage, microbatch), self.gradients)
+        step = self._inputs_of_step()
+        self._weight_gradients[virtual_stage] += 1
+        if self._weight_gradients[virtual_stage] == step.num_microbatches:
+            step.weight_gradients_done(virtual_stage)
 
     def pair(self, forward: Key, backward: Key) -> None:
         outputs, grads = alternate(self._forward_steps(forward), self._backward_steps(backward))
@@ -168,15 +186,16 @@ class PipelineStage:
 
     def _forward_steps(self, key: Key) -> Any:
         virtual_stage, microbatch = key
-        assert self._make_context is not None
-        context, records = self._make_context(virtual_stage, microbatch), []  # type: ignore[var-annotated]
+        step = self._inputs_of_step()
+        step.before_forward(virtual_stage)
+        context = step.make_context(virtual_stage, microbatch)
+        records: list[Any] = []
         self._records[key] = (records, context)
         return forward_steps(self.models[virtual_stage].phases, self._take_inputs(key), context, records)
 
     def _take_inputs(self, key: Key) -> Tensors:
         if self.routes[key[0]].previous is None:
-            assert self._tokens is not None
-            return (self._tokens(key[1]),)
+            return (self._inputs_of_step().tokens(key[1]),)
         return (self._inputs.pop(key).wait(),)
 
     def _forward_done(self, key: Key, outputs: Tensors) -> None:
@@ -212,8 +231,11 @@ class PipelineStage:
         return self.transport
 
     def _num_rows(self, microbatch: int) -> int:
-        assert self._tokens is not None
-        return self._tokens(microbatch).numel()
+        return self._inputs_of_step().tokens(microbatch).numel()
+
+    def _inputs_of_step(self) -> StepInputs:
+        assert self._step is not None, "begin_step comes first"
+        return self._step
 
     def _held(self) -> dict[str, dict[Key, Any]]:
         return {

@@ -17,12 +17,15 @@ from k2train.data.corpus import Corpus, build_corpus
 from k2train.layout.build import build_layout, num_microbatches
 from k2train.layout.layout import Layout
 from k2train.layout.tensors import model_tensors
+from k2train.model.dispatcher import LocalDispatcher
 from k2train.model.model import Model, build_model
 from k2train.model.pieces import ModelPart
 from k2train.optim.build import build_optimizer
 from k2train.optim.lr_schedule import LrSchedule
 from k2train.optim.optimizer import Optimizer
+from k2train.parallel.dispatcher import AllToAllDispatcher
 from k2train.parallel.groups import Groups
+from k2train.parallel.pipeline import PipelineTransport
 from k2train.runtime.stage import PipelineStage, Route
 from k2train.schedule import Schedule, ScheduleSpec, build_schedule, validate
 
@@ -50,16 +53,25 @@ class Run:
         return self.groups.pp.rank
 
     @property
+    def is_main(self) -> bool:
+        """Whether this rank speaks for the run: it prints, writes metrics and completes checkpoints."""
+        return self.groups.world.rank == 0
+
+    def local_index(self, virtual_stage: int) -> int:
+        """The place of a virtual stage among this rank's, as the optimizer counts them."""
+        return list(self.models).index(virtual_stage)
+
+    @property
     def num_microbatches(self) -> int:
         """Microbatches of this pipeline in a step."""
         return self.schedule.num_microbatches
 
 
-def check_supported(config: Config, layout: Layout) -> None:
+def check_supported(config: Config) -> None:
     """Refuse what can be planned but not trained yet, by name."""
-    if layout.world != 1:
-        raise ConfigError("layout", f"{layout.world} ranks", "training runs on one rank so far; plan takes any layout",
-                          "set layout=single")  # fmt: skip
+    if config.schedule.kind in ("dualpipe", "dualpipe_v"):
+        raise ConfigError("schedule.kind", config.schedule.kind, "is there to be planned and compared, not to be trained",
+                          "set schedule=k2, interleaved_1f1b, 1f1b, zb_h1 or gpipe")  # fmt: skip
     for field in dataclasses.fields(ActivationsConfig):
         policy = getattr(config.activations, field.name)
         if policy != "keep":
@@ -79,8 +91,8 @@ def choose_device(config: Config) -> torch.device:
 
 def build_layouts(config: Config) -> tuple[Layout, Schedule]:
     """The layout and the validated schedule of a run; pure, and refused here if they cannot run."""
+    check_supported(config)
     layout = build_layout(config.layout, config.cluster, config.model, config.train.seq_len)
-    check_supported(config, layout)
     options = config.schedule
     spec = ScheduleSpec(
         pp=layout.pp,
@@ -97,17 +109,24 @@ def build_layouts(config: Config) -> tuple[Layout, Schedule]:
     return layout, schedule
 
 
+def open_corpus(config: Config) -> Corpus:
+    """The run's data; ranks that are threads share one."""
+    return build_corpus(config.data, config.train.seq_len, config.train.seed, config.model.vocab_size)
+
+
 def build_run(
-    config: Config, layout: Layout, schedule: Schedule, groups: Groups, device: torch.device
+    config: Config, layout: Layout, schedule: Schedule, corpus: Corpus, groups: Groups, device: torch.device
 ) -> Run:
     """One rank's share of the run, weights initialised from the seed. Every rank calls it; it communicates with nobody."""
-    corpus = build_corpus(config.data, config.train.seq_len, config.train.seed, config.model.vocab_size)
     models = build_models(config, layout, groups, device)
     catalogue = {spec.name: spec for spec in model_tensors(config.model)}
-    pieces = [list(model.pieces()) for model in models.values()]
-    trained = [[piece for piece in of_stage if piece.trained] for of_stage in pieces]
+    trained = [[piece for piece in model.pieces() if piece.trained] for model in models.values()]
     optimizer = build_optimizer(config.optim, config.model, catalogue, trained, groups)
     routes = build_routes(schedule, groups.pp.rank)
+    dtype = DTYPES[config.train.dtype]
+    transport = (
+        PipelineTransport(groups.pp, config.model.hidden_size, dtype, device) if layout.pp > 1 else None
+    )
     learning_rate = LrSchedule(config.optim.lr_phases, config.train.steps, config.train.global_batch_tokens)
     return Run(
         config=config,
@@ -119,22 +138,25 @@ def build_run(
         optimizer=optimizer,
         corpus=corpus,
         learning_rate=learning_rate,
-        training=PipelineStage(models, routes, None, optimizer.gradients),
-        evaluation=PipelineStage(models, routes, None, None),
+        training=PipelineStage(models, routes, transport, optimizer.gradients),
+        evaluation=PipelineStage(models, routes, transport, None),
     )
 
 
 def build_models(config: Config, layout: Layout, groups: Groups, device: torch.device) -> dict[int, Model]:
-    """The model parts of this rank's virtual stages, initialised."""
+    """The model parts of this rank's virtual stages, initialised, in the order of the model."""
+    experts = config.model.n_routed_experts
+    per_rank = experts // layout.ep
+    mine = tuple(range(groups.ep.rank * per_rank, (groups.ep.rank + 1) * per_rank))
+    dispatcher = AllToAllDispatcher(groups.ep, experts) if layout.ep > 1 else LocalDispatcher()
     models = {}
-    per_rank = config.model.n_routed_experts // layout.ep
-    experts = tuple(range(groups.ep.rank * per_rank, (groups.ep.rank + 1) * per_rank))
     for virtual_stage, piece in enumerate(layout.virtual_stages):
         if layout.placement[virtual_stage] != groups.pp.rank:
             continue
-        part = ModelPart(tuple(piece.layers), piece.embedding, piece.head, experts)
-        models[virtual_stage] = build_model(config.model, part, DTYPES[config.train.dtype], device)
-        models[virtual_stage].initialise(config.train.seed)
+        part = ModelPart(tuple(piece.layers), piece.embedding, piece.head, mine)
+        model = build_model(config.model, part, DTYPES[config.train.dtype], device, dispatcher)
+        model.initialise(config.train.seed)
+        models[virtual_stage] = model
     return models
 
 

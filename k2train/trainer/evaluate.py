@@ -4,11 +4,18 @@ from __future__ import annotations
 
 import dataclasses
 
+import torch
+
 from k2train.model.context import MicrobatchContext, Statistics
 from k2train.runtime.executor import run_actions
-from k2train.schedule import Action, Kind
+from k2train.runtime.stage import StepInputs
+from k2train.schedule import Action, Kind, Schedule
 from k2train.trainer.build import Run
 from k2train.trainer.compression import bits_per_byte
+from k2train.trainer.step import reduce_losses
+
+# The target that the loss leaves out (torch's default ignore_index).
+IGNORED = -100
 
 
 @dataclasses.dataclass(frozen=True)
@@ -28,33 +35,78 @@ class Evaluation:
 def evaluate(run: Run, max_tokens: int) -> Evaluation | None:
     """Mean loss over the first sequences of the validation split, at most `max_tokens` and at most one pass over it.
 
-    None where that is not one whole sequence. Every rank must call it: a sum over the world.
+    None where that is not one whole sequence. Every rank must call it: the messages and all-to-alls of forward passes,
+    and a sum over the world.
     """
-    seq_len, size = run.config.train.seq_len, run.config.train.microbatch_size
+    seq_len = run.config.train.seq_len
     num_sequences = min(max_tokens // seq_len, run.corpus.num_samples("valid"))
     if num_sequences == 0:
         return None
     batch = run.corpus.batch("valid", 0, num_sequences)
-    parts = list(batch.to(run.device).split(size))
+    run.optimizer.finish_gather()
     statistics = Statistics()
+    forward_only(run, local_microbatches(run, batch), statistics, 1.0 / (num_sequences * seq_len))
+    loss, _ = reduce_losses(run, statistics)
+    return Evaluation(loss, num_sequences, num_sequences * seq_len, run.corpus.num_bytes(batch[:, 1:]))
+
+
+def local_microbatches(run: Run, batch: torch.Tensor) -> list[torch.Tensor]:
+    """This data-parallel rank's microbatches of `batch` (n, S + 1), on the device.
+
+    Expert-parallel ranks exchange rows in step, so every rank needs equally many microbatches of equal size: missing
+    sequences are filled up, with targets that are ignored.
+    """
+    size, dp = run.config.train.microbatch_size, run.groups.dp
+    missing = -len(batch) % (size * dp.size)
+    filler = batch[:1].expand(missing, -1).clone()
+    filler[:, 1:] = IGNORED
+    padded = torch.cat([batch, filler]).to(run.device)
+    return list(padded.split(size))[dp.rank :: dp.size]
+
+
+def forward_only(
+    run: Run, microbatches: list[torch.Tensor], statistics: Statistics, loss_scale: float
+) -> None:
+    """Forward passes without anything saved, in the order of `forward_actions`."""
 
     def make_context(virtual_stage: int, microbatch: int) -> MicrobatchContext:
-        part = parts[microbatch]
+        part = microbatches[microbatch]
         return MicrobatchContext(num_sequences=len(part), key=(virtual_stage, microbatch), statistics=statistics,
-                                 loss_scale=1.0 / (num_sequences * seq_len), targets=part[:, 1:])  # fmt: skip
+                                 loss_scale=loss_scale, targets=part[:, 1:])  # fmt: skip
 
-    run.evaluation.begin_step(lambda microbatch: parts[microbatch][:, :-1], make_context)
-    run_actions(forward_actions(run, len(parts)), run.evaluation)
-    run.evaluation.finish_step()
-    assert statistics.loss is not None
-    num_bytes = run.corpus.num_bytes(batch[:, 1:])
-    return Evaluation(float(statistics.loss), num_sequences, num_sequences * seq_len, num_bytes)
+    tokens = [part[:, :-1].clamp_min(0) for part in microbatches]
+    stage = run.evaluation
+    stage.begin_step(StepInputs(tokens.__getitem__, make_context, len(microbatches)))
+    try:
+        run_actions(forward_actions(run.schedule, run.pp_rank, len(microbatches)), stage)
+        stage.finish_step()
+    except BaseException:
+        stage.abandon_step()
+        raise
 
 
-def forward_actions(run: Run, num_microbatches: int) -> list[Action]:
-    """Every microbatch forward through this rank's virtual stages, in the order of the model."""
-    return [
-        Action(Kind.F, stage, microbatch)
-        for microbatch in range(num_microbatches)
-        for stage in sorted(run.models)
-    ]
+def forward_actions(schedule: Schedule, stage: int, num_microbatches: int) -> list[Action]:
+    """The forwards of one stage, with their messages.
+
+    pp microbatches at a time go through the first virtual stage of every stage, then through the second, and so on: with
+    that many under way no stage waits for the one behind it, and two stages exchange messages in one order.
+    """
+    pp = schedule.num_stages
+    mine = sorted(schedule.virtual_stages_of(stage))
+    actions: list[Action] = []
+    for first in range(0, num_microbatches, pp):
+        for virtual_stage in mine:
+            for microbatch in range(first, min(first + pp, num_microbatches)):
+                actions += _forward_with_messages(schedule, virtual_stage, microbatch)
+    return actions
+
+
+def _forward_with_messages(schedule: Schedule, virtual_stage: int, microbatch: int) -> list[Action]:
+    place = schedule.placement
+    before, after = schedule.previous[virtual_stage], schedule.next[virtual_stage]
+    actions = [Action(Kind.F, virtual_stage, microbatch)]
+    if before is not None and place[before] != place[virtual_stage]:
+        actions.insert(0, Action(Kind.RECV_F, virtual_stage, microbatch))
+    if after is not None and place[after] != place[virtual_stage]:
+        actions.append(Action(Kind.SEND_F, virtual_stage, microbatch))
+    return actions

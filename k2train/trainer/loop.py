@@ -6,10 +6,13 @@ checkpoint; or a non-finite loss or gradient, which updates nothing, so the last
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
+import os
 import resource
+import signal
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,12 +23,13 @@ from k2train.checkpoint import clean_leftovers
 from k2train.config.convert import to_dict
 from k2train.config.errors import ConfigError
 from k2train.config.schema import Config
-from k2train.parallel.groups import single_rank_groups
-from k2train.parallel.processes import process_world
+from k2train.parallel.communicator import World
+from k2train.parallel.groups import build_groups
+from k2train.parallel.objects import broadcast_object
 from k2train.telemetry.metrics import MetricsFile
 from k2train.telemetry.progress import ProgressDisplay, open_progress
 from k2train.telemetry.sinks import Sink, open_sinks
-from k2train.trainer.build import Run, build_layouts, build_run, choose_device
+from k2train.trainer.build import Run, build_layouts, build_run, choose_device, open_corpus
 from k2train.trainer.evaluate import evaluate
 from k2train.trainer.finish import print_end
 from k2train.trainer.run_dir import open_run_dir
@@ -33,6 +37,7 @@ from k2train.trainer.saving import resume, save, start_from
 from k2train.trainer.signals import StopRequest
 from k2train.trainer.start_up import print_start
 from k2train.trainer.step import StepMetrics, train_step
+from k2train.trainer.worlds import choose_world, fit_to_launcher, run_world
 
 
 class TrainingDivergedError(RuntimeError):
@@ -50,35 +55,79 @@ class Outcome:
 
 @dataclasses.dataclass(frozen=True)
 class Outputs:
-    """Where the loop reports to."""
+    """Where the loop reports to; a rank other than 0 has no metrics file and reports nothing."""
 
     run_dir: Path
-    metrics: MetricsFile
+    metrics: MetricsFile | None
     sinks: Sequence[Sink]
     progress: ProgressDisplay
+
+    def write(self, line: dict[str, Any]) -> None:
+        """A step's numbers to metrics.jsonl and the sinks."""
+        if self.metrics is not None:
+            self.metrics.write(line)
+        for sink in self.sinks:
+            sink.write(line)
+
+    def say(self, text: str) -> None:
+        if self.metrics is not None:
+            self.progress.say(text)
 
 
 def train(config: Config, words: Sequence[str] = ()) -> Outcome:
     """Run `config` from its start or from its newest checkpoint. `words` are the user's, to print how to resume.
 
-    Raises ConfigError for what cannot run, TrainingDivergedError for a non-finite loss.
+    Under a launcher every process calls it. Raises ConfigError for what cannot run, TrainingDivergedError for a
+    non-finite loss.
     """
+    config = fit_to_launcher(config, os.environ)
     layout, schedule = build_layouts(config)
-    if config.world in ("threads", "processes"):
-        raise ConfigError(
-            "world", config.world, "training runs on one rank so far", "set world=auto or single"
-        )
     device = choose_device(config)
-    console = Console(soft_wrap=False)
-    with process_world("single", device) as world:
-        run = build_run(config, layout, schedule, single_rank_groups(world.group("world", [0])), device)
-        run_dir, checkpoint, changes = open_run_dir(config)
-        clean_leftovers(run_dir / "checkpoints")
-        done = start(run, checkpoint)
-        print_start(run, run_dir, done, changes, console)
-        outcome = run_steps(run, run_dir, done)
+    kind = choose_world(config, layout, device, os.environ)
+    corpus = open_corpus(config)
+    with StopRequest() as stop:
+
+        def run_rank(world: World) -> Outcome:
+            run = build_run(config, layout, schedule, corpus, build_groups(layout.grid, world), world.device)
+            return train_rank(run, stop, words)
+
+        return run_world(kind, layout.world, device, config.train.timeout_seconds, run_rank)
+
+
+def train_rank(run: Run, stop: StopRequest, words: Sequence[str]) -> Outcome:
+    """One rank's part of `train`; rank 0 alone prints and draws."""
+    run_dir, checkpoint, changes = agree_on_run_dir(run)
+    done = start(run, checkpoint)
+    console = Console(quiet=not run.is_main)
+    print_start(run, run_dir, done, changes, console)
+    outcome = run_steps(run, run_dir, done, stop)
+    if run.is_main:
         print_end(run, outcome.run_dir, outcome.steps_done, outcome.stopped_by, words, console)
     return outcome
+
+
+def agree_on_run_dir(run: Run) -> tuple[Path, Path | None, list[str]]:
+    """Rank 0 opens the run directory and tells the others: directory, checkpoint to resume, changed keys.
+
+    Every rank must call it, and on every rank a ConfigError of rank 0's is raised.
+    """
+    answer: dict[str, Any] = {}
+    if run.is_main:
+        try:
+            run_dir, checkpoint, changes = open_run_dir(run.config)
+            clean_leftovers(run_dir / "checkpoints")
+            answer = {
+                "run_dir": str(run_dir),
+                "checkpoint": checkpoint and str(checkpoint),
+                "changes": changes,
+            }
+        except ConfigError as error:
+            answer = {"error": [error.field, str(error.value), error.rule, error.remedy]}
+    answer = broadcast_object(run.groups.world, answer, 0, run.device)
+    if "error" in answer:
+        raise ConfigError(*answer["error"])
+    found = answer["checkpoint"]
+    return Path(answer["run_dir"]), Path(found) if found else None, answer["changes"]
 
 
 def start(run: Run, checkpoint: Path | None) -> int:
@@ -90,26 +139,44 @@ def start(run: Run, checkpoint: Path | None) -> int:
     return 0
 
 
-def run_steps(run: Run, run_dir: Path, done: int) -> Outcome:
-    """Take the steps from `done` to train.steps, or until asked to stop."""
+def run_steps(run: Run, run_dir: Path, done: int, stop: StopRequest) -> Outcome:
+    """Take the steps from `done` to train.steps, or until any rank is asked to stop. Every rank must call it."""
     config = run.config
-    display = open_progress(config.telemetry.progress, "step", config.train.steps, done)
-    with (
-        MetricsFile(run_dir / "metrics.jsonl", keep_steps=done) as metrics,
-        display as progress,
-        StopRequest() as stop,
-    ):
-        outputs = Outputs(run_dir, metrics, open_sinks(config.telemetry, run_dir, to_dict(config)), progress)
+    stopped_by: str | None = None
+    with open_outputs(run, run_dir, done) as outputs:
+        while done < config.train.steps and stopped_by is None:
+            take_step(run, done, outputs)
+            done += 1
+            stopped_by = agree_to_stop(run, stop)
+            if stopped_by is not None or checkpoint_due(config, done):
+                save(run, run_dir, done)
+        run.optimizer.finish_gather()
+    return Outcome(run_dir, done, stopped_by if done < config.train.steps else None)
+
+
+def agree_to_stop(run: Run, stop: StopRequest) -> str | None:
+    """The signal that any rank has received since the start, the same answer on every rank: one maximum over the world."""
+    number = signal.Signals[stop.name].value if stop.name is not None else 0
+    seen = torch.tensor([number], dtype=torch.int64, device=run.device)
+    run.groups.world.all_reduce(seen, "max")
+    return signal.Signals(int(seen.item())).name if seen.item() else None
+
+
+@contextlib.contextmanager
+def open_outputs(run: Run, run_dir: Path, done: int) -> Iterator[Outputs]:
+    """Rank 0's metrics file, sinks and progress display; the other ranks report nothing."""
+    telemetry = run.config.telemetry
+    if not run.is_main:
+        yield Outputs(run_dir, None, [], open_progress("none", "step", 0))
+        return
+    display = open_progress(telemetry.progress, "step", run.config.train.steps, done)
+    with MetricsFile(run_dir / "metrics.jsonl", keep_steps=done) as metrics, display as progress:
+        sinks = open_sinks(telemetry, run_dir, to_dict(run.config))
         try:
-            while done < config.train.steps and stop.name is None:
-                take_step(run, done, outputs)
-                done += 1
-                if stop.name is not None or checkpoint_due(config, done):
-                    save(run, run_dir, done)
+            yield Outputs(run_dir, metrics, sinks, progress)
         finally:
-            for sink in outputs.sinks:
+            for sink in sinks:
                 sink.close()
-    return Outcome(run_dir, done, stop.name if done < config.train.steps else None)
 
 
 def take_step(run: Run, index: int, outputs: Outputs) -> None:
@@ -124,17 +191,15 @@ def take_step(run: Run, index: int, outputs: Outputs) -> None:
         "peak_bytes": peak_bytes(run.device),
     }
     if not step.finite:
-        outputs.metrics.write(line)
+        outputs.write(line)
         raise TrainingDivergedError(diverged_message(step, outputs.run_dir))
     if evaluation_due(run.config, step.step):
         evaluation = evaluate(run, evaluation_tokens(run.config, step.step))
         if evaluation is not None:
             line |= {"eval_loss": evaluation.loss, "eval_bits_per_byte": evaluation.bits_per_byte}
-            outputs.progress.say(f"step {step.step}: held-out loss {evaluation.loss:.4f}, "
+            outputs.say(f"step {step.step}: held-out loss {evaluation.loss:.4f}, "
                                  f"{evaluation.bits_per_byte:.3f} bits per byte")  # fmt: skip
-    outputs.metrics.write(line)
-    for sink in outputs.sinks:
-        sink.write(line)
+    outputs.write(line)
     outputs.progress.advance(1, f"loss {step.loss:.4f}  {line['tokens_per_second']:,.0f} tokens/s")
 
 

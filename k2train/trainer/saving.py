@@ -17,11 +17,15 @@ import torch
 from k2train.checkpoint import (
     Checkpoint,
     Storable,
+    begin,
+    commit,
     open_checkpoint,
     prune_checkpoints,
+    read_entries,
     step_directory,
-    write_checkpoint,
+    write_shards,
 )
+from k2train.checkpoint.staging import partial_path
 from k2train.checkpoint.writer import RowPiece
 from k2train.config.convert import to_dict
 from k2train.config.errors import ConfigError
@@ -30,12 +34,24 @@ from k2train.trainer.build import Run
 
 
 def save(run: Run, run_dir: Path, steps_done: int) -> Path:
-    """Write the checkpoint after `steps_done` steps, then delete the oldest beyond train.keep_checkpoints."""
-    checkpoints = run_dir / "checkpoints"
-    directory = write_checkpoint(
-        step_directory(checkpoints, steps_done), run_tensors(run), run_meta(run, steps_done)
-    )
-    prune_checkpoints(checkpoints, run.config.train.keep_checkpoints)
+    """Write the checkpoint after `steps_done` steps, then delete the oldest beyond train.keep_checkpoints.
+
+    Every rank must call it: each writes the shards of what it owns, and once all have (a barrier), rank 0 completes the
+    checkpoint; nobody goes on before that.
+    """
+    world, checkpoints = run.groups.world, run_dir / "checkpoints"
+    directory = step_directory(checkpoints, steps_done)
+    if run.is_main:
+        begin(directory)
+    world.barrier()
+    temporary = partial_path(directory)
+    write_shards(temporary, f"rank-{world.rank:05}", run_tensors(run))
+    world.barrier()
+    if run.is_main:
+        entries = read_entries(temporary, [f"rank-{rank:05}" for rank in range(world.size)])
+        commit(temporary, directory, entries, run_meta(run, steps_done))
+        prune_checkpoints(checkpoints, run.config.train.keep_checkpoints)
+    world.barrier()
     return directory
 
 
@@ -43,8 +59,9 @@ def run_tensors(run: Run) -> Iterator[tuple[str, Storable]]:
     """Everything this rank owns, by checkpoint name."""
     for state in run.optimizer.state():
         yield state.name, RowPiece(state.tensor, state.start, state.shape[0])
-    for piece in bias_pieces(run):
-        yield f"model/{piece.name}", piece.tensor
+    if run.groups.dp.rank == 0:
+        for piece in bias_pieces(run):
+            yield f"model/{piece.name}", piece.tensor
 
 
 def run_meta(run: Run, steps_done: int) -> dict[str, Any]:

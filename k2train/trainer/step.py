@@ -7,12 +7,14 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from collections.abc import Mapping
 
 import torch
 
 from k2train.model.context import MicrobatchContext, Statistics
 from k2train.model.routing import load_violation
 from k2train.runtime.executor import run_actions
+from k2train.runtime.stage import StepInputs
 from k2train.trainer.build import Run
 
 
@@ -38,7 +40,8 @@ class StepMetrics:
 def train_step(run: Run, index: int) -> StepMetrics:
     """Take step `index` (counted from 0). With a non-finite loss or gradient norm nothing is updated.
 
-    Every rank must call it: the collectives of the schedule, of the optimizer and of the statistics.
+    Every rank must call it: the collectives of the schedule, of the optimizer and of the statistics. The all-gather of
+    updated parameters is still under way when it returns; the next pass over a virtual stage waits for its own.
     """
     statistics = Statistics()
     run_schedule(run, index, statistics)
@@ -47,7 +50,7 @@ def train_step(run: Run, index: int) -> StepMetrics:
     clip_norm = run.config.train.grad_clip_norm
     # A loss that is not finite makes every gradient suspect, even where their norm happens to be finite.
     scale = 1.0 if math.isfinite(loss) else math.nan
-    result = run.optimizer.step(lr, statistics.max_logits, clip_norm, gradient_scale=scale)
+    result = run.optimizer.step(lr, statistics.max_logits, clip_norm, gradient_scale=scale, finish=False)
     loads = reduce_loads(run, statistics)
     if result.finite:
         for model in run.models.values():
@@ -61,38 +64,49 @@ def train_step(run: Run, index: int) -> StepMetrics:
         lr=lr,
         max_logit=result.max_logit,
         clipped_heads=result.clipped_heads,
-        load_violation=load_violation(list(loads.values())),
+        load_violation=worst_violation(run, loads),
     )
 
 
 def run_schedule(run: Run, index: int, statistics: Statistics) -> None:
-    """Execute this stage's action list on its share of step `index`'s sequences; gradients end in the optimizer's buffers."""
-    batch = local_batch(run, index)
-    size = run.config.train.microbatch_size
-    train, dp = run.config.train, run.groups.dp.size
+    """Execute this stage's action list on its share of step `index`'s sequences.
 
-    def tokens(microbatch: int) -> torch.Tensor:
-        return batch[microbatch * size : (microbatch + 1) * size, :-1]
+    Gradients end in the optimizer's buffers, and each virtual stage's reduce-scatter starts with its last one.
+    """
+    stage = run.training
+    stage.begin_step(step_inputs(run, local_batch(run, index), statistics))
+    try:
+        run_actions(run.schedule.stages[run.pp_rank], stage)
+        stage.finish_step()
+    except BaseException:
+        stage.abandon_step()
+        raise
+
+
+def step_inputs(run: Run, batch: torch.Tensor, statistics: Statistics) -> StepInputs:
+    """What the stage works on: microbatch m is rows m * size .. (m + 1) * size of this rank's (n, S + 1) sequences."""
+    train, optimizer = run.config.train, run.optimizer
+    microbatches = batch.split(train.microbatch_size)
 
     def make_context(virtual_stage: int, microbatch: int) -> MicrobatchContext:
         return MicrobatchContext(
-            num_sequences=size,
-            gradients=run.optimizer.gradients,
+            num_sequences=train.microbatch_size,
+            gradients=optimizer.gradients,
             weight_grads=run.training.queue,
             key=(virtual_stage, microbatch),
             statistics=statistics,
             loss_scale=1.0 / train.global_batch_tokens,
-            balance_loss_scale=train.balance_loss_alpha / (run.num_microbatches * dp),
-            targets=batch[microbatch * size : (microbatch + 1) * size, 1:],
+            balance_loss_scale=train.balance_loss_alpha / (run.num_microbatches * run.groups.dp.size),
+            targets=microbatches[microbatch][:, 1:],
         )
 
-    run.training.begin_step(tokens, make_context)
-    try:
-        run_actions(run.schedule.stages[run.pp_rank], run.training)
-    except BaseException:
-        run.training.abandon_step()
-        raise
-    run.training.finish_step()
+    return StepInputs(
+        tokens=lambda microbatch: microbatches[microbatch][:, :-1],
+        make_context=make_context,
+        num_microbatches=run.num_microbatches,
+        before_forward=lambda virtual_stage: optimizer.finish_gather(run.local_index(virtual_stage)),
+        weight_gradients_done=lambda virtual_stage: optimizer.start_reduce(run.local_index(virtual_stage)),
+    )
 
 
 def local_batch(run: Run, index: int) -> torch.Tensor:
@@ -122,3 +136,10 @@ def reduce_loads(run: Run, statistics: Statistics) -> dict[int, torch.Tensor]:
     loads_LE = torch.stack([statistics.expert_loads[layer] for layer in layers])
     run.groups.dp.all_reduce(loads_LE)
     return dict(zip(layers, loads_LE, strict=True))
+
+
+def worst_violation(run: Run, loads: Mapping[int, torch.Tensor]) -> float:
+    """The load violation of the worst layer of the whole model: one maximum over the world."""
+    worst = torch.tensor([load_violation(list(loads.values()))], dtype=torch.float64, device=run.device)
+    run.groups.world.all_reduce(worst, "max")
+    return float(worst.item())

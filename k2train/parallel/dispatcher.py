@@ -1,0 +1,110 @@
+"""The all-to-all that takes rows to their experts and brings them back: model.dispatcher's protocol over an ep group.
+
+Expert e lives on ep rank e // L. Rows leave sorted by expert, so they are already sorted by destination; they arrive
+sorted by source and within a source by expert, and are sorted once more so that each local expert's rows are neighbours,
+which is what a grouped product needs.
+
+    leave    | e0 e0 e1 | e2 e3 e3 |              rank 0 to ranks 0 and 1, L = 2
+    arrive   | e0 e0 e1 | e0 e1    |              at rank 0, from ranks 0 and 1
+    sorted   | e0 e0 e0 | e1 e1    |
+
+Both moves are linear and each is the other's transpose; forward and backward share one Route. Any rank may send or
+receive nothing. Payloads keep their type: K2 computes in BF16 and sends BF16 (K2 report, section 2.4.3).
+
+Letters: E experts, L local experts, P ranks of the group, N rows here, M rows at local experts.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+
+import torch
+
+from k2train.model.dispatcher import Pending, Route, Tensors
+from k2train.parallel.communicator import Communicator, Work
+
+
+@dataclasses.dataclass(frozen=True)
+class ExpertRoute:
+    """One layer's exchange of one microbatch.
+
+    here[p]: rows this rank has for rank p; there[p]: rows that come from rank p. to_expert_M takes arrived rows to the
+    order of local experts, to_source_M takes them back. offsets (L,) int32: the row after each local expert's last.
+    """
+
+    here: list[int]
+    there: list[int]
+    to_expert_M: torch.Tensor
+    to_source_M: torch.Tensor
+    offsets: torch.Tensor
+
+
+@dataclasses.dataclass(frozen=True)
+class _Moving:
+    """Tensors under way, and what to do to each when it has arrived."""
+
+    works: tuple[Work, ...]
+    arrived: Tensors
+    then: Callable[[torch.Tensor], torch.Tensor]
+
+    def wait(self) -> Tensors:
+        for work in self.works:
+            work.wait()
+        return tuple(self.then(tensor) for tensor in self.arrived)
+
+
+class AllToAllDispatcher:
+    """Dispatcher over an expert-parallel group whose ranks hold equal numbers of consecutive experts.
+
+    Every rank of the group calls `route`, `dispatch` and `combine` in the same order: each `route` is one all-to-all of
+    counts, each move one all-to-all for every tensor. `route` waits for the device, because the counts become splits.
+    """
+
+    def __init__(self, group: Communicator, num_experts: int) -> None:
+        assert num_experts % group.size == 0, f"{num_experts} experts do not divide among {group.size} ranks"
+        self.group = group
+        self.num_local = num_experts // group.size
+
+    def route(self, counts_E: torch.Tensor) -> ExpertRoute:
+        sent_PL = counts_E.to(torch.int64).view(self.group.size, self.num_local).contiguous()
+        arriving_PL = torch.empty_like(sent_PL)
+        self.group.all_to_all(arriving_PL, sent_PL)
+        here, there = torch.stack([sent_PL.sum(1), arriving_PL.sum(1)]).tolist()
+        expert_of_row_M = torch.repeat_interleave(
+            torch.arange(self.num_local, device=counts_E.device).repeat(self.group.size),
+            arriving_PL.flatten(),
+            output_size=sum(there),
+        )
+        to_expert_M = torch.argsort(expert_of_row_M, stable=True)
+        to_source_M = torch.empty_like(to_expert_M)
+        to_source_M[to_expert_M] = torch.arange(len(to_expert_M), device=counts_E.device)
+        offsets = arriving_PL.sum(0).cumsum(0).to(torch.int32)
+        return ExpertRoute(here, there, to_expert_M, to_source_M, offsets)
+
+    def dispatch(self, tensors: Tensors, route: Route) -> Pending:
+        """Start moving tensors of N rows, sorted by expert, to tensors of M rows, sorted by local expert."""
+        assert isinstance(route, ExpertRoute)
+        order = route.to_expert_M
+        return self._move(tensors, route.here, route.there, lambda rows: rows.index_select(0, order))
+
+    def combine(self, tensors: Tensors, route: Route) -> Pending:
+        """Start moving tensors of M rows, sorted by local expert, back to the N rows they came from."""
+        assert isinstance(route, ExpertRoute)
+        order = route.to_source_M
+        back = tuple(rows.index_select(0, order) for rows in tensors)
+        return self._move(back, route.there, route.here, lambda rows: rows)
+
+    def _move(
+        self,
+        tensors: Tensors,
+        leaving: list[int],
+        arriving: list[int],
+        then: Callable[[torch.Tensor], torch.Tensor],
+    ) -> _Moving:
+        works, arrived = [], []
+        for tensor in tensors:
+            out = tensor.new_empty(sum(arriving), *tensor.shape[1:])
+            works.append(self.group.start_all_to_all(out, tensor.contiguous(), arriving, leaving))
+            arrived.append(out)
+        return _Moving(tuple(works), tuple(arrived), then)
