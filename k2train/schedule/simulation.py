@@ -108,6 +108,12 @@ class Simulation:
         return tuple(int(level.max(initial=0)) for _, level in self.host_memory)
 
     @property
+    def slowest_stage(self) -> int:
+        """The stage with the most compute. It sets the pace: the others wait for it in any case, and what they wait for
+        last is a message, so exposed traffic is best read here."""
+        return max(range(len(self.stages)), key=lambda stage: self.stages[stage].busy_seconds)
+
+    @property
     def bubble_share(self) -> tuple[float, ...]:
         """Bubble seconds of each stage over the makespan."""
         return tuple(stage.bubble_seconds / self.makespan_seconds for stage in self.stages)

@@ -14,6 +14,8 @@ from k2train.config.errors import ConfigError, nearest
 KINDS = ("k2", "gpipe", "1f1b", "interleaved_1f1b", "zb_h1", "dualpipe", "dualpipe_v")
 """Every base order. `k2` and `interleaved_1f1b` are the same one; what makes K2's schedule is its switches."""
 INTERLEAVED = ("k2", "interleaved_1f1b")
+MAX_CHUNKS = 2**20
+"""Microbatches times virtual stages: 16 times K2's largest step, about a gigabyte of actions."""
 SELF_SPLIT = ("zb_h1", "dualpipe", "dualpipe_v")
 """Kinds whose published order already says where weight gradients go; passes may not move them."""
 
@@ -55,6 +57,7 @@ class ScheduleSpec:
             raise ConfigError("schedule.kind", self.kind, "is not a schedule", nearest(str(self.kind), KINDS))
         for field, minimum in _MINIMUM.items():
             _check_int(field, getattr(self, field), minimum)
+        _check_size(self)
         _check_vpp(self)
         _check_switches(self)
         _check_dual(self)
@@ -75,6 +78,17 @@ def _check_int(field: str, value: object, minimum: int) -> None:
     if not isinstance(value, int) or isinstance(value, bool) or value < minimum:
         name = _FIELD_NAMES.get(field, f"schedule.{field}")
         raise ConfigError(name, value, f"must be a whole number of at least {minimum}")
+
+
+def _check_size(spec: ScheduleSpec) -> None:
+    chunks = spec.pp * spec.vpp * spec.num_microbatches
+    if chunks > MAX_CHUNKS:
+        raise ConfigError(
+            "num_microbatches",
+            spec.num_microbatches,
+            f"pp * vpp * microbatches = {chunks} are more than the {MAX_CHUNKS} a schedule may have",
+            "take a smaller global batch or more data-parallel ranks",
+        )
 
 
 def _check_vpp(spec: ScheduleSpec) -> None:

@@ -172,6 +172,7 @@ def test_zb_h1_needs_no_more_than_1f1b_with_its_weight_queue_counted(specs: Spec
         ({"pp": True}, "layout.pp"),
         ({"vpp": 0}, "layout.vpp"),
         ({"num_microbatches": 0}, "num_microbatches"),
+        ({"num_microbatches": 10**9}, "num_microbatches"),
         ({"kind": "k3"}, "schedule.kind"),
         ({"kind": "gpipe", "vpp": 2}, "layout.vpp"),
         ({"kind": "dualpipe", "vpp": 2}, "layout.vpp"),
