@@ -103,6 +103,8 @@ def _file_world(rank: int, world_size: int, store: str, timeout_seconds: float) 
         "gloo", store=dist.FileStore(store, world_size), rank=rank, world_size=world_size, timeout=timeout
     )
     try:
+        # Without it a rank with little to do could leave before the others have connected to it.
+        dist.barrier()
         yield ProcessWorld(rank, world_size, torch.device("cpu"), timeout)
     finally:
         dist.destroy_process_group()
