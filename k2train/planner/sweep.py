@@ -16,9 +16,7 @@ from k2train.planner.plan import Plan, build_plan
 from k2train.planner.tables import new_table
 from k2train.planner.text import count, fixed, gigabytes
 
-SWEEP_NOTE = (
-    "M: microbatches. EP, PP, PCIe, DP: exposed seconds of the busiest stage. GPU and node: memory of the fullest.\n"
-)
+SWEEP_NOTE = "M: microbatches. EP, PP, PCIe, DP: exposed seconds of the busiest stage. GPU and node: memory of the fullest.\n"
 _MAY_MOVE = {"params": "parameters", "GPUs": "GPUs", "M": "microbatches", "PCIe_s": "s of PCIe exposed"}
 INTERLEAVED = ("k2", "interleaved_1f1b")
 """Schedules that take layout.vpp; the others fix their virtual stages themselves."""
@@ -98,7 +96,7 @@ def _columns(rows: Sequence[Row]) -> dict[str, list[str]]:
         "GPUs": [str(row.world) for row in rows],
         "M": [str(row.num_microbatches) for row in rows],
         "step_s": [fixed(row.step_seconds) for row in rows],
-        "tok/s": [count(row.tokens_per_second, 2) for row in rows],
+        "tok/s": [_tokens(row.tokens_per_second) for row in rows],
         "MFU_%": [f"{100 * row.mfu:.1f}" for row in rows],
         "bubble_%": [f"{100 * row.bubble_share:.1f}" for row in rows],
         "EP_s": [fixed(row.exposed_ep) for row in rows],
@@ -121,3 +119,7 @@ def _broken(key: str) -> str:
             lines.append("")
         lines[-1] += word
     return "\n".join(lines)
+
+
+def _tokens(value: float) -> str:
+    return f"{value / 1e6:.2f}M" if value >= 1e5 else f"{value:,.0f}"

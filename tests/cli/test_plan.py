@@ -1,0 +1,104 @@
+"""`k2train plan` at the command line: tables, files, sweeps, and every mistake answered with exit status 2."""
+
+import json
+
+import pytest
+
+from k2train.cli.main import main
+
+SMALL = ["layout=laptop", "train.global_batch_tokens=32768"]
+
+
+def test_a_plan_is_printed_in_tables_of_at_most_100_columns(capsys):
+    assert main(["plan", *SMALL]) == 0
+    printed = capsys.readouterr().out
+    for word in (
+        "Layout: tiny on cpu",
+        "Device memory",
+        "Host memory",
+        "expert_input",
+        "MFU",
+        "exposed EP",
+        "Fits:",
+    ):
+        assert word in printed
+    assert max(map(len, printed.splitlines())) <= 100
+
+
+def test_files_are_written_where_asked(tmp_path, capsys):
+    files = {
+        name: tmp_path / file
+        for name, file in (("json", "p.json"), ("timeline", "t.png"), ("trace", "t.json"))
+    }
+    assert main(["plan", *SMALL, *(f"plan.{name}={path}" for name, path in files.items())]) == 0
+    assert json.loads(files["json"].read_text())["layout"]["world"] == 4
+    assert files["timeline"].read_bytes().startswith(b"\x89PNG")
+    assert json.loads(files["trace"].read_text())["traceEvents"]
+    assert str(files["trace"]) in capsys.readouterr().out
+
+
+def test_a_sweep_is_one_table_with_a_row_for_each_point(tmp_path, capsys):
+    words = ["-m", "model.n_routed_experts=8,16", "layout.edp=1,2", "train.global_batch_tokens=32768"]
+    assert main(["plan", *words, f"plan.json={tmp_path / 'rows.json'}"]) == 0
+    rows = json.loads((tmp_path / "rows.json").read_text())
+    assert [tuple(row["labels"].values()) for row in rows] == [
+        ("8", "1"),
+        ("8", "2"),
+        ("16", "1"),
+        ("16", "2"),
+    ]
+    assert "Sweep" in capsys.readouterr().out
+
+
+def test_schedules_stand_side_by_side(capsys):
+    kinds = "k2,interleaved_1f1b,1f1b,gpipe,zb_h1,dualpipe,dualpipe_v"
+    assert main(["plan", *SMALL, f"plan.compare=[{kinds}]"]) == 0
+    printed = capsys.readouterr().out
+    assert all(kind in printed for kind in kinds.split(","))
+
+
+def test_help_explains_the_keys(capsys):
+    assert main(["plan", "--help"]) == 0
+    assert "layout.nodes" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(("words", "part"), [
+    (["layout.pp=-1"], "layout.pp=-1: must be at least 1"),
+    (["layout.ep=0"], "layout.ep=0: must be at least 1"),
+    (["layout.pp=100"], "use at most layout.pp=6"),
+    (["layout.pp=1e18"], "layout.pp"),
+    (["layout.edp=1e18"], "layout.edp"),
+    (["layout.ep=3"], "layout.ep=3: must divide"),
+    (["layout.edp=3"], "train.global_batch_tokens=8192: must be a multiple of"),
+    (["experiment=k2", "layout.nodes=40"], "nearest are 32 and 64"),
+    (["experiment=k2", "layout.nodes=0"], "layout.nodes=0"),
+    (["-m", "experiment=k2", "layout.nodes=32,40"], "nearest are 32 and 64"),
+    (["layout.pp=2", "layout.layers_per_virtual_stage=[4]"], "layout.layers_per_virtual_stage"),
+    (["plan.compare=[k3]"], "plan.compare"),
+    (["schedule.extra_warmup_microbatches=0", *SMALL], "extra_warmup_microbatches=1"),
+    (["plan.json=/nowhere/at/all/plan.json"], "plan.json=/nowhere/at/all/plan.json: cannot be written"),
+    (["plan.timeline=."], "plan.timeline=.: cannot be written"),
+    (["plan.timeline=picture.jpeg"], "plan.timeline=picture.jpeg"),
+    (["plan.trace=/proc/trace.json"], "plan.trace=/proc/trace.json: cannot be written"),
+    (["train.global_batch_tokens=-8192"], "train.global_batch_tokens"),
+])  # fmt: skip
+def test_mistakes_exit_with_2_and_name_the_field(tmp_path, monkeypatch, capsys, words, part):
+    monkeypatch.chdir(tmp_path)
+    assert main(["plan", *words]) == 2
+    printed = capsys.readouterr()
+    assert part in printed.err
+    assert "Traceback" not in printed.err
+    assert not list(tmp_path.iterdir())
+
+
+def test_an_unwritable_file_is_refused_before_the_long_work(monkeypatch, capsys):
+    monkeypatch.setattr("k2train.cli.plan.build_plan", lambda *_, **__: pytest.fail("planned first"))
+    assert main(["plan", "plan.json=/nowhere/plan.json"]) == 2
+    assert main(["plan", "plan.trace=/nowhere/trace.json"]) == 2
+
+
+def test_a_file_that_exists_survives_a_refused_plan(tmp_path):
+    kept = tmp_path / "plan.json"
+    kept.write_text("old")
+    assert main(["plan", f"plan.json={kept}", "plan.trace=/nowhere/trace.json"]) == 2
+    assert kept.read_text() == "old"
