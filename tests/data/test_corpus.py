@@ -198,6 +198,18 @@ def test_held_out_text_is_the_text_of_the_samples_evaluated(
     assert corpus.held_out_text(5) == text[: len(corpus.held_out_text(5))]
 
 
+def test_every_pass_over_held_out_text_is_whole_documents_end_to_end(
+    tmp_path: Path, write_dataset: WriteDataset
+) -> None:
+    """The last target of a window is the first input of the next, in the second pass too, which has another order."""
+    corpus = open_corpus(tmp_path, write_dataset("a", numbered_documents(100)), split="50,50,0")
+    count = corpus.num_samples("valid")
+    passes = [corpus.batch("valid", start, count) for start in (0, count)]
+    for rows in passes:
+        assert torch.equal(rows[:-1, -1], rows[1:, 0])
+    assert not torch.equal(*passes)
+
+
 def test_a_dataset_of_another_program_without_a_side_car_is_read(
     tmp_path: Path, foreign_dataset: str
 ) -> None:
