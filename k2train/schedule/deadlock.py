@@ -24,6 +24,10 @@ def check_progress(schedule: Schedule, has_messages: bool) -> None:
         )
 
 
+_PASSIVE = frozenset({Kind.W, Kind.RECV_F, Kind.RECV_B, Kind.OFFLOAD, Kind.RELOAD})
+"""Kinds that wait for nothing of another stage and that nobody else waits for."""
+
+
 class _Run:
     """Positions of all stages and what has been done."""
 
@@ -50,8 +54,14 @@ class _Run:
         place = self.schedule.placement
         woken: set[int] = set()
         index = self.position[stage]
-        while index < len(line) and self.blocker(stage, line[index]) is None:
-            for action in parts(line[index]):
+        while index < len(line):
+            step = line[index]
+            if isinstance(step, Action) and step.kind in _PASSIVE:
+                index += 1
+                continue
+            if self.blocker(stage, step) is not None:
+                break
+            for action in parts(step):
                 target = self._mark(action)
                 if target is not None and place[target] != stage:
                     woken.add(place[target])

@@ -25,6 +25,7 @@ from k2train.schedule import (
     compute_order,
     simulate,
     uniform_costs,
+    without,
 )
 from k2train.schedule.actions import parts
 from k2train.schedule.formulas import bubble_seconds, work_seconds
@@ -388,3 +389,40 @@ def test_costs_are_finite_and_not_negative(value: float) -> None:
         Phase("attention", Stream.COMPUTE, value)
     with pytest.raises(ValueError, match="weight_grad_seconds must be a finite number"):
         VirtualStageCosts((), (), value)
+
+
+def test_pipeline_traffic_costs_k2_the_same_however_long_the_step(moe_costs: MakeCosts) -> None:
+    """One stage is slower than the others. It never waits for a message when the pipeline is full, so what messages cost the
+    step is paid in warm-up and cool-down alone and does not grow with the microbatches."""
+    even = moe_costs(8).virtual_stages
+    slow = moe_costs(1, experts=6.0, attention=3.5).virtual_stages[0]
+    costs = Costs((*even[:2], slow, *even[3:6], slow, even[7]))  # both virtual stages of stage 2
+    prices = []
+    for num_microbatches in (40, 80):
+        schedule = build_schedule(ScheduleSpec.preset("k2", 4, num_microbatches, 2))
+        simulation = simulate(schedule, costs)
+        assert simulation.slowest_stage == 2
+        assert simulation.stages[2].steady.pp == pytest.approx(0, abs=1e-9)
+        assert simulation.stages[2].steady.ep == pytest.approx(0, abs=1e-9)
+        assert simulation.stages[0].steady.total > 1
+        prices.append(
+            simulation.makespan_seconds - simulate(schedule, without(costs, pp=True)).makespan_seconds
+        )
+    assert prices[0] > 0
+    assert prices[0] == pytest.approx(prices[1])
+
+
+def test_costs_without_a_kind_of_traffic_lack_its_seconds_only(moe_costs: MakeCosts) -> None:
+    one = moe_costs(1).virtual_stages[0]
+    bare = without(moe_costs(1), ep=True, pp=True, copies=True).virtual_stages[0]
+    assert sum(phase.seconds for phase in bare.forward) == 8
+    assert [phase.name for phase in bare.forward] == [phase.name for phase in one.forward]
+    assert (
+        bare.send_forward_seconds
+        == bare.send_backward_seconds
+        == bare.offload_seconds
+        == bare.reload_seconds
+        == 0
+    )
+    assert bare.offload_bytes == one.offload_bytes
+    assert without(moe_costs(1)) == moe_costs(1)
