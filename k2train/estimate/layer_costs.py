@@ -25,8 +25,9 @@ from k2train.estimate.layer_ops import (
 from k2train.estimate.work import Machine, Op
 
 StreamName = Literal["compute", "ep"]
-LOGITS_CHUNK_TOKENS = 1024
-"""Tokens whose logits exist at once: the head is meant to run in chunks, K2's full logits would take 2.7 GB in FP32."""
+LOGITS_CHUNK_ELEMENTS = 2**28
+"""Logits that exist at once, 1638 tokens of K2's vocabulary. With an eighth of it K2's head would take two and a half times as long,
+reading and writing its FP32 gradient sum for every 204 tokens."""
 
 
 @dataclass(frozen=True)
@@ -99,27 +100,36 @@ def embedding(w: Workload, machine: Machine) -> LayerCosts:
 
 
 def head(w: Workload, machine: Machine) -> LayerCosts:
-    """Final norm, logits and loss, in chunks of tokens. Its input and normed input stay on the device."""
-    ops = head_ops(w)
+    """Final norm, logits and loss in chunks of tokens, with both gradients on the spot.
+
+    Each chunk's logits become its loss and its gradients and are gone, so the forward does all three products and
+    backward and weight gradient have next to nothing left. Every chunk passes over the weight and its FP32 gradient
+    sum once more, which is why chunks must not be small. What is kept is the input and the gradient of the normed input.
+    """
     stream = w.tokens * w.model.hidden_size
-    chunk = min(w.tokens, LOGITS_CHUNK_TOKENS) * w.model.vocab_size
+    chunk = min(w.tokens, logits_chunk_tokens(w))
+    norm, logits, loss = head_ops(w, -(-w.tokens // chunk))
     kept = tuple(
         SavedTensor(name, "keep", stream, stream * w.element_bytes, stream * w.element_bytes)
-        for name in ("head_input", "head_norm_output")
+        for name in ("head_input", "head_gradient")
     )
-    logits = chunk * (w.element_bytes + 4)
+    both_gradients = machine.backward_input([logits]) + machine.weight_grad([logits])
     return LayerCosts(
-        (TimedPhase("head", "compute", machine.forward(ops)),),
-        (TimedPhase("head", "compute", machine.backward_input(ops)),),
-        machine.weight_grad(ops),
+        (TimedPhase("head", "compute", machine.forward([norm, logits, loss]) + both_gradients),),
+        (TimedPhase("head", "compute", machine.backward_input([norm])),),
+        0.0,
         kept,
-        logits,
-        2 * logits,
-        # The weight gradient is taken chunk by chunk with the input gradient's logits at hand.
-        stream * w.element_bytes + logits,
-        sum(op.flops for op in ops),
+        chunk * w.model.vocab_size * (2 * w.element_bytes + 4),
+        stream * w.element_bytes,
+        0,
+        logits.flops,
         0.0,
     )
+
+
+def logits_chunk_tokens(w: Workload) -> int:
+    """Tokens whose logits exist at once."""
+    return max(1, LOGITS_CHUNK_ELEMENTS // w.model.vocab_size)
 
 
 def _phases(w: Workload, moe: bool) -> list[tuple[str, list[Op]]]:

@@ -10,6 +10,7 @@ sections 2.1.1 and 2.1.2.
 
 from __future__ import annotations
 
+import dataclasses
 from dataclasses import dataclass
 
 from k2train.config.model import ModelConfig
@@ -177,11 +178,16 @@ def embedding_grad_bytes(w: Workload) -> float:
     return w.tokens * w.model.hidden_size * (w.element_bytes + 8.0)
 
 
-def head_ops(w: Workload) -> list[Op]:
-    """Final norm, logits, and the loss, which passes over FP32 logits three times (maximum, sum, gradient)."""
+def head_ops(w: Workload, num_chunks: int = 1) -> tuple[Op, Op, Op]:
+    """Final norm, logits, and the loss, which passes over FP32 logits three times (maximum, sum, gradient).
+
+    num_chunks: times the head's weight is read, and its gradient sum updated.
+    """
     tokens, hidden, vocab = w.tokens, w.model.hidden_size, w.model.vocab_size
-    return [
-        elementwise(w, "final_norm", 2 * tokens * hidden),
-        product(w, "lm_head", tokens, hidden, vocab),
-        Op("loss", "elementwise", 3 * 4.0 * tokens * vocab),
-    ]
+    logits = product(w, "lm_head", tokens, hidden, vocab)
+    again = (num_chunks - 1) * w.element_bytes * logits.weight_elements
+    logits = dataclasses.replace(
+        logits, bytes=logits.bytes + again, weight_elements=num_chunks * logits.weight_elements
+    )
+    loss = Op("loss", "elementwise", 3 * 4.0 * tokens * vocab)
+    return elementwise(w, "final_norm", 2 * tokens * hidden), logits, loss

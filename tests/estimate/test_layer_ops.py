@@ -1,8 +1,10 @@
 """FLOPs of the phases against sums over the catalogue, and the quadratic term by counting positions."""
 
+import dataclasses
+
 import pytest
 
-from k2train.estimate.layer_costs import transformer_layer
+from k2train.estimate.layer_costs import head, transformer_layer
 from k2train.estimate.layer_ops import attention_phase, experts_phase, head_ops, mlp_phase, workload
 from k2train.estimate.work import Machine
 from k2train.layout.tensors import layer_tensors
@@ -39,8 +41,6 @@ def test_causal_attention_counts_each_visible_position(model, seq_len):
 
 
 def test_doubling_the_heads_doubles_the_quadratic_term_alone(model, train):
-    import dataclasses
-
     double = dataclasses.replace(model, num_attention_heads=2 * model.num_attention_heads)
     assert attention_flops(double, 4096) == 2 * attention_flops(model, 4096)
     few, many = (experts_phase(workload(m, train, 1)) for m in (model, double))
@@ -65,3 +65,21 @@ def test_a_kernel_takes_the_longer_of_its_arithmetic_and_its_bytes(cluster):
     assert machine.seconds(5e14, 1.0, "matmul") == 1.0
     assert machine.seconds(2.5e14, 1.0, "attention") == 1.0
     assert machine.seconds(1.0, 3e12, "matmul") == 3.0
+
+
+def test_the_head_does_its_three_products_in_the_forward(model, train, cluster):
+    w = workload(model, train, 1)
+    costs = head(w, Machine(cluster, train.dtype))
+    three_products = 3 * 2 * w.tokens * model.hidden_size * model.vocab_size / 5e14
+    assert sum(phase.seconds for phase in costs.forward) > three_products
+    assert sum(phase.seconds for phase in costs.backward_input) < three_products / 3
+    assert costs.weight_grad_seconds == 0.0
+
+
+def test_a_chunked_head_passes_over_its_weight_once_a_chunk(model, train):
+    w = workload(model, train, 1)
+    once, thrice = head_ops(w, 1)[1], head_ops(w, 3)[1]
+    weight = model.hidden_size * model.vocab_size
+    assert thrice.weight_elements == 3 * once.weight_elements == 3 * weight
+    assert thrice.bytes - once.bytes == 2 * 2 * weight
+    assert thrice.flops == once.flops
