@@ -49,10 +49,11 @@ def draw_boxes(axes: Axes, simulation: Simulation, window: Window, title: str) -
             boxes[event.stage, 0.30, 0.58].append(event)
         elif event.stream == "ep":
             boxes[event.stage, 0.08, 0.18].append(event)
+    shades = _shades(simulation)
     for (stage, bottom, height), events in boxes.items():
-        _bars(axes, events, stage + bottom, height, shade=_shades(simulation))
+        _bars(axes, events, stage + bottom, height, shade=shades)
         if height > 0.5:
-            _labels(axes, _whole_actions(events), stage + bottom + height / 2, window)
+            _labels(axes, _whole_actions(events), stage + bottom + height / 2, window, shade=shades)
     _frame(axes, window, title)
     axes.set_ylim(stages, 0)
     axes.set_yticks(
@@ -212,7 +213,14 @@ def _whole_actions(events: list[Event]) -> list[Event]:
     return merged
 
 
-def _labels(axes: Axes, events: Iterable[Event], middle: float, window: Window, named: bool = False) -> None:
+def _labels(
+    axes: Axes,
+    events: Iterable[Event],
+    middle: float,
+    window: Window,
+    named: bool = False,
+    shade: dict[int, float] | None = None,
+) -> None:
     """Microbatch numbers, or phase and microbatch, in boxes wide enough for them; the longest form that fits."""
     span = window[1] - window[0]
     for event in events:
@@ -224,7 +232,8 @@ def _labels(axes: Axes, events: Iterable[Event], middle: float, window: Window, 
             forms = [f"{number}"]
         text = next((form for form in forms if (right - left) / span > _CHARACTER * (len(form) + 0.5)), None)
         if text is not None:
-            colour = "white" if category(event) in DARK else "black"
+            pale = (shade or {}).get(event.action.virtual_stage, 0.0) > 0.2
+            colour = "white" if category(event) in DARK and not pale else "black"
             label = axes.text(
                 (left + right) / 2, middle, text, ha="center", va="center", fontsize=5.5, color=colour
             )
