@@ -37,9 +37,20 @@ def linear_cross_entropy(
     return _LinearCrossEntropy.apply(hidden_TD, weight_VD, targets_T, scale, weight_grad_VD, chunk_elements)
 
 
-def _chunk_log_probs(hidden_CD: torch.Tensor, weight_VD: torch.Tensor) -> torch.Tensor:
+def _chunk_loss(
+    hidden_CD: torch.Tensor, weight_VD: torch.Tensor, targets_C1: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """-log softmax at the targets (C, 1) and the softmax (C, V).
+
+    The log-sum-exp comes from the largest probability, which is at least 1/V: no second pass of exponentials, and no
+    logarithm of a probability that underflowed.
+    """
     logits_CV = F.linear(hidden_CD, weight_VD)
-    return torch.log_softmax(logits_CV, -1, dtype=accumulation_dtype(logits_CV.dtype))
+    wide = accumulation_dtype(logits_CV.dtype)
+    top_C1 = logits_CV.amax(1, keepdim=True).to(wide)
+    at_target_C1 = logits_CV.gather(1, targets_C1).to(wide)
+    probs_CV = torch.softmax(logits_CV, -1, dtype=wide)
+    return top_C1 - at_target_C1 - probs_CV.amax(1, keepdim=True).log_(), probs_CV
 
 
 class _LinearCrossEntropy(torch.autograd.Function):
@@ -66,13 +77,12 @@ class _LinearCrossEntropy(torch.autograd.Function):
             hidden_CD = hidden_TD[start : start + rows]
             kept_C1 = (targets_T[start : start + rows] != IGNORED_TARGET).unsqueeze(1)
             targets_C1 = targets_T[start : start + rows].clamp_min(0).unsqueeze(1)
-            log_probs_CV = _chunk_log_probs(hidden_CD, weight_VD)
-            loss -= (log_probs_CV.gather(1, targets_C1) * kept_C1).sum()
+            losses_C1, probs_CV = _chunk_loss(hidden_CD, weight_VD, targets_C1)
+            loss += (losses_C1 * kept_C1).sum()
             if dhidden_TD is None and weight_grad_VD is None:
                 continue
-            factor_C1 = kept_C1.to(log_probs_CV.dtype).mul_(scale)
-            dlogits_CV = log_probs_CV.exp_().mul_(factor_C1).scatter_add_(1, targets_C1, -factor_C1)
-            dlogits_CV = dlogits_CV.to(hidden_TD.dtype)
+            factor_C1 = kept_C1.to(probs_CV.dtype).mul_(scale)
+            dlogits_CV = probs_CV.mul_(factor_C1).scatter_add_(1, targets_C1, -factor_C1).to(hidden_TD.dtype)
             if dhidden_TD is not None:
                 torch.mm(dlogits_CV, weight_VD, out=dhidden_TD[start : start + rows])
             if weight_grad_VD is not None:

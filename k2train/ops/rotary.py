@@ -72,8 +72,8 @@ def _table_factor(yarn: YarnConfig | None) -> float:
 def _rotate(out: torch.Tensor, x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> None:
     """Write x rotated by the table's angles into `out`; a negated sine turns it back."""
     even, odd = x[..., 0::2], x[..., 1::2]
-    torch.sub(even * cos, odd * sin, out=out[..., 0::2])
-    torch.add(odd * cos, even * sin, out=out[..., 1::2])
+    torch.mul(even, cos, out=out[..., 0::2]).addcmul_(odd, sin, value=-1)
+    torch.mul(odd, cos, out=out[..., 1::2]).addcmul_(even, sin)
 
 
 def rotary_queries(q_BSHK: torch.Tensor, cos_SP: torch.Tensor, sin_SP: torch.Tensor) -> torch.Tensor:

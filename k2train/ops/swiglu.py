@@ -38,5 +38,5 @@ class _SwiGLU(torch.autograd.Function):
         grad_NF2 = torch.empty_like(gate_up_NF2)
         dgate_NF, dup_NF = grad_NF2.chunk(2, dim=-1)
         torch.mul(grads[0], F.silu(gate_NF), out=dup_NF)
-        dgate_NF.copy_(torch.ops.aten.silu_backward(grads[0] * up_NF, gate_NF))
+        torch.ops.aten.silu_backward.grad_input(grads[0] * up_NF, gate_NF, grad_input=dgate_NF)
         return grad_NF2

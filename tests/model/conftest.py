@@ -14,16 +14,16 @@ from k2train.model.pieces import whole_model
 K2 = ModelConfig(
     vocab_size=96, hidden_size=64, num_hidden_layers=3, first_k_dense_replace=1, intermediate_size=96,
     moe_intermediate_size=32, n_routed_experts=16, num_experts_per_tok=4, n_shared_experts=1, num_attention_heads=4,
-    q_lora_rank=24, kv_lora_rank=20, qk_nope_head_dim=12, qk_rope_head_dim=8, v_head_dim=10,
+    q_lora_rank=24, kv_lora_rank=20, qk_nope_head_dim=12, qk_rope_head_dim=16, v_head_dim=10,
     routed_scaling_factor=2.827, rope_theta=50000.0,
-    rope_scaling=YarnConfig(factor=32.0, original_max_position_embeddings=64, beta_fast=1.0, beta_slow=1.0,
+    rope_scaling=YarnConfig(factor=32.0, original_max_position_embeddings=4096, beta_fast=1.0, beta_slow=1.0,
                             mscale=1.0, mscale_all_dim=1.0),
-    max_position_embeddings=2048,
+    max_position_embeddings=131072,
 )  # fmt: skip
 DEEPSEEK_V3 = dataclasses.replace(
     K2, num_hidden_layers=5, first_k_dense_replace=3, n_routed_experts=32, num_experts_per_tok=6, n_group=8,
     topk_group=4, routed_scaling_factor=2.5, rope_theta=10000.0,
-    rope_scaling=YarnConfig(factor=40.0, original_max_position_embeddings=32, beta_fast=32.0, beta_slow=1.0,
+    rope_scaling=YarnConfig(factor=40.0, original_max_position_embeddings=4096, beta_fast=32.0, beta_slow=1.0,
                             mscale=1.0, mscale_all_dim=1.0),
 )  # fmt: skip
 MOONLIGHT = dataclasses.replace(
@@ -49,7 +49,7 @@ def family(request: pytest.FixtureRequest) -> ModelConfig:
 def lively_model(config: ModelConfig, dtype: torch.dtype, seed: int) -> Model:
     """A whole model whose weights make routing and attention matter.
 
-    Matrices get deviation 1.5 / sqrt(inputs), so that every product keeps its input's scale and logits spread over
+    Matrices get deviation 1.25 / sqrt(inputs), so that every product keeps its input's scale and logits spread over
     several units; norms vary around 1; correction biases are as large as the scores' spread, so they change the choice.
     """
     model = build_model(config, whole_model(config), dtype=dtype)
@@ -62,7 +62,7 @@ def lively_model(config: ModelConfig, dtype: torch.dtype, seed: int) -> Model:
         elif tensor.dim() == 1:
             values = 1 + 0.3 * values
         else:
-            values = values * 1.5 / tensor.shape[1] ** 0.5
+            values = values * 1.25 / tensor.shape[1] ** 0.5
         tensor.copy_(values)
     return model
 

@@ -1,0 +1,164 @@
+"""Norm, SwiGLU, rotary, permutation, routing and cross-entropy: gradcheck, references, and what each saves."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from k2train.config.compose import load_config
+from k2train.config.model import YarnConfig
+from k2train.ops.cross_entropy import linear_cross_entropy
+from k2train.ops.norm import rms_norm, rms_norm_reference
+from k2train.ops.permute import gather_rows, gather_slots, scale_rows, sort_slots, sum_slots
+from k2train.ops.rotary import rotary_keys, rotary_queries, rotary_tables, softmax_scale
+from k2train.ops.routing import attach_loss, chosen_weights, sequence_balance_loss
+from k2train.ops.swiglu import swiglu, swiglu_reference
+
+
+@pytest.fixture(autouse=True)
+def fixed_seed():
+    torch.manual_seed(0)
+
+
+def leaf(*shape: int, dtype: torch.dtype = torch.float64) -> torch.Tensor:
+    return torch.randn(*shape, dtype=dtype, requires_grad=True)
+
+
+def routing(tokens: int, experts: int, k: int) -> torch.Tensor:
+    return torch.rand(tokens, experts).topk(k).indices
+
+
+def num_saved(function) -> int:
+    saved = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t) or t, lambda t: t):
+        function()
+    return len(saved)
+
+
+def test_gradcheck_of_every_custom_function():
+    check = torch.autograd.gradcheck
+    assert check(lambda x, w: rms_norm(x, w, 1e-3), (leaf(4, 5), leaf(5)))
+    assert check(swiglu, (leaf(3, 10),))
+    cos, sin = torch.rand(6, 2, dtype=torch.float64), torch.rand(6, 2, dtype=torch.float64)
+    assert check(lambda q: rotary_queries(q, cos, sin), (leaf(2, 6, 3, 7),))
+    assert check(lambda kv, k: rotary_keys(kv, k, cos, sin, 3), (leaf(2, 6, 3, 5), leaf(2, 6, 4)))
+    order = sort_slots(routing(5, 4, 3))
+    assert check(lambda x: gather_rows(x, order), (leaf(5, 2),))
+    assert check(lambda w: gather_slots(w, order), (leaf(5, 3),))
+    assert check(scale_rows, (leaf(4, 3), leaf(4)))
+
+
+@pytest.mark.parametrize("normalise", [True, False])
+def test_gradcheck_of_routing_weights_and_balance_loss(normalise):
+    experts = routing(6, 5, 2)
+    scores = torch.rand(6, 5, dtype=torch.float64, requires_grad=True)
+    assert torch.autograd.gradcheck(lambda s: chosen_weights(s, experts, normalise, 2.5), (scores,))
+    counts = torch.randint(0, 4, (2, 5))
+    assert torch.autograd.gradcheck(lambda s: sequence_balance_loss(s, counts, 2), (scores,))
+
+
+@pytest.mark.parametrize("chunk_elements", [1, 20, 10**6])
+def test_gradcheck_of_linear_cross_entropy_with_ignored_targets(chunk_elements):
+    targets = torch.tensor([0, 4, -100, 2, 1])
+    hidden, weight = leaf(5, 3), leaf(7, 3)
+    assert torch.autograd.gradcheck(
+        lambda h, w: linear_cross_entropy(h, w, targets, 0.3, None, chunk_elements), (hidden, weight)
+    )
+    expected = 0.3 * F.cross_entropy(F.linear(hidden, weight), targets, reduction="sum")
+    torch.testing.assert_close(
+        linear_cross_entropy(hidden, weight, targets, 0.3, None, chunk_elements), expected
+    )
+
+
+def test_linear_cross_entropy_adds_the_weight_gradient_to_a_buffer_it_is_given():
+    targets = torch.tensor([0, 4, 2])
+    hidden, weight = leaf(3, 3), leaf(5, 3)
+    loss = linear_cross_entropy(hidden, weight, targets, 0.5)
+    dhidden, dweight = torch.autograd.grad(loss, (hidden, weight))
+    buffer = torch.ones(5, 3, dtype=torch.float64)
+    same = linear_cross_entropy(hidden, weight.detach(), targets, 0.5, buffer, chunk_elements=5)
+    torch.testing.assert_close(buffer, dweight + 1)
+    torch.testing.assert_close(torch.autograd.grad(same, hidden)[0], dhidden)
+
+
+def test_linear_cross_entropy_of_hopeless_tokens_is_finite():
+    """The target's probability underflows to 0 in FP32, but its logarithm is just the difference of logits."""
+    hidden, weight = torch.ones(1, 1, requires_grad=True), torch.tensor([[0.0], [500.0]])
+    loss = linear_cross_entropy(hidden, weight, torch.tensor([0]))
+    assert loss.item() == 500.0
+    assert torch.autograd.grad(loss, hidden)[0].item() == 500.0
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_norm_and_swiglu_equal_their_references(dtype):
+    x, weight, gate_up = leaf(9, 24, dtype=dtype), leaf(24, dtype=dtype), leaf(9, 26, dtype=dtype)
+    torch.testing.assert_close(rms_norm(x, weight, 1e-6), rms_norm_reference(x, weight, 1e-6))
+    torch.testing.assert_close(swiglu(gate_up), swiglu_reference(gate_up))
+    dy = torch.randn(9, 24, dtype=dtype)
+    got = torch.autograd.grad(rms_norm(x, weight, 1e-6), (x, weight), dy)
+    want = torch.autograd.grad(rms_norm_reference(x, weight, 1e-6), (x, weight), dy)
+    for one, other in zip(got, want, strict=True):
+        # The reference rounds each step to bfloat16, ours once.
+        torch.testing.assert_close(one, other, rtol=0.05 if dtype == torch.bfloat16 else 1e-5, atol=0.05)
+
+
+def test_operations_save_what_they_say_and_no_more():
+    x, weight = leaf(4, 6), leaf(6)
+    assert num_saved(lambda: rms_norm(x, weight, 1e-6)) == 2
+    assert num_saved(lambda: rms_norm_reference(x, weight, 1e-6)) > 3
+    assert num_saved(lambda: swiglu(x)) == 1
+    assert num_saved(lambda: swiglu_reference(x)) > 1
+    cos, sin = torch.rand(4, 1, dtype=torch.float64), torch.rand(4, 1, dtype=torch.float64)
+    assert num_saved(lambda: rotary_queries(leaf(1, 4, 2, 5), cos, sin)) == 0
+    assert num_saved(lambda: rotary_keys(leaf(1, 4, 2, 5), leaf(1, 4, 2), cos, sin, 3)) == 0
+    assert num_saved(lambda: gather_rows(x, sort_slots(routing(4, 3, 2)))) == 1
+
+
+def test_rows_are_sorted_by_expert_and_in_token_order_within_one():
+    experts = torch.tensor([[2, 0], [0, 1], [2, 1]])
+    order = sort_slots(experts)
+    assert experts.reshape(-1)[order.slot_of_row].tolist() == [0, 0, 1, 1, 2, 2]
+    assert order.token_of_row.tolist() == [0, 1, 1, 2, 0, 2]
+    rows = torch.arange(6.0).unsqueeze(1)
+    assert sum_slots(rows, order.row_of_slot).squeeze(1).tolist() == [4.0, 3.0, 8.0]
+
+
+def test_an_attached_loss_gets_its_gradient_and_changes_no_value():
+    x, y = leaf(3), leaf(3)
+    out = attach_loss(x, y.pow(2).sum(), 0.25)
+    assert torch.equal(out, x)
+    dx, dy = torch.autograd.grad(out, (x, y), torch.ones(3, dtype=torch.float64))
+    torch.testing.assert_close(dx, torch.ones_like(dx))
+    torch.testing.assert_close(dy, 0.5 * y)
+
+
+def test_balance_loss_is_1_when_even_and_the_number_of_experts_over_k_when_one_takes_all():
+    even = sequence_balance_loss(torch.full((8, 4), 0.3), torch.full((1, 4), 4), 2)
+    assert even.item() == pytest.approx(1.0)
+    scores = torch.zeros(8, 4)
+    scores[:, 0] = 1.0
+    assert sequence_balance_loss(scores, torch.tensor([[8, 0, 0, 0]]), 1).item() == pytest.approx(4.0)
+
+
+def test_rotation_keeps_lengths_and_scores_depend_on_distance_alone():
+    model = dataclasses.replace(load_config(["model=k2_tiny"]).model, qk_nope_head_dim=2)
+    cos, sin = (t.double() for t in rotary_tables(model, 12))
+    vector = torch.randn(model.qk_head_dim, dtype=torch.float64)
+    same = vector.expand(1, 12, 1, -1)
+    rotated = rotary_queries(same, cos, sin)[0, 0]
+    torch.testing.assert_close(rotated.norm(dim=1), vector.norm().expand(12), rtol=1e-6, atol=1e-6)
+    scores = rotated @ rotated.T
+    torch.testing.assert_close(scores[3, 1], scores[11, 9], rtol=1e-5, atol=1e-5)
+    assert (scores[3, 1] - scores[3, 2]).abs() > 1e-3
+
+
+def test_softmax_scale_follows_yarn():
+    model = load_config(["model=k2"]).model
+    mscale = 0.1 * 3.4657359027997265 + 1  # ln 32
+    assert softmax_scale(model) == pytest.approx(192**-0.5 * mscale**2)
+    assert softmax_scale(dataclasses.replace(model, rope_scaling=None)) == pytest.approx(192**-0.5)
+    no_all_dim = YarnConfig(factor=32.0, original_max_position_embeddings=64)
+    assert softmax_scale(dataclasses.replace(model, rope_scaling=no_all_dim)) == pytest.approx(192**-0.5)
