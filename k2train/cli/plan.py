@@ -46,7 +46,10 @@ def run(args: list[str]) -> int:
         return _sweep(words)
     config: Config = load_config(words)
     check_files(config.plan)
-    return _compare(config) if config.plan.compare else _single(config)
+    if config.plan.compare:
+        refuse_pictures(config.plan)
+        return _compare(config)
+    return _single(config)
 
 
 def _single(config: Config) -> int:
@@ -76,6 +79,7 @@ def _sweep(words: Sequence[str]) -> int:
     for overrides in expand_sweep(words):
         config: Config = load_config(overrides)
         check_files(config.plan)
+        refuse_pictures(config.plan)
         labels = {key.rsplit(".", 1)[-1]: _value(overrides, key) for key in keys}
         variants = compared(config) if config.plan.compare else [({}, config)]
         points += [({**labels, **more}, variant) for more, variant in variants]
@@ -113,6 +117,15 @@ def check_files(section: PlanConfig) -> None:
         raise ConfigError(
             "plan.timeline", section.timeline, "is drawn as PNG", "give a name that ends in .png"
         )
+
+
+def refuse_pictures(section: PlanConfig) -> None:
+    """Raise ConfigError where a timeline or a trace is asked of a table of many plans."""
+    for name in ("timeline", "trace"):
+        value = getattr(section, name)
+        if value is not None:
+            raise ConfigError(f"plan.{name}", value, "shows one plan, not a sweep or a comparison",
+                              "leave out -m and plan.compare, or this key")  # fmt: skip
 
 
 def check_writable(field: str, value: str) -> None:

@@ -15,6 +15,9 @@ from k2train.layout.weights import piece_weights
 
 MAX_WORLD = 10**7
 """More devices than this is a typing error; it keeps tables of ranks within memory."""
+MAX_LAYERS = 10**4
+MAX_EXPERTS = 10**5
+"""The same for layers, and for routed experts of a layer."""
 
 
 def build_layout(
@@ -29,6 +32,8 @@ def build_layout(
     seq_len: tokens in a sequence, for the weight of attention against the rest. placement: the stage of every virtual
     stage; by default virtual stage v lives on stage v % pp. Raises ConfigError for a layout that cannot be.
     """
+    _check_size("model.num_hidden_layers", model.num_hidden_layers, MAX_LAYERS)
+    _check_size("model.n_routed_experts", model.n_routed_experts, MAX_EXPERTS)
     num_pieces = layout.pp * layout.vpp if placement is None else len(placement)
     _check_pieces(layout, model, num_pieces)
     _check_experts(layout, model)
@@ -78,6 +83,11 @@ def _check_experts(layout: LayoutConfig, model: ModelConfig) -> None:
         raise ConfigError(
             "layout.ep", layout.ep, f"must divide model.n_routed_experts={model.n_routed_experts}"
         )
+
+
+def _check_size(field: str, value: int, most: int) -> None:
+    if value > most:
+        raise ConfigError(field, value, f"is more than the {most} that a layout is made for")
 
 
 def _check_pieces(layout: LayoutConfig, model: ModelConfig, num_pieces: int) -> None:

@@ -80,6 +80,11 @@ def test_help_explains_the_keys(capsys):
     (["plan.timeline=."], "plan.timeline=.: cannot be written"),
     (["plan.timeline=picture.jpeg"], "plan.timeline=picture.jpeg"),
     (["plan.trace=/proc/trace.json"], "plan.trace=/proc/trace.json: cannot be written"),
+    (["-m", "layout.edp=1,2", "plan.timeline=t.png"], "shows one plan"),
+    (["plan.compare=[k2]", "plan.trace=t.json"], "shows one plan"),
+    (["train.global_batch_tokens=8192000000000"], "smaller global batch"),
+    (["model.num_hidden_layers=1000000000"], "model.num_hidden_layers"),
+    (["model.n_routed_experts=1600000000"], "model.n_routed_experts"),
     (["train.global_batch_tokens=-8192"], "train.global_batch_tokens"),
 ])  # fmt: skip
 def test_mistakes_exit_with_2_and_name_the_field(tmp_path, monkeypatch, capsys, words, part):
