@@ -32,8 +32,12 @@ class Span(NamedTuple):
 class Overlap(NamedTuple):
     """The timing of one step from the moment it starts."""
 
+    began: tuple[float, ...]
+    """When each chain has started its first phase."""
     done: tuple[float, ...]
     """When each chain has finished its last phase."""
+    compute_start: float
+    """When the first compute phase starts."""
     compute_end: float
     """When the compute stream is free for the next step."""
     ep_end: float
@@ -41,13 +45,13 @@ class Overlap(NamedTuple):
     busy: float
     """Seconds of compute."""
     exposed_ep: float
-    """Seconds the compute stream stands still between the start and `compute_end`."""
+    """Seconds the compute stream stands still from when it is free until `compute_end`."""
     spans: tuple[Span, ...]
 
 
-def overlap(chains: Sequence[Sequence[Phase]], ep_free: float = 0.0) -> Overlap:
-    """Lay out one chain, or the two of a pair. ep_free: when the channel is free, as an offset."""
-    free = {Stream.COMPUTE: 0.0, Stream.EP: ep_free}
+def overlap(chains: Sequence[Sequence[Phase]], compute_free: float = 0.0, ep_free: float = 0.0) -> Overlap:
+    """Lay out one chain, or the two of a pair. compute_free, ep_free: when the streams are free, as offsets."""
+    free = {Stream.COMPUTE: compute_free, Stream.EP: ep_free}
     ready = [0.0] * len(chains)
     position = [0] * len(chains)
     last = len(chains)
@@ -69,8 +73,13 @@ def overlap(chains: Sequence[Sequence[Phase]], ep_free: float = 0.0) -> Overlap:
         busy += phase.seconds if phase.stream is Stream.COMPUTE else 0.0
         spans.append(Span(last, phase, start, end))
     compute_end = free[Stream.COMPUTE]
-    exposed = max(0.0, compute_end - busy)
-    return Overlap(tuple(ready), compute_end, free[Stream.EP], busy, exposed, tuple(spans))
+    exposed = max(0.0, compute_end - compute_free - busy)
+    began = tuple(
+        min((span.start for span in spans if span.chain == c), default=0.0) for c in range(len(chains))
+    )
+    starts = (span.start for span in spans if span.phase.stream is Stream.COMPUTE)
+    first = min(starts, default=compute_free)
+    return Overlap(began, tuple(ready), first, compute_end, free[Stream.EP], busy, exposed, tuple(spans))
 
 
 def interleave(chains: Sequence[Sequence[Phase]]) -> tuple[int, ...]:

@@ -22,6 +22,7 @@ class Rank:
         self._line = shared.schedule.stages[stage]
         self._index = 0
         self._compute_free = self._ep_free = self._out_free = self._in_free = 0.0
+        self._last_start = 0.0  # of the compute step before
         self._offloaded: dict[int, float] = {}
         self._reloaded: dict[int, float] = {}
         self._busy = 0.0
@@ -64,17 +65,21 @@ class Rank:
         for action in parts(step):
             if not self._inputs(action, until):
                 return False
-        start = max(self._compute_free, *until)
+        # A backward's first all-to-all need not wait until the step before has left the compute stream.
+        early = self._last_start if self._shared.starts_on_ep(step) else self._compute_free
+        start = max(early, *until)
         if start > self._compute_free:
             self._attribute(start, until)
-        layout = self._shared.layout(step, self._ep_free - start)
+        layout = self._shared.layout(step, self._compute_free - start, self._ep_free - start)
         if layout.exposed_ep:
-            self._waits.append((start, start + layout.exposed_ep, _EP))
+            free = max(start, self._compute_free)
+            self._waits.append((free, free + layout.exposed_ep, _EP))
         self._busy += layout.busy
-        self._compute_free = start + layout.compute_end
+        self._last_start = max(start, self._compute_free)
+        self._compute_free = max(self._compute_free, start + layout.compute_end)
         self._ep_free = max(self._ep_free, start + layout.ep_end)
-        for action, done in zip(parts(step), layout.done, strict=True):
-            self._finish(action, start, start + done)
+        for action, began, done in zip(parts(step), layout.began, layout.done, strict=True):
+            self._finish(action, start + began, start + done)
         if self._shared.record:
             self.records.append(StepRecord(step, start, layout))
         return True

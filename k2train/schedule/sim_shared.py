@@ -59,7 +59,7 @@ class Shared:
         self.activations = Mailbox(cells)
         self.gradients = Mailbox(cells)
         self._channel_free: dict[tuple[int, int], float] = {}
-        self._layouts: dict[tuple[object, ...], Overlap] = {}
+        self._layouts: dict[tuple[Kind, int, int, float, float], Overlap] = {}
 
     def deliver(self, mailbox: Mailbox, kind: Kind, source: int, target: int, microbatch: int) -> None:
         """Move a message if it has been sent and posted. kind: SEND_F or SEND_B; source, target: virtual stages."""
@@ -87,20 +87,22 @@ class Shared:
         end = min(self.forward_start[entry * width + run[-1]] for entry, run in runs)
         return start, max(start, end)
 
-    def layout(self, step: Step, ep_free: float) -> Overlap:
-        """The timing of a step that starts when the expert-parallel channel is `ep_free` seconds from free.
+    def layout(self, step: Step, compute_free: float, ep_free: float) -> Overlap:
+        """The timing of a step that starts when its streams are that many seconds from free (negative: free already).
 
-        Layouts that find the channel free are kept; they are nearly all of the steady phase.
+        Layouts are kept by step and offsets to the picosecond, which is far below what costs mean and makes nearly all
+        slots of the steady phase alike.
         """
-        if isinstance(step, Pair):
-            key = (Kind.F, step.forward.virtual_stage, step.backward_input.virtual_stage)
-        else:
-            key = (step.kind, step.virtual_stage, -1)
-        if ep_free > 0.0:
-            return overlap(self._chains(*key), ep_free)
-        if key not in self._layouts:
-            self._layouts[key] = overlap(self._chains(*key))
-        return self._layouts[key]
+        offsets = (max(0.0, round(compute_free, 12)), max(0.0, round(ep_free, 12)))
+        key = (*_key(step), *offsets)
+        found = self._layouts.get(key)
+        if found is None:
+            found = self._layouts[key] = overlap(self._chains(*key[:3]), *offsets)
+        return found
+
+    def starts_on_ep(self, step: Step) -> bool:
+        """Whether a step has an all-to-all that waits for no compute of its own: a backward's combine."""
+        return any(chain and chain[0].stream is Stream.EP for chain in self._chains(*_key(step)))
 
     def _chains(self, kind: Kind, virtual_stage: int, partner: int) -> tuple[tuple[Phase, ...], ...]:
         """partner: the virtual stage of a pair's backward, or -1."""
@@ -114,6 +116,13 @@ class Shared:
         if partner < 0:
             return (costs.forward,)
         return (costs.forward, self.costs[partner].backward_input)
+
+
+def _key(step: Step) -> tuple[Kind, int, int]:
+    """What a step's chains depend on: kind, virtual stage, and the virtual stage of a pair's backward or -1."""
+    if isinstance(step, Pair):
+        return Kind.F, step.forward.virtual_stage, step.backward_input.virtual_stage
+    return step.kind, step.virtual_stage, -1
 
 
 def _weight_grad(costs: VirtualStageCosts) -> tuple[Phase, ...]:

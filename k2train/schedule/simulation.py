@@ -144,4 +144,10 @@ class Simulation:
         """(stage, step, start, end) of every compute step, without its phases."""
         for stage, records in enumerate(self.compute_records):
             for record in records:
-                yield stage, record.step, record.start, record.start + record.layout.compute_end
+                layout = record.layout
+                yield (
+                    stage,
+                    record.step,
+                    record.start + layout.compute_start,
+                    record.start + layout.compute_end,
+                )

@@ -426,3 +426,19 @@ def test_costs_without_a_kind_of_traffic_lack_its_seconds_only(moe_costs: MakeCo
     )
     assert bare.offload_bytes == one.offload_bytes
     assert without(moe_costs(1)) == moe_costs(1)
+
+
+def test_the_first_all_to_all_of_a_backward_runs_under_the_step_before_it() -> None:
+    """One stage, GPipe with two microbatches, by hand: F0 F1 I0 W0 I1 W1. I0's combine runs under F1, I1's under W0, and
+    neither starts before the step it runs under."""
+    one = VirtualStageCosts(
+        (Phase("f", Stream.COMPUTE, 2),),
+        (Phase("combine", Stream.EP, 1), Phase("b", Stream.COMPUTE, 2)),
+        3,
+    )
+    schedule = build_schedule(ScheduleSpec(1, 2, "gpipe", split_weight_grad=True))
+    simulation = simulate(schedule, Costs((one,)), record=True)
+    combines = [(event.start, event.end) for event in simulation.events() if event.stream == "ep"]
+    assert combines == [(2, 3), (6, 7)]
+    assert simulation.makespan_seconds == 2 * (2 + 2 + 3)
+    assert simulation.stages[0].idle_seconds == 0
