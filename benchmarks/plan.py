@@ -2,8 +2,8 @@
 
     python benchmarks/plan.py            some minutes; --quick leaves out the longest step
 
-One core: everything is plain Python. Times are the best of the repeats, because other work only ever adds. The share of
-building, proving, simulating and accounting memory is shown, and seconds for a million actions, which should not rise.
+One core: everything is plain Python on one thread, so processor seconds are counted, and the best of the repeats is shown.
+Building, proving, simulating and accounting memory have a column each; seconds for a million actions should not rise.
 """
 
 from __future__ import annotations
@@ -77,9 +77,9 @@ def best(call: Callable[[], Any], repeats: int) -> tuple[float, Any]:
     """(seconds of the fastest run, its result)."""
     fastest, result = float("inf"), None
     for _ in range(repeats):
-        started = time.perf_counter()
+        started = time.process_time()
         result = call()
-        fastest = min(fastest, time.perf_counter() - started)
+        fastest = min(fastest, time.process_time() - started)
     return fastest, result
 
 

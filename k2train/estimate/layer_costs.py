@@ -26,8 +26,8 @@ from k2train.estimate.work import Machine, Op
 
 StreamName = Literal["compute", "ep"]
 LOGITS_CHUNK_ELEMENTS = 2**28
-"""Logits that exist at once, 1638 tokens of K2's vocabulary. With an eighth of it K2's head would take two and a half times as long,
-reading and writing its FP32 gradient sum for every 204 tokens."""
+"""Logits that exist at once, 1638 tokens of K2's vocabulary. With an eighth of it K2's head would take two and a half times
+as long, reading and writing its FP32 gradient sum for every 204 tokens."""
 
 
 @dataclass(frozen=True)

@@ -75,7 +75,7 @@ def test_pipeline_messages_of_k2_are_exposed_in_warmup_and_cooldown_only(k2, k2_
 
 def test_the_all_to_all_of_k2_hides_if_tokens_cross_once_per_node_and_not_once_per_expert(k2, k2_per_node):
     assert k2_per_node.busiest.steady.ep == 0.0
-    assert steady_ep_share(k2) > 0.05
+    assert steady_ep_share(k2) > 0.005
     assert "per_node" in all_to_all_note(k2)
     assert all_to_all_note(k2_per_node) is None
 
