@@ -13,6 +13,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import dataclasses
+import gc
 import os
 import statistics
 import time
@@ -133,6 +134,9 @@ def compare(name: str, config: ModelConfig, options: argparse.Namespace) -> floa
     ours = our_step(model, tokens, targets)
     theirs = fastest_transformers(model, tokens, targets, options.tries)
     torch.testing.assert_close(ours(), theirs(), rtol=1e-5, atol=1e-5)
+    # Neither side's steps should pay for walking the other's imported objects.
+    gc.collect()
+    gc.freeze()
     pairs = [(seconds(ours), seconds(theirs)) for _ in range(options.pairs)]
     ratio = statistics.median(their / our for our, their in pairs)
     for label, times in zip(("ours", "transformers"), zip(*pairs, strict=True), strict=True):

@@ -11,6 +11,7 @@ import dataclasses
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 
 
 @dataclasses.dataclass(frozen=True)
@@ -44,9 +45,9 @@ def gather_slots(w_TK: torch.Tensor, permutation: Permutation) -> torch.Tensor:
 
 
 def sum_slots(rows_ND: torch.Tensor, row_of_slot_TK: torch.Tensor) -> torch.Tensor:
-    """Every token's K rows added up (T, D); the transpose of gather_rows. Not differentiable by autograd."""
-    tokens, k = row_of_slot_TK.shape
-    return rows_ND.index_select(0, row_of_slot_TK.reshape(-1)).view(tokens, k, -1).sum(1)
+    """Every token's K rows added up (T, D); the transpose of gather_rows."""
+    # Gather and sum in one pass: the gathered (T, K, D) is never written.
+    return F.embedding_bag(row_of_slot_TK, rows_ND, mode="sum")
 
 
 def scale_rows(y_ND: torch.Tensor, w_N: torch.Tensor) -> torch.Tensor:
