@@ -14,6 +14,7 @@ from typing import Literal
 from k2train.config.compose import load_config
 from k2train.config.errors import ConfigError
 from k2train.config.schema import Config
+from k2train.estimate.traffic import local_peers
 from k2train.planner.memory import MICROBATCHES_PER_STAGE
 from k2train.planner.plan import Plan, build_plan
 
@@ -98,7 +99,8 @@ def all_to_all_note(plan: Plan) -> str | None:
     """Where the steady phase waits for the all-to-all: how much, and what sending a token once per node would leave."""
     exposed = steady_ep_share(plan)
     cluster = plan.config.cluster
-    crosses = plan.assembly.layout.ep > 1 and plan.assembly.layout.world > cluster.gpus_per_node
+    ep = plan.assembly.layout.ep
+    crosses = local_peers(ep, 1, cluster.gpus_per_node) < ep
     if exposed < EXPOSED_WORTH_A_NOTE or cluster.dispatch_copies == "per_node" or not crosses:
         return None
     other = dataclasses.replace(cluster, dispatch_copies="per_node")

@@ -89,8 +89,13 @@ def _waits(waits: Waits) -> dict[str, float]:
 
 
 def _memory(stage: StageMemory) -> dict[str, Any]:
-    totals = {"device_bytes": stage.device, "node_bytes": stage.node, "states_bytes": stage.states}
-    return {**dataclasses.asdict(stage), **totals, "fits": stage.fits_device and stage.fits_host}
+    """Every kind under its own name with _bytes behind it, and what they add up to."""
+    plain = ("stage", "ranks_per_node")
+    kinds = {name: value for name, value in dataclasses.asdict(stage).items() if name not in plain}
+    totals = {"device_bytes": stage.device, "states_bytes": stage.states}
+    fits = {"fits": stage.fits_device and stage.fits_host}
+    counts = {name: getattr(stage, name) for name in plain}
+    return {**counts, **{f"{name}_bytes": value for name, value in kinds.items()}, **totals, **fits}
 
 
 def _activations(plan: Plan) -> list[dict[str, Any]]:
@@ -100,8 +105,8 @@ def _activations(plan: Plan) -> list[dict[str, Any]]:
     kinds = [("moe", estimator.moe)] if model.num_moe_layers else []
     kinds += [("dense", estimator.dense)] if model.first_k_dense_replace else []
     return [
-        {"layer": kind, "name": tensor.name, "policy": tensor.policy, "computed": tensor.full_bytes / tokens,
-         "device": tensor.device_bytes / tokens, "host": tensor.host_bytes / tokens}
+        {"layer": kind, "name": tensor.name, "policy": tensor.policy, "computed_bytes_per_token": tensor.full_bytes / tokens,
+         "device_bytes_per_token": tensor.device_bytes / tokens, "host_bytes_per_token": tensor.host_bytes / tokens}
         for kind, layer in kinds
         for tensor in layer.saved
     ]  # fmt: skip

@@ -15,6 +15,7 @@ import numpy as np
 
 from k2train.config.schema import Config
 from k2train.estimate.states import StageStates, stage_states
+from k2train.layout.layout import Layout
 from k2train.planner.assemble import Assembly, schedule_spec
 from k2train.schedule.builders import build_schedule
 from k2train.schedule.costs import Costs
@@ -45,6 +46,8 @@ class StageMemory:
     """For each rank."""
     activations_on_host: int
     """Offloaded at once, for each rank, at most."""
+    node: int
+    """Host memory of the fullest node that this stage has ranks on."""
     host_capacity: int
     ranks_per_node: int
 
@@ -57,11 +60,6 @@ class StageMemory:
     def device(self) -> int:
         """Everything on the device at its fullest."""
         return self.states + self.activations + self.transient + self.weight_queue + self.reserved
-
-    @property
-    def node(self) -> int:
-        """Host memory of a node whose ranks are all of this stage."""
-        return self.ranks_per_node * (self.optimizer_on_host + self.activations_on_host)
 
     @property
     def fits_device(self) -> bool:
@@ -92,6 +90,9 @@ def stage_memories(
     on_host = config.optim.states == "host"
     kinds = peak_by_kind(*_short_enough(config, assembly, simulation))
     hosted = simulation.peak_host_bytes
+    per_rank = [
+        hosted[stage] + (of_stage.optimizer_bytes if on_host else 0) for stage, of_stage in enumerate(states)
+    ]
     return tuple(
         StageMemory(
             stage=stage,
@@ -105,10 +106,24 @@ def stage_memories(
             capacity=round(cluster.device_memory_bytes),
             optimizer_on_host=of_stage.optimizer_bytes if on_host else 0,
             activations_on_host=hosted[stage],
+            node=fullest_node(layout, stage, per_rank),
             host_capacity=round(cluster.host_memory_bytes),
             ranks_per_node=min(cluster.gpus_per_node, layout.world),
         )
         for stage, of_stage in enumerate(states)
+    )
+
+
+def fullest_node(layout: Layout, stage: int, bytes_per_rank: Sequence[int]) -> int:
+    """Host bytes of the fullest node among those with ranks of a stage. bytes_per_rank: by stage.
+
+    A node may hold ranks of several stages; those of one stage are neighbours, so its first node, its last and one in
+    between are all there is to look at.
+    """
+    first, last = (layout.node_of(rank) for rank in (stage * layout.dp, (stage + 1) * layout.dp - 1))
+    nodes = {first, min(first + 1, last), last}
+    return max(
+        sum(bytes_per_rank[rank // layout.dp] for rank in layout.ranks_of_node(node)) for node in nodes
     )
 
 

@@ -139,7 +139,7 @@ def _device_key(memory: StageMemory, held: str) -> tuple[object, ...]:
 
 
 def _host_key(memory: StageMemory, held: str) -> tuple[object, ...]:
-    return memory.optimizer_on_host, memory.activations_on_host
+    return memory.optimizer_on_host, memory.activations_on_host, memory.node
 
 
 def _grouped(

@@ -6,9 +6,10 @@ import json
 import pytest
 
 from k2train.config.compose import load_config
+from k2train.layout.build import build_layout
 from k2train.planner.advice import advise, all_to_all_note, problems, steady_ep_share
 from k2train.planner.export import plan_document
-from k2train.planner.memory import level_at, sampled
+from k2train.planner.memory import fullest_node, level_at, sampled
 from k2train.planner.plan import build_plan
 
 K2_SHORT = [
@@ -139,3 +140,20 @@ def test_sparsity_and_heads_move_the_plan_the_way_the_report_says(k2_per_node):
     smaller = build_plan(fewer, check=False)
     assert smaller.states[1].expert_elements * 6 == k2_per_node.states[1].expert_elements
     assert smaller.step_seconds < k2_per_node.step_seconds
+
+
+@pytest.mark.parametrize(
+    ("pp", "edp", "ep", "gpus"), [(4, 1, 2, 8), (2, 3, 4, 8), (4, 3, 2, 4), (3, 1, 1, 2), (2, 2, 16, 8)]
+)
+def test_a_nodes_memory_is_the_sum_over_its_own_ranks(pp, edp, ep, gpus):
+    words = [f"layout.pp={pp}", f"layout.edp={edp}", f"layout.ep={ep}", f"cluster.gpus_per_node={gpus}"]
+    config = load_config(words)
+    layout = build_layout(config.layout, config.cluster, config.model)
+    per_rank = [10**stage for stage in range(pp)]
+    nodes = [
+        [layout.grid.coordinates(rank).pp_rank for rank in layout.ranks_of_node(node)]
+        for node in range(layout.num_nodes)
+    ]
+    for stage in range(pp):
+        expected = max(sum(per_rank[s] for s in stages) for stages in nodes if stage in stages)
+        assert fullest_node(layout, stage, per_rank) == expected
