@@ -43,15 +43,20 @@ def grouped_mm_reference(
 
 
 def _fast(x_MI: torch.Tensor, weight_LIO: torch.Tensor) -> bool:
-    if x_MI.dtype not in _GROUPED_DTYPES or x_MI.device.type not in ("cpu", "cuda"):
-        return False
+    """Whether grouped_mm takes these. The weight is a parameter or its transpose, so its widths are its strides."""
     size = x_MI.element_size()
     widths_fit = all(width * size % _ALIGNMENT_BYTES == 0 for width in weight_LIO.shape[1:])
+    return widths_fit and _aligned(x_MI) and weight_LIO.data_ptr() % _ALIGNMENT_BYTES == 0
+
+
+def _aligned(x_MI: torch.Tensor) -> bool:
+    row_bytes = x_MI.shape[1] * x_MI.element_size()
     return (
-        widths_fit
+        x_MI.dtype in _GROUPED_DTYPES
+        and x_MI.device.type in ("cpu", "cuda")
         and x_MI.is_contiguous()
+        and row_bytes % _ALIGNMENT_BYTES == 0
         and x_MI.data_ptr() % _ALIGNMENT_BYTES == 0
-        and weight_LIO.data_ptr() % _ALIGNMENT_BYTES == 0
     )
 
 
@@ -74,25 +79,34 @@ class GroupedWeightGrad:
         return (self.x, self.dy, self.offsets)
 
     def accumulate(self, sink: GradientSink) -> None:
-        if isinstance(sink, BufferedSink) and not self.x.is_cuda:
-            buffer_LOI = sink.buffer(self.weight)
-            for expert, (start, end) in enumerate(_ranges(self.offsets)):
-                if end > start:
-                    add_product_into(buffer_LOI[expert], self.dy[start:end], self.x[start:end])
+        if isinstance(sink, BufferedSink) and not _fast_weight_grad(self.x, self.dy):
+            _add_products(sink.buffer(self.weight), self.dy, self.x, self.offsets)
         else:
             sink.add(self.weight, grouped_weight_grad(self.dy, self.x, self.offsets))
 
 
 def grouped_weight_grad(dy_MO: torch.Tensor, x_MI: torch.Tensor, offsets_L: torch.Tensor) -> torch.Tensor:
-    """Every expert's dy^T x (L, O, I), zero for an expert without rows; FP32 or FP64 except on CUDA's fast path."""
-    if x_MI.is_cuda and x_MI.dtype == torch.bfloat16 and _fast(x_MI, dy_MO.unsqueeze(0)):
+    """Every expert's dy^T x (L, O, I), zero for an expert without rows; FP32 or FP64, but bfloat16's own on CUDA."""
+    if _fast_weight_grad(x_MI, dy_MO):
         return F.grouped_mm(dy_MO.t(), x_MI, offs=offsets_L)
     wide = accumulation_dtype(x_MI.dtype)
     dw_LOI = x_MI.new_zeros(offsets_L.numel(), dy_MO.shape[1], x_MI.shape[1], dtype=wide)
+    _add_products(dw_LOI, dy_MO, x_MI, offsets_L)
+    return dw_LOI
+
+
+def _fast_weight_grad(x_MI: torch.Tensor, dy_MO: torch.Tensor) -> bool:
+    """grouped_mm gives its inputs' type, so on a CPU, where FP32 costs no more, bfloat16 takes the loop."""
+    wide_enough = x_MI.dtype == torch.float32 or (x_MI.is_cuda and x_MI.dtype == torch.bfloat16)
+    return wide_enough and _aligned(x_MI) and _aligned(dy_MO)
+
+
+def _add_products(
+    buffer_LOI: torch.Tensor, dy_MO: torch.Tensor, x_MI: torch.Tensor, offsets_L: torch.Tensor
+) -> None:
     for expert, (start, end) in enumerate(_ranges(offsets_L)):
         if end > start:
-            add_product_into(dw_LOI[expert], dy_MO[start:end], x_MI[start:end])
-    return dw_LOI
+            add_product_into(buffer_LOI[expert], dy_MO[start:end], x_MI[start:end])
 
 
 def grouped_linear(

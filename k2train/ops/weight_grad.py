@@ -149,5 +149,7 @@ def add_product_into(buffer_OI: torch.Tensor, dy_TO: torch.Tensor, x_TI: torch.T
     if dy_TO.is_cuda and dy_TO.dtype == x_TI.dtype and wide == torch.float32 != x_TI.dtype:
         # Tensor cores accumulate in FP32 anyway; asking for that output type costs nothing.
         buffer_OI.add_(torch.mm(dy_TO.t(), x_TI, out_dtype=wide))
+    elif dy_TO.dtype == x_TI.dtype == wide:
+        buffer_OI.addmm_(dy_TO.t(), x_TI)
     else:
         buffer_OI.addmm_(dy_TO.t().to(wide), x_TI.to(wide))
