@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import Literal
 
 from k2train.config.model import ModelConfig
@@ -51,15 +51,27 @@ class TensorSpec:
 
 def model_tensors(model: ModelConfig) -> Iterator[TensorSpec]:
     """Every tensor of the model, embedding first, head last, layers in order."""
-    yield TensorSpec(EMBEDDING, (model.vocab_size, model.hidden_size), "embedding")
+    yield from embedding_tensors(model)
     for layer in range(model.num_hidden_layers):
         yield from layer_tensors(model, layer)
+    yield from head_tensors(model)
+
+
+def embedding_tensors(model: ModelConfig) -> Iterator[TensorSpec]:
+    """What comes before the first layer."""
+    yield TensorSpec(EMBEDDING, (model.vocab_size, model.hidden_size), "embedding")
+
+
+def head_tensors(model: ModelConfig) -> Iterator[TensorSpec]:
+    """What comes after the last layer."""
     yield TensorSpec(FINAL_NORM, (model.hidden_size,), "norm")
     yield TensorSpec(HEAD, (model.vocab_size, model.hidden_size), "head")
 
 
-def layer_tensors(model: ModelConfig, layer: int) -> Iterator[TensorSpec]:
-    """The tensors of one transformer layer, counted from 0."""
+def layer_tensors(
+    model: ModelConfig, layer: int, experts: Iterable[int] | None = None
+) -> Iterator[TensorSpec]:
+    """The tensors of one transformer layer, counted from 0; of its routed experts only `experts`, None for all."""
     prefix = f"model.layers.{layer}"
     hidden = (model.hidden_size,)
     yield TensorSpec(f"{prefix}.input_layernorm.weight", hidden, "norm", layer)
@@ -68,10 +80,10 @@ def layer_tensors(model: ModelConfig, layer: int) -> Iterator[TensorSpec]:
     if not model.is_moe(layer):
         yield from _mlp_tensors(f"{prefix}.mlp", model.hidden_size, model.intermediate_size, layer)
         return
-    experts = model.n_routed_experts
-    yield TensorSpec(f"{prefix}.mlp.gate.weight", (experts, model.hidden_size), "matrix", layer)
-    yield TensorSpec(f"{prefix}.mlp.gate.e_score_correction_bias", (experts,), "bias", layer)
-    for expert in range(experts):
+    num_experts = model.n_routed_experts
+    yield TensorSpec(f"{prefix}.mlp.gate.weight", (num_experts, model.hidden_size), "matrix", layer)
+    yield TensorSpec(f"{prefix}.mlp.gate.e_score_correction_bias", (num_experts,), "bias", layer)
+    for expert in range(num_experts) if experts is None else experts:
         width = model.moe_intermediate_size
         yield from _mlp_tensors(f"{prefix}.mlp.experts.{expert}", model.hidden_size, width, layer, expert)
     if model.n_shared_experts:

@@ -6,17 +6,18 @@ Nothing is trained here and nothing is written. What cannot run is refused here,
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 
 import torch
 
 from k2train.config.errors import ConfigError
+from k2train.config.model import ModelConfig
 from k2train.config.schema import Config
 from k2train.config.sections import ActivationsConfig
 from k2train.data.corpus import Corpus, build_corpus
 from k2train.layout.build import build_layout, num_microbatches
 from k2train.layout.layout import Layout
-from k2train.layout.tensors import model_tensors
+from k2train.layout.tensors import TensorSpec, embedding_tensors, head_tensors, layer_tensors
 from k2train.model.dispatcher import LocalDispatcher
 from k2train.model.model import Model, build_model
 from k2train.model.pieces import ModelPart
@@ -119,7 +120,9 @@ def build_run(
 ) -> Run:
     """One rank's share of the run, weights initialised from the seed. Every rank calls it; it communicates with nobody."""
     models = build_models(config, layout, groups, device)
-    catalogue = {spec.name: spec for spec in model_tensors(config.model)}
+    catalogue = {
+        spec.name: spec for model in models.values() for spec in part_tensors(config.model, model.part)
+    }
     trained = [[piece for piece in model.pieces() if piece.trained] for model in models.values()]
     optimizer = build_optimizer(config.optim, config.model, catalogue, trained, groups)
     routes = build_routes(schedule, groups.pp.rank)
@@ -158,6 +161,16 @@ def build_models(config: Config, layout: Layout, groups: Groups, device: torch.d
         model.initialise(config.train.seed)
         models[virtual_stage] = model
     return models
+
+
+def part_tensors(model: ModelConfig, part: ModelPart) -> Iterator[TensorSpec]:
+    """The catalogue of one virtual stage. The whole model's has 70,000 entries for K2, too many to list on 256 ranks."""
+    if part.embedding:
+        yield from embedding_tensors(model)
+    for layer in part.layers:
+        yield from layer_tensors(model, layer, part.local_experts)
+    if part.head:
+        yield from head_tensors(model)
 
 
 def build_routes(schedule: Schedule, stage: int) -> dict[int, Route]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import shlex
 from collections.abc import Sequence
 from pathlib import Path
@@ -15,14 +16,24 @@ from k2train.trainer.build import Run
 from k2train.trainer.compression import gzip_bits_per_byte
 
 
-def print_end(
-    run: Run, run_dir: Path, steps_done: int, stopped_by: str | None, words: Sequence[str], console: Console
-) -> None:
+@dataclasses.dataclass(frozen=True)
+class Outcome:
+    """How a run ended. stopped_by names the signal, None where all steps were done."""
+
+    run_dir: Path
+    steps_done: int
+    stopped_by: str | None
+
+
+def print_end(run: Run, outcome: Outcome, words: Sequence[str], console: Console) -> None:
     """Print the end of a run and draw its loss curve."""
+    run_dir = outcome.run_dir
     metrics = read_metrics(run_dir / "metrics.jsonl")
     lines = []
-    if stopped_by is not None:
-        lines.append(f"stopped by {stopped_by} after step {steps_done} of {run.config.train.steps}")
+    if outcome.stopped_by is not None:
+        lines.append(
+            f"stopped by {outcome.stopped_by} after step {outcome.steps_done} of {run.config.train.steps}"
+        )
         lines.append(f"resume with: {resume_command(run_dir, words)}")
     elif metrics and metrics[-1].get("eval_bits_per_byte") is not None:
         lines.append(comparison(run, metrics[-1]["eval_bits_per_byte"]))

@@ -31,7 +31,7 @@ from k2train.telemetry.progress import ProgressDisplay, open_progress
 from k2train.telemetry.sinks import Sink, open_sinks
 from k2train.trainer.build import Run, build_layouts, build_run, choose_device, open_corpus
 from k2train.trainer.evaluate import evaluate
-from k2train.trainer.finish import print_end
+from k2train.trainer.finish import Outcome, print_end
 from k2train.trainer.run_dir import open_run_dir
 from k2train.trainer.saving import resume, save, start_from
 from k2train.trainer.signals import StopRequest
@@ -42,15 +42,6 @@ from k2train.trainer.worlds import choose_world, fit_to_launcher, run_world
 
 class TrainingDivergedError(RuntimeError):
     """A loss or gradient norm that is not finite."""
-
-
-@dataclasses.dataclass(frozen=True)
-class Outcome:
-    """How a call of `train` ended. stopped_by names the signal, None where all steps were done."""
-
-    run_dir: Path
-    steps_done: int
-    stopped_by: str | None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -98,11 +89,11 @@ def train_rank(run: Run, stop: StopRequest, words: Sequence[str]) -> Outcome:
     """One rank's part of `train`; rank 0 alone prints and draws."""
     run_dir, checkpoint, changes = agree_on_run_dir(run)
     done = start(run, checkpoint)
-    console = Console(quiet=not run.is_main)
-    print_start(run, run_dir, done, changes, console)
+    if run.is_main:
+        print_start(run, run_dir, done, changes, Console())
     outcome = run_steps(run, run_dir, done, stop)
     if run.is_main:
-        print_end(run, outcome.run_dir, outcome.steps_done, outcome.stopped_by, words, console)
+        print_end(run, outcome, words, Console())
     return outcome
 
 
