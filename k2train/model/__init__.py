@@ -1,14 +1,14 @@
 """The model: layers cut into phases, each with its own forward and backward. Knows local sizes, never a rank.
 
-    model        Model, build_model, forward, backward, forward_loss, forward_backward, logits
-    pieces       ModelPart, whole_model, Piece: what a virtual stage holds, and named tensors inside parameters
-    context      MicrobatchContext, Statistics: what a phase may touch besides its inputs
-    phase        Phase (protocol), ComputePhase, CommunicationPhase
-    layers       the phases of dense and MoE layers, and what travels between them
-    ends         EmbeddingPhase, HeadPhase
-    attention    LatentAttention (MLA), Rotary
-    routing      Router, choose_experts, update_correction_bias, load_violation
-    feed_forward FeedForward, RoutedExperts
-    dispatcher   Dispatcher, Route, Pending (protocols), LocalDispatcher
-    init         initialise: weights as a function of (seed, tensor name)
+model        Model, build_model, forward, backward, forward_loss, forward_backward, logits
+pieces       ModelPart, whole_model, Piece: what a virtual stage holds, and named tensors inside parameters
+context      MicrobatchContext, Statistics: what a phase may touch besides its inputs
+phase        Phase (protocol), ComputePhase, CommunicationPhase
+layers       the phases of dense and MoE layers, and what travels between them
+ends         EmbeddingPhase, HeadPhase
+attention    LatentAttention (MLA), Rotary
+routing      Router, choose_experts, update_correction_bias, load_violation
+feed_forward FeedForward, RoutedExperts
+dispatcher   Dispatcher, Route, Pending (protocols), LocalDispatcher
+init         initialise: weights as a function of (seed, tensor name)
 """
