@@ -19,8 +19,7 @@ from typing import Any, Protocol
 import torch
 
 from k2train.model.context import MicrobatchContext
-from k2train.model.model import Model
-from k2train.model.phase import Tensors
+from k2train.model.phase import Phase, Tensors
 from k2train.ops.weight_grad import GradientSink, Key, WeightGradQueue
 from k2train.runtime.passes import alternate, backward_steps, finish, forward_steps
 
@@ -93,12 +92,19 @@ class StepInputs:
     weight_gradients_done: Callable[[int], None] = lambda virtual_stage: None
 
 
+class Phased(Protocol):
+    """A virtual stage's part of a model: all that running it needs are its phases."""
+
+    @property
+    def phases(self) -> Sequence[Phase]: ...
+
+
 class PipelineStage:
     """Implements executor.Handlers for the virtual stages of one rank."""
 
     def __init__(
         self,
-        models: Mapping[int, Model],
+        models: Mapping[int, Phased],
         routes: Mapping[int, Route],
         transport: Transport | None,
         gradients: GradientSink | None,
