@@ -10,10 +10,10 @@ ARGS ?=
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
 .DEFAULT_GOAL := help
-.PHONY: help install train test test-slow check checks lint format types contract wheel clean
+.PHONY: help install train k2 test test-slow check checks lint format types contract wheel clean
 
 help: ## list the targets
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-10s %s\n", $$1, $$2}' Makefile
+	@awk -F ':.*## ' '/^[a-z0-9-]+:.*## / {printf "  make %-10s %s\n", $$1, $$2}' Makefile
 
 # torch comes first and is pinned again in constraints.txt, so that nothing after it pulls another build.
 $(VENV)/.run: pyproject.toml constraints.txt
@@ -28,8 +28,11 @@ $(VENV)/.dev: $(VENV)/.run
 
 install: $(VENV)/.dev ## make .venv with everything the developer tools need
 
-train: $(VENV)/.run ## train a small K2 on the standard library's sources (a few minutes on two cores)
-	@$(BIN)/k2train train $(ARGS)
+train: $(VENV)/.run ## train a small K2 on four processes, on the standard library's sources (minutes on two cores)
+	@OMP_NUM_THREADS=1 $(BIN)/torchrun --standalone --nproc-per-node=4 -m k2train train experiment=laptop $(ARGS)
+
+k2: $(VENV)/.run ## run K2's 16 x 16 layout, 256 ranks as threads of one process, for a few steps
+	@OMP_NUM_THREADS=1 $(BIN)/k2train train experiment=k2_threads $(ARGS)
 
 test: $(VENV)/.dev ## run the tests
 	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto -m "not slow and not gpu" $(ARGS)

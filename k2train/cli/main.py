@@ -22,6 +22,7 @@ COMMANDS = {
     "data": "build and inspect corpora",
     "import-hf": "turn a Hugging Face model directory into a checkpoint",
     "export-hf": "turn a checkpoint into a Hugging Face model directory",
+    "bench": "run a benchmark of the clone against its peer",
     "doctor": "say what this machine has and what is missing",
 }
 

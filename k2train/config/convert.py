@@ -28,9 +28,9 @@ def from_dict(cls: type[T], data: Any, path: str = "") -> T:
     fields = {field.name: field for field in dataclasses.fields(cls)}  # type: ignore[arg-type]
     for name in data:
         if name not in fields:
-            known = [_join(path, field) for field in fields]
-            key = _join(path, str(name))
-            raise ConfigError(key, data[name], "is not a key of this program", nearest(key, known))
+            prefix = f"{path}." if path else ""
+            rule = "is not a key of this program"
+            raise ConfigError(f"{prefix}{name}", data[name], rule, nearest(str(name), fields, prefix))
     values = {name: _convert(hints[name], value, _join(path, str(name))) for name, value in data.items()}
     missing = [name for name, field in fields.items() if name not in values and _required(field)]
     if missing:

@@ -42,11 +42,14 @@ def _short(value: object, limit: int = 120) -> str:
     return text if len(text) <= limit else text[: limit - 1] + "…"
 
 
-def nearest(word: str, known: Iterable[str]) -> str:
-    """The remedy for a misspelling: the closest known name, else the list of them (at most a dozen)."""
+def nearest(word: str, known: Iterable[str], prefix: str = "") -> str:
+    """The remedy for a misspelling: the closest known names, else the list of them (at most a dozen).
+
+    prefix: shown before each name but not compared, for the sections of a dotted key.
+    """
     names = sorted(known)
     close = difflib.get_close_matches(word, names, n=2, cutoff=0.6)
     if close:
-        return "did you mean " + " or ".join(close) + "?"
-    shown = ", ".join(names[:12]) + (", …" if len(names) > 12 else "")
+        return "did you mean " + " or ".join(prefix + name for name in close) + "?"
+    shown = ", ".join(prefix + name for name in names[:12]) + (", …" if len(names) > 12 else "")
     return f"known names are {shown}"
