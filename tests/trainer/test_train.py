@@ -11,7 +11,6 @@ import yaml
 from k2train.checkpoint import latest_checkpoint, open_checkpoint
 from k2train.cli.main import main
 from k2train.config.compose import load_config
-from k2train.config.errors import ConfigError
 from k2train.telemetry.metrics import read_metrics
 from k2train.trainer.build import build_layouts
 
@@ -163,9 +162,10 @@ def test_a_run_can_start_from_the_weights_of_another(words: list[str], tmp_path:
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        (["layout=laptop"], "one rank"),
+        (["layout=laptop", "world=single"], "world=single"),
+        (["schedule=dualpipe"], "schedule.kind=dualpipe"),
         (["activations=k2"], "activations"),
-        (["world=threads"], "world=threads"),
+        (["world=processes"], "needs a launcher"),
         (["train.init_from=nowhere"], "nowhere"),
         (["data.blend=[{prefix: nowhere}]"], "nowhere"),
         (["optim.states=host"], "optim.states"),
@@ -180,8 +180,8 @@ def test_what_cannot_run_is_refused_by_name(
     assert message in capsys.readouterr().err
 
 
-def test_layouts_of_one_rank_give_validated_schedules() -> None:
+def test_a_layout_gives_a_validated_schedule() -> None:
     layout, schedule = build_layouts(load_config(["layout.vpp=2"]))
     assert (layout.world, schedule.num_virtual_stages) == (1, 2)
-    with pytest.raises(ConfigError):
-        build_layouts(load_config(["layout=laptop"]))
+    layout, schedule = build_layouts(load_config(["experiment=laptop"]))
+    assert (layout.world, schedule.num_stages, schedule.num_virtual_stages) == (4, 2, 4)

@@ -1,0 +1,56 @@
+"""Which world a config and an environment mean, and what does not fit."""
+
+import pytest
+import torch
+
+from k2train.config.compose import load_config
+from k2train.config.errors import ConfigError
+from k2train.layout.build import build_layout
+from k2train.trainer.worlds import choose_world, fit_to_launcher
+
+CPU = torch.device("cpu")
+
+
+def _choose(words: list[str], environment: dict[str, str]) -> str:
+    config = fit_to_launcher(load_config(words), environment)
+    layout = build_layout(config.layout, config.cluster, config.model, config.train.seq_len)
+    return choose_world(config, layout, CPU, environment)
+
+
+@pytest.mark.parametrize(
+    ("words", "environment", "world"),
+    [
+        ([], {}, "single"),
+        (["layout=laptop"], {}, "threads"),
+        (["layout=laptop"], {"WORLD_SIZE": "4"}, "processes"),
+        ([], {"WORLD_SIZE": "1"}, "processes"),
+        (["world=threads"], {}, "threads"),
+        (["layout=laptop", "world=threads"], {"WORLD_SIZE": "1"}, "threads"),
+    ],
+)
+def test_auto_takes_the_launcher_then_the_layout(
+    words: list[str], environment: dict[str, str], world: str
+) -> None:
+    assert _choose(words, environment) == world
+
+
+@pytest.mark.parametrize(
+    ("words", "environment", "message"),
+    [
+        (["layout=laptop", "world=single"], {}, "layout has 4 ranks"),
+        (["layout=laptop"], {"WORLD_SIZE": "6"}, "not a multiple of 4\n.*start 4 ranks"),
+        (["layout=laptop", "layout.edp=2"], {"WORLD_SIZE": "4"}, "launcher started 4"),
+    ],
+)
+def test_what_does_not_fit_is_named(words: list[str], environment: dict[str, str], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        _choose(words, environment)
+
+
+@pytest.mark.parametrize("groups", [1, 2, 3, 8])
+def test_replicas_follow_from_the_ranks_the_launcher_started(groups: int) -> None:
+    config = load_config(["layout=laptop"])
+    assert fit_to_launcher(config, {"WORLD_SIZE": str(4 * groups)}).layout.edp == groups
+    fixed = load_config(["layout=laptop", "layout.edp=1"])
+    assert fit_to_launcher(fixed, {"WORLD_SIZE": str(4 * groups)}) == fixed
+    assert fit_to_launcher(config, {}) == config
