@@ -9,8 +9,9 @@ from __future__ import annotations
 
 import collections
 import dataclasses
-import inspect
+import functools
 import os
+import sys
 from collections.abc import Sequence
 from typing import Any
 
@@ -33,12 +34,16 @@ class CallSite:
         return f"{self.file}:{self.line} in {self.function}"
 
 
+@functools.cache
+def _is_ours(file: str) -> bool:
+    return os.path.dirname(file) == _HERE
+
+
 def call_site() -> CallSite:
     """The innermost caller outside k2train.parallel."""
-    frame = inspect.currentframe()
-    while frame is not None and frame.f_back and os.path.dirname(frame.f_code.co_filename) == _HERE:
+    frame = sys._getframe()
+    while frame.f_back and _is_ours(frame.f_code.co_filename):
         frame = frame.f_back
-    assert frame is not None
     return CallSite(frame.f_code.co_filename, frame.f_lineno, frame.f_code.co_name)
 
 

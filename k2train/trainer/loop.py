@@ -32,6 +32,7 @@ from k2train.telemetry.sinks import Sink, open_sinks
 from k2train.trainer.build import Run, build_layouts, build_run, choose_device, open_corpus
 from k2train.trainer.evaluate import evaluate
 from k2train.trainer.finish import Outcome, print_end
+from k2train.trainer.garbage import GarbageControl
 from k2train.trainer.run_dir import open_run_dir
 from k2train.trainer.saving import resume, save, start_from
 from k2train.trainer.signals import StopRequest
@@ -76,22 +77,22 @@ def train(config: Config, words: Sequence[str] = ()) -> Outcome:
     device = choose_device(config)
     kind = choose_world(config, layout, device, os.environ)
     corpus = open_corpus(config)
-    with StopRequest() as stop:
+    with StopRequest() as stop, GarbageControl() as garbage:
 
         def run_rank(world: World) -> Outcome:
             run = build_run(config, layout, schedule, corpus, build_groups(layout.grid, world), world.device)
-            return train_rank(run, stop, words)
+            return train_rank(run, stop, garbage, words)
 
         return run_world(kind, layout.world, device, config.train.timeout_seconds, run_rank)
 
 
-def train_rank(run: Run, stop: StopRequest, words: Sequence[str]) -> Outcome:
+def train_rank(run: Run, stop: StopRequest, garbage: GarbageControl, words: Sequence[str]) -> Outcome:
     """One rank's part of `train`; rank 0 alone prints and draws."""
     run_dir, checkpoint, changes = agree_on_run_dir(run)
     done = start(run, checkpoint)
     if run.is_main:
         print_start(run, run_dir, done, changes, Console())
-    outcome = run_steps(run, run_dir, done, stop)
+    outcome = run_steps(run, run_dir, done, stop, garbage)
     if run.is_main:
         print_end(run, outcome, words, Console())
     return outcome
@@ -130,7 +131,7 @@ def start(run: Run, checkpoint: Path | None) -> int:
     return 0
 
 
-def run_steps(run: Run, run_dir: Path, done: int, stop: StopRequest) -> Outcome:
+def run_steps(run: Run, run_dir: Path, done: int, stop: StopRequest, garbage: GarbageControl) -> Outcome:
     """Take the steps from `done` to train.steps, or until any rank is asked to stop. Every rank must call it."""
     config = run.config
     stopped_by: str | None = None
@@ -138,6 +139,7 @@ def run_steps(run: Run, run_dir: Path, done: int, stop: StopRequest) -> Outcome:
         while done < config.train.steps and stopped_by is None:
             take_step(run, done, outputs)
             done += 1
+            garbage.after_step(done)
             stopped_by = agree_to_stop(run, stop)
             if stopped_by is not None or checkpoint_due(config, done):
                 save(run, run_dir, done)
