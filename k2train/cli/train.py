@@ -19,7 +19,7 @@ SIGTERM and Ctrl-C finish the step, write a checkpoint and exit with 0; a second
 
 
 def run(args: list[str]) -> int:
-    """Train; 0 when done or stopped on request, 1 where the loss became non-finite."""
+    """Train; 0 when done or stopped on request, 1 where the loss became non-finite or ranks lost one another."""
     if any(word in ("-h", "--help") for word in args):
         print(render_help(Config, "Train a model.", USAGE, group_options(config_dir())))
         return 0
@@ -35,6 +35,7 @@ def train_once(config: Config, words: list[str]) -> int:
     # cost a factor of ten (docs/decisions/0003). It is read when torch is loaded, so it is set before.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     # Imported here: torch takes seconds, and --help and mistakes in the config do not need it.
+    from k2train.parallel.communicator import CommunicationError
     from k2train.trainer.loop import TrainingDivergedError, train
 
     try:
@@ -42,7 +43,19 @@ def train_once(config: Config, words: list[str]) -> int:
     except TrainingDivergedError as error:
         print(f"k2train train: {error}", file=sys.stderr)
         return 1
+    except CommunicationError as error:
+        print(f"k2train train: {lost(error, config.train.timeout_seconds)}", file=sys.stderr, flush=True)
+        return 1
     return 0
+
+
+def lost(error: Exception, timeout_seconds: float) -> str:
+    """What a rank says when it has lost the others."""
+    return (
+        f"{error}\n"
+        f"  A rank died or did not answer within train.timeout_seconds={timeout_seconds:g}; the first rank to fail, and what\n"
+        f"  it printed, is the cause. Start with the same words and the same run_dir to go on from the last checkpoint."
+    )
 
 
 def train_point(config: Config, output_dir: str) -> int:

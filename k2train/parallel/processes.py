@@ -13,7 +13,8 @@ import contextlib
 import dataclasses
 import datetime
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from typing import Literal
 
 import torch
@@ -48,17 +49,18 @@ _BYTE_TYPES = (
 
 @dataclasses.dataclass(frozen=True)
 class _ProcessWork:
-    """Handles of one operation, and its description for errors."""
+    """Handles of one operation of a group, and what it is for errors."""
 
     handles: tuple[dist.Work, ...]
-    what: str
+    operation: str
+    group: ProcessCommunicator
 
     def wait(self) -> None:
         for handle in self.handles:
             try:
                 handle.wait()
             except RuntimeError as error:
-                raise CommunicationError(f"{self.what} failed: {error}") from error
+                raise self.group.failure(self.operation, error) from error
 
 
 class ProcessCommunicator(Communicator):
@@ -78,7 +80,7 @@ class ProcessCommunicator(Communicator):
     def start_all_reduce(self, t: torch.Tensor, op: ReduceOp = "sum") -> Work:
         if self.size == 1:
             return CompletedWork()
-        return self._work("all_reduce", dist.all_reduce(t, _OPS[op], group=self._group, async_op=True))
+        return self._start("all_reduce", partial(dist.all_reduce, t, _OPS[op]))
 
     def start_all_gather(
         self, out: torch.Tensor, t: torch.Tensor, splits: Sequence[int] | None = None
@@ -90,16 +92,14 @@ class ProcessCommunicator(Communicator):
             _copy(out, t)
             return CompletedWork()
         if _even(splits):
-            return self._work("all_gather", all_gather_single(out, t, group=self._group, async_op=True))
+            return self._start("all_gather", partial(all_gather_single, out, t))
         if self._uneven:
-            return self._work("all_gather", dist.all_gather(parts, t, group=self._group, async_op=True))
+            return self._start("all_gather", partial(dist.all_gather, parts, t))
         _copy(parts[self.rank], t)
-        handles = [
-            dist.broadcast(part, self.ranks[root], group=self._group, async_op=True)
-            for root, part in enumerate(parts)
-            if len(part)
+        calls = [
+            partial(dist.broadcast, part, self.ranks[root]) for root, part in enumerate(parts) if len(part)
         ]
-        return self._work("all_gather", *handles)
+        return self._start("all_gather", *calls)
 
     def start_reduce_scatter(
         self, out: torch.Tensor, t: torch.Tensor, splits: Sequence[int] | None = None
@@ -110,21 +110,13 @@ class ProcessCommunicator(Communicator):
             _copy(out, t)
             return CompletedWork()
         if _even(splits):
-            return self._work(
-                "reduce_scatter", reduce_scatter_single(out, t, group=self._group, async_op=True)
-            )
+            return self._start("reduce_scatter", partial(reduce_scatter_single, out, t))
         if self._uneven:
-            return self._work(
-                "reduce_scatter", dist.reduce_scatter(out, parts, group=self._group, async_op=True)
-            )
+            return self._start("reduce_scatter", partial(dist.reduce_scatter, out, parts))
         _copy(out, parts[self.rank])
         parts[self.rank] = out
-        handles = [
-            dist.reduce(part, self.ranks[root], group=self._group, async_op=True)
-            for root, part in enumerate(parts)
-            if len(part)
-        ]
-        return self._work("reduce_scatter", *handles)
+        calls = [partial(dist.reduce, part, self.ranks[root]) for root, part in enumerate(parts) if len(part)]
+        return self._start("reduce_scatter", *calls)
 
     def start_all_to_all(
         self,
@@ -139,30 +131,47 @@ class ProcessCommunicator(Communicator):
         if self.size == 1:
             _copy(out, t)
             return CompletedWork()
-        return self._work(
-            "all_to_all", dist.all_to_all_single(out, t, outs, ins, group=self._group, async_op=True)
-        )
+        return self._start("all_to_all", partial(dist.all_to_all_single, out, t, outs, ins))
 
     def start_broadcast(self, t: torch.Tensor, root: int) -> Work:
-        t = _as_bytes(t)
-        return self._work("broadcast", dist.broadcast(t, self.ranks[root], group=self._group, async_op=True))
+        return self._start("broadcast", partial(dist.broadcast, _as_bytes(t), self.ranks[root]))
 
     def start_send(self, t: torch.Tensor, peer: int) -> Work:
-        handle = dist.isend(_as_bytes(t), self.ranks[peer], group=self._group)
-        return self._work(f"send to rank {self.ranks[peer]}", handle)
+        operation = f"send to rank {self.ranks[peer]}"
+        return self._message(operation, dist.isend, t, peer)
 
     def start_recv(self, t: torch.Tensor, peer: int) -> Work:
-        handle = dist.irecv(_as_bytes(t), self.ranks[peer], group=self._group)
-        return self._work(f"receive from rank {self.ranks[peer]}", handle)
+        operation = f"receive from rank {self.ranks[peer]}"
+        return self._message(operation, dist.irecv, t, peer)
 
     def barrier(self) -> None:
         token = torch.zeros(1, device=self._device)
-        self._work("barrier", dist.all_reduce(token, group=self._group, async_op=True)).wait()
+        self._start("barrier", partial(dist.all_reduce, token)).wait()
         token.item()
 
-    def _work(self, operation: str, *handles: dist.Work | None) -> Work:
-        what = f"{operation} in group {self.name} {self.ranks} on rank {self.ranks[self.rank]}"
-        return _ProcessWork(tuple(handle for handle in handles if handle is not None), what)
+    def failure(self, operation: str, error: RuntimeError) -> CommunicationError:
+        """What is raised when `operation` of this rank failed."""
+        others = f"{len(self.ranks)} ranks" if len(self.ranks) > 16 else f"ranks {list(self.ranks)}"
+        return CommunicationError(
+            f"rank {self.ranks[self.rank]}: {operation} in group {self.name} ({others}) failed: {error}"
+        )
+
+    def _start(self, operation: str, *calls: Callable[..., dist.Work | None]) -> Work:
+        """Start collectives that together are `operation`."""
+        try:
+            handles = [call(group=self._group, async_op=True) for call in calls]
+        except RuntimeError as error:
+            raise self.failure(operation, error) from error
+        return _ProcessWork(tuple(handle for handle in handles if handle is not None), operation, self)
+
+    def _message(
+        self, operation: str, call: Callable[..., dist.Work | None], t: torch.Tensor, peer: int
+    ) -> Work:
+        try:
+            handle = call(_as_bytes(t), self.ranks[peer], group=self._group)
+        except RuntimeError as error:
+            raise self.failure(operation, error) from error
+        return _ProcessWork((handle,) if handle is not None else (), operation, self)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -177,9 +186,12 @@ class ProcessWorld:
     def group(self, name: str, ranks: Sequence[int]) -> ProcessCommunicator:
         """A new group of these global ranks, this one among them. Every member, and nobody else, must call it."""
         backend = "nccl" if self.device.type == "cuda" else "gloo"
-        group = dist.new_group(
-            list(ranks), timeout=self.timeout, backend=backend, use_local_synchronization=True
-        )
+        try:
+            group = dist.new_group(
+                list(ranks), timeout=self.timeout, backend=backend, use_local_synchronization=True
+            )
+        except RuntimeError as error:
+            raise CommunicationError(f"rank {self.rank}: forming group {name} failed: {error}") from error
         return ProcessCommunicator(name, ranks, group, self.device)
 
 
@@ -190,7 +202,8 @@ def process_world(
     """Join the run's processes, and leave them at the end.
 
     kind: `single` is one process on its own; `processes` reads what torchrun sets (RANK, WORLD_SIZE, MASTER_ADDR, MASTER_PORT)
-    and raises ConfigError where it is not there. Collective: every process of the run must enter and leave.
+    and raises ConfigError where it is not there, CommunicationError where the others do not come. Collective: every process
+    of the run must enter and leave.
     """
     timeout = datetime.timedelta(seconds=timeout_seconds)
     backend = "nccl" if device.type == "cuda" else "gloo"
@@ -198,7 +211,10 @@ def process_world(
         dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1, timeout=timeout)
     else:
         check_launched()
-        dist.init_process_group(backend, init_method="env://", timeout=timeout)
+        try:
+            dist.init_process_group(backend, init_method="env://", timeout=timeout)
+        except RuntimeError as error:
+            raise CommunicationError(f"rank {os.environ['RANK']}: joining the run failed: {error}") from error
     try:
         yield ProcessWorld(dist.get_rank(), dist.get_world_size(), device, timeout)
     finally:

@@ -1,0 +1,153 @@
+"""A run of four processes under torchrun that loses a rank ends by itself, says what it lost, and can go on afterwards."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+
+from k2train.checkpoint import checkpoint_problem, latest_checkpoint
+from k2train.cli.main import main
+from k2train.telemetry.metrics import read_metrics
+
+WORLD = 4
+TIMEOUT_SECONDS = 5
+LAYOUT = ["layout.pp=2", "layout.ep=2", "layout.vpp=1", "world=processes", "train.microbatch_size=1"]
+
+
+class Run:
+    """torchrun and its workers. Output goes to a file, so that nobody waits for us to read it."""
+
+    def __init__(self, words: list[str], directory: Path) -> None:
+        self.log = directory / "log"
+        self.run_dir = directory / "run"
+        command = [sys.executable, "-m", "torch.distributed.run", f"--nproc-per-node={WORLD}", "--rdzv-backend=c10d",
+                   "--rdzv-endpoint=localhost:0", "-m", "k2train", "train", *words, *LAYOUT]  # fmt: skip
+        self.output = self.log.open("w")
+        self.process = subprocess.Popen(command, stdout=self.output, stderr=subprocess.STDOUT, start_new_session=True,
+                                        env={**os.environ, "OMP_NUM_THREADS": "1"})  # fmt: skip
+
+    @property
+    def text(self) -> str:
+        return self.log.read_text()
+
+    def workers(self) -> list[int]:
+        """Process ids of the ranks, in the order they were started: torchrun's children."""
+        children = Path(f"/proc/{self.process.pid}/task/{self.process.pid}/children").read_text().split()
+        return sorted(int(child) for child in children)
+
+    def wait_for_steps(self, count: int) -> None:
+        wait_until(
+            lambda: (
+                self.process.poll() is not None or len(read_metrics(self.run_dir / "metrics.jsonl")) >= count
+            )
+        )
+        assert self.process.poll() is None, self.text
+
+    def end(self) -> int:
+        return self.process.wait(timeout=90)
+
+    def kill_everything(self) -> None:
+        """Whatever is left of the session that torchrun leads."""
+        for process in session_members(self.process.pid):
+            os.kill(process, signal.SIGKILL)
+        self.process.wait()
+        self.output.close()
+
+
+def session_members(session: int) -> list[int]:
+    """Processes of a session, zombies left out."""
+    found = []
+    for entry in Path("/proc").iterdir():
+        if not entry.name.isdigit():
+            continue
+        try:
+            fields = (entry / "stat").read_text().rpartition(")")[2].split()
+        except OSError:  # it ended meanwhile
+            continue
+        if fields[0] != "Z" and int(fields[3]) == session:
+            found.append(int(entry.name))
+    return found
+
+
+def wait_until(condition: Callable[[], bool]) -> None:
+    deadline = time.monotonic() + 90
+    while not condition():
+        assert time.monotonic() < deadline, "waited too long"
+        time.sleep(0.02)
+
+
+@pytest.fixture
+def long_words(words: list[str]) -> list[str]:
+    return [*words, "train.steps=100000", "train.eval_every_steps=0", "train.checkpoint_every_steps=3",
+            "train.keep_checkpoints=2", f"train.timeout_seconds={TIMEOUT_SECONDS}"]  # fmt: skip
+
+
+@pytest.fixture
+def run(long_words: list[str], tmp_path: Path) -> Iterator[Run]:
+    started = Run(long_words, tmp_path)
+    yield started
+    started.kill_everything()
+
+
+def resume(words: list[str], run: Run) -> None:
+    """Go on, on one rank, until there are two steps more than the lost run had written down."""
+    steps = len(read_metrics(run.run_dir / "metrics.jsonl")) + 2
+    assert main(["train", *words, f"train.steps={steps}"]) == 0
+    lines = read_metrics(run.run_dir / "metrics.jsonl")
+    assert [line["step"] for line in lines] == list(range(1, steps + 1))
+
+
+def assert_names_what_it_lost(text: str) -> None:
+    """A line of a rank that names operation and group, and no traceback of ours."""
+    told = [line for line in text.splitlines() if "k2train train: rank " in line]
+    assert told, text
+    assert any(
+        f" in group {name} (ranks " in line for line in told for name in ("world", "pp", "ep", "edp", "dp")
+    ), told
+    assert all("failed: " in line for line in told)
+    assert "k2train/trainer" not in text, "a traceback reached the user"
+
+
+def test_a_killed_rank_ends_the_others_with_the_operation_that_failed(
+    run: Run, long_words: list[str]
+) -> None:
+    run.wait_for_steps(5)
+    os.kill(run.workers()[3], signal.SIGKILL)
+    assert run.end() != 0
+    assert session_members(run.process.pid) == []
+    assert_names_what_it_lost(run.text)
+    resume(long_words, run)
+
+
+def test_ranks_that_wait_for_a_stopped_one_run_into_the_timeout_and_say_where(
+    run: Run, long_words: list[str]
+) -> None:
+    run.wait_for_steps(5)
+    stopped = run.workers()[1]
+    os.kill(stopped, signal.SIGSTOP)
+    wait_until(lambda: "k2train train: rank " in run.text)
+    # torchrun waits for the stopped worker to obey its SIGTERM, half a minute; that patience is not ours to test.
+    os.kill(stopped, signal.SIGKILL)
+    assert run.end() != 0
+    assert session_members(run.process.pid) == []
+    assert_names_what_it_lost(run.text)
+    resume(long_words, run)
+
+
+def test_sigterm_to_the_launcher_ends_every_rank_after_its_step_with_a_checkpoint(run: Run) -> None:
+    run.wait_for_steps(5)
+    os.kill(run.process.pid, signal.SIGTERM)
+    run.end()
+    assert session_members(run.process.pid) == []
+    done = len(read_metrics(run.run_dir / "metrics.jsonl"))
+    assert f"stopped by SIGTERM after step {done}" in run.text
+    assert latest_checkpoint(run.run_dir / "checkpoints") == run.run_dir / "checkpoints" / f"step-{done:06}"
+    assert checkpoint_problem(run.run_dir / "checkpoints" / f"step-{done:06}") == ""
+    assert "k2train train: rank" not in run.text
