@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
+import os
 import shlex
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from rich.console import Console
@@ -34,7 +35,7 @@ def print_end(run: Run, outcome: Outcome, words: Sequence[str], console: Console
         lines.append(
             f"stopped by {outcome.stopped_by} after step {outcome.steps_done} of {run.config.train.steps}"
         )
-        lines.append(f"resume with: {resume_command(run_dir, words)}")
+        lines.append(f"resume with: {resume_command(run_dir, words, os.environ)}")
     elif metrics and metrics[-1].get("eval_bits_per_byte") is not None:
         lines.append(comparison(run, metrics[-1]["eval_bits_per_byte"]))
     lines.append(f"metrics:    {run_dir / 'metrics.jsonl'}")
@@ -55,7 +56,10 @@ def comparison(run: Run, bits_per_byte: float) -> str:
     return f"held-out text ({len(text):,} bytes): {bits_per_byte:.3f} bits per byte; gzip -9 needs {gzip:.3f}"
 
 
-def resume_command(run_dir: Path, words: Sequence[str]) -> str:
-    """The command line that goes on from the newest checkpoint."""
+def resume_command(run_dir: Path, words: Sequence[str], environment: Mapping[str, str]) -> str:
+    """The command line that goes on from the newest checkpoint, with the launcher that started this run."""
+    program = ["k2train", "train"]
+    if "WORLD_SIZE" in environment:
+        program = ["torchrun", f"--nproc-per-node={environment['LOCAL_WORLD_SIZE']}", "-m", *program]
     kept = [word for word in words if not word.startswith("run_dir=")]
-    return shlex.join(["k2train", "train", *kept, f"run_dir={run_dir}"])
+    return shlex.join([*program, *kept, f"run_dir={run_dir}"])

@@ -19,7 +19,6 @@ from typing import Any
 import torch
 from rich.console import Console
 
-from k2train.checkpoint import clean_leftovers
 from k2train.config.convert import to_dict
 from k2train.config.errors import ConfigError
 from k2train.config.schema import Config
@@ -38,6 +37,7 @@ from k2train.trainer.saving import resume, save, start_from
 from k2train.trainer.signals import StopRequest
 from k2train.trainer.start_up import print_start
 from k2train.trainer.step import StepMetrics, train_step
+from k2train.trainer.trace import start_recorder, write_recording
 from k2train.trainer.worlds import choose_world, fit_to_launcher, run_world
 
 
@@ -107,7 +107,6 @@ def agree_on_run_dir(run: Run) -> tuple[Path, Path | None, list[str]]:
     if run.is_main:
         try:
             run_dir, checkpoint, changes = open_run_dir(run.config)
-            clean_leftovers(run_dir / "checkpoints")
             answer = {
                 "run_dir": str(run_dir),
                 "checkpoint": checkpoint and str(checkpoint),
@@ -174,9 +173,12 @@ def open_outputs(run: Run, run_dir: Path, done: int) -> Iterator[Outputs]:
 
 def take_step(run: Run, index: int, outputs: Outputs) -> None:
     """One step, its evaluation where one is due, and its line of metrics."""
+    recorder = start_recorder(run, index)
     began = time.perf_counter()
-    step = train_step(run, index)
+    step = train_step(run, index, recorder)
     seconds = time.perf_counter() - began
+    if recorder is not None:
+        write_recording(run, recorder, outputs.run_dir)
     line: dict[str, Any] = {
         **dataclasses.asdict(step),
         "tokens_per_second": run.config.train.global_batch_tokens / seconds,

@@ -9,7 +9,7 @@ from typing import Any
 
 import yaml
 
-from k2train.checkpoint import latest_checkpoint
+from k2train.checkpoint import clean_leftovers, latest_checkpoint
 from k2train.config.convert import to_dict
 from k2train.config.errors import ConfigError
 from k2train.config.schema import Config
@@ -43,6 +43,9 @@ def open_run_dir(config: Config) -> tuple[Path, Path | None, list[str]]:
     cannot be written.
     """
     run_dir = choose_run_dir(config)
+    if (run_dir / "checkpoints").is_dir():
+        # First of all: it may put back a checkpoint whose replacement was cut off between two renames.
+        clean_leftovers(run_dir / "checkpoints")
     checkpoint = latest_checkpoint(run_dir / "checkpoints")
     changes = config_changes(run_dir / "config.yaml", config) if checkpoint else []
     try:

@@ -7,14 +7,16 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 
 import torch
 
 from k2train.model.context import MicrobatchContext, Statistics
 from k2train.model.routing import load_violation
 from k2train.runtime.executor import run_actions
+from k2train.runtime.recorder import Recorder
 from k2train.runtime.stage import StepInputs
+from k2train.schedule import Step
 from k2train.trainer.build import Run
 
 
@@ -37,14 +39,14 @@ class StepMetrics:
         return math.isfinite(self.loss) and math.isfinite(self.grad_norm)
 
 
-def train_step(run: Run, index: int) -> StepMetrics:
+def train_step(run: Run, index: int, recorder: Recorder | None = None) -> StepMetrics:
     """Take step `index` (counted from 0). With a non-finite loss or gradient norm nothing is updated.
 
     Every rank must call it: the collectives of the schedule, of the optimizer and of the statistics. The all-gather of
     updated parameters is still under way when it returns; the next pass over a virtual stage waits for its own.
     """
     statistics = Statistics()
-    run_schedule(run, index, statistics)
+    run_schedule(run, index, statistics, recorder)
     lr = run.learning_rate.at(index)
     loss, balance_loss = reduce_losses(run, statistics)
     clip_norm = run.config.train.grad_clip_norm
@@ -68,15 +70,19 @@ def train_step(run: Run, index: int) -> StepMetrics:
     )
 
 
-def run_schedule(run: Run, index: int, statistics: Statistics) -> None:
+def run_schedule(run: Run, index: int, statistics: Statistics, recorder: Recorder | None = None) -> None:
     """Execute this stage's action list on its share of step `index`'s sequences.
 
     Gradients end in the optimizer's buffers, and each virtual stage's reduce-scatter starts with its last one.
     """
     stage = run.training
-    stage.begin_step(step_inputs(run, local_batch(run, index), statistics))
+    inputs = step_inputs(run, local_batch(run, index), statistics)
+    steps: Iterable[Step] = run.schedule.stages[run.pp_rank]
+    if recorder is not None:
+        inputs, steps = dataclasses.replace(inputs, wait=recorder.wait), recorder.watch(steps)
+    stage.begin_step(inputs)
     try:
-        run_actions(run.schedule.stages[run.pp_rank], stage)
+        run_actions(steps, stage)
         stage.finish_step()
     except BaseException:
         stage.abandon_step()

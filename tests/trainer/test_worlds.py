@@ -1,11 +1,14 @@
 """Which world a config and an environment mean, and what does not fit."""
 
+from pathlib import Path
+
 import pytest
 import torch
 
 from k2train.config.compose import load_config
 from k2train.config.errors import ConfigError
 from k2train.layout.build import build_layout
+from k2train.trainer.finish import resume_command
 from k2train.trainer.worlds import choose_world, fit_to_launcher
 
 CPU = torch.device("cpu")
@@ -54,3 +57,13 @@ def test_replicas_follow_from_the_ranks_the_launcher_started(groups: int) -> Non
     fixed = load_config(["layout=laptop", "layout.edp=1"])
     assert fit_to_launcher(fixed, {"WORLD_SIZE": str(4 * groups)}) == fixed
     assert fit_to_launcher(config, {}) == config
+
+
+def test_the_command_to_resume_names_the_launcher_and_the_directory_once() -> None:
+    words = ["experiment=laptop", "run_dir=old", "train.steps=3"]
+    alone = resume_command(Path("runs/a b"), words, {})
+    assert alone == "k2train train experiment=laptop train.steps=3 'run_dir=runs/a b'"
+    launched = resume_command(Path("r"), words, {"WORLD_SIZE": "4", "LOCAL_WORLD_SIZE": "4"})
+    assert (
+        launched == "torchrun --nproc-per-node=4 -m k2train train experiment=laptop train.steps=3 run_dir=r"
+    )
