@@ -45,6 +45,7 @@ def load_config(overrides: Sequence[str] = (), root: type[T] = Config, config_na
 def compose_dict(overrides: Sequence[str], config_name: str = "config") -> dict[str, Any]:
     """The composed config as plain dicts, interpolations resolved."""
     parsed = parse_overrides(overrides)
+    check_no_sweep(parsed)
     check_groups(parsed, config_dir())
     try:
         with initialize_config_dir(str(config_dir()), version_base="1.3"):
@@ -71,6 +72,16 @@ def parse_overrides(overrides: Sequence[str]) -> list[Override]:
                 "override", word, rule, "for example train.steps=100; quote values that hold spaces"
             ) from error
     return parsed
+
+
+def check_no_sweep(parsed: Sequence[Override]) -> None:
+    """A value with a bare comma is a sweep over several values, which one run cannot have."""
+    for override in parsed:
+        if override.is_sweep_override():
+            word = override.input_line or ""
+            key, _, value = word.partition("=")
+            raise ConfigError(key, value, "several values make a sweep, and this is one run",
+                              f"add -m to run each, or quote a text that holds commas: {key}=\\'{value}\\'")  # fmt: skip
 
 
 def check_groups(parsed: Sequence[Override], directory: Path) -> None:

@@ -61,6 +61,8 @@ def test_whole_floats_are_accepted_as_ints_and_nothing_else_is_coerced() -> None
         ("train.steps", "not of the form key=value"),
         ("train.steps=[1", "cannot be read"),
         ("train=5", "must be a section"),
+        ("data.split=95,5,0", "several values make a sweep.*\n.*quote"),
+        ("train.steps=1,2", "add -m"),
         ("model.q_lora_rank=wide", "must be a whole number"),
         ("optim.lr_phases=[]", "needs at least one phase"),
         ("optim.lr_phases=[{kind: linear, to: 1e-3}]", "exactly one length"),
