@@ -188,6 +188,14 @@ class TelemetryConfig:
     progress: Literal["auto", "bar", "lines", "none"] = key(
         "progress display; auto draws a bar on a terminal", default="auto"
     )
+    trace_step: int | None = key(
+        "step whose execution is recorded into run_dir/trace.json (open it in Perfetto, beside plan.trace); null for none",
+        default=None,
+        minimum=1,
+    )
+
+    def __post_init__(self) -> None:
+        check_ranges("telemetry", self)
 
 
 @dataclasses.dataclass(frozen=True)

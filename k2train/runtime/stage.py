@@ -82,7 +82,7 @@ class StepInputs:
 
     tokens(microbatch) gives its (B, S) ids; make_context(virtual_stage, microbatch) what its phases may touch.
     before_forward(virtual_stage) is called ahead of each forward, weight_gradients_done(virtual_stage) once its last
-    weight gradient is in, which needs num_microbatches.
+    weight gradient is in, which needs num_microbatches. wait(arrival) waits for a message; a recorder puts its own here.
     """
 
     tokens: Callable[[int], torch.Tensor]
@@ -90,6 +90,7 @@ class StepInputs:
     num_microbatches: int
     before_forward: Callable[[int], None] = lambda virtual_stage: None
     weight_gradients_done: Callable[[int], None] = lambda virtual_stage: None
+    wait: Callable[[Arrival], torch.Tensor] = lambda arrival: arrival.wait()
 
 
 class Phased(Protocol):
@@ -202,7 +203,7 @@ class PipelineStage:
     def _take_inputs(self, key: Key) -> Tensors:
         if self.routes[key[0]].previous is None:
             return (self._inputs_of_step().tokens(key[1]),)
-        return (self._inputs.pop(key).wait(),)
+        return (self._inputs_of_step().wait(self._inputs.pop(key)),)
 
     def _forward_done(self, key: Key, outputs: Tensors) -> None:
         route = self.routes[key[0]]
@@ -218,7 +219,7 @@ class PipelineStage:
     def _backward_steps(self, key: Key) -> Any:
         records, context = self._records.pop(key)
         is_last = self.routes[key[0]].next is None
-        gradient = None if is_last else self._arrived_gradients.pop(key).wait()
+        gradient = None if is_last else self._inputs_of_step().wait(self._arrived_gradients.pop(key))
         return backward_steps(self.models[key[0]].phases, (gradient,), context, records)
 
     def _backward_done(self, key: Key, grads: Sequence[torch.Tensor | None]) -> None:

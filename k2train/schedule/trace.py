@@ -1,21 +1,66 @@
-"""A simulated step as a Chrome trace, which Perfetto (ui.perfetto.dev) and chrome://tracing open.
+"""A step as a Chrome trace, which Perfetto (ui.perfetto.dev) and chrome://tracing open.
 
 A process for each stage, a thread for each stream, a box for each phase, message and copy, and a counter for the bytes on the
-device. Times are in microseconds, as the format wants.
+device. Times are in microseconds, as the format wants. `write_trace` writes a simulated step; the runtime writes an executed
+one through the same `write_boxes`, so that the two can be laid side by side.
 Source: "Trace Event Format" (Google).
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from os import PathLike
-from typing import Any
+from typing import Any, NamedTuple
 
+from k2train.schedule.actions import Action
 from k2train.schedule.colours import LANE_NAMES, LANES, category
 from k2train.schedule.simulation import Event, Simulation
 
 _MICRO = 1e6
+
+# Sends to the previous stage have a thread of their own: they may overlap those to the next.
+THREADS = {
+    **{lane: LANE_NAMES[lane] for lane in LANES},
+    "send": "PP send activations",
+    "send_back": "PP send gradients",
+    "receive": "PP receive",
+}
+"""The threads of a stage by stream; a thread's id is its place here."""
+_ORDER = ("compute", "ep", "send", "send_back", "receive", "d2h", "h2d")
+_IDS = {stream: place for place, stream in enumerate(THREADS)}
+
+
+class Box(NamedTuple):
+    """A box of a trace. `stream` is one of THREADS; start and end in seconds from the start of the step."""
+
+    stage: int
+    stream: str
+    name: str
+    category: str
+    start: float
+    end: float
+    action: Action
+
+
+def write_boxes(
+    path: str | PathLike[str],
+    num_stages: int,
+    boxes: Iterable[Box],
+    counters: Iterable[dict[str, Any]] = (),
+) -> int:
+    """Write a trace, box by box; returns the number of boxes. Raises OSError where the file cannot be written."""
+    count = 0
+    with open(path, "w", encoding="utf-8") as file:
+        file.write('{"displayTimeUnit": "ms", "traceEvents": [\n')
+        file.write(",\n".join(map(json.dumps, _names(num_stages))))
+        for box in boxes:
+            file.write(",\n" + json.dumps(_event(box)))
+            count += 1
+        for counter in counters:
+            file.write(",\n" + json.dumps(counter))
+        file.write("\n]}\n")
+    return count
 
 
 def write_trace(
@@ -31,53 +76,37 @@ def write_trace(
     """
     if not any(simulation.compute_records):
         raise ValueError("nothing to trace: simulate with record=True")
-    boxes = 0
-    with open(path, "w", encoding="utf-8") as file:
-        file.write('{"displayTimeUnit": "ms", "traceEvents": [\n')
-        file.write(",\n".join(map(json.dumps, _names(simulation))))
-        for event in simulation.events(start, end):
-            file.write(",\n" + json.dumps(_box(simulation, event)))
-            boxes += 1
-        for counter in _counters(simulation, start, end):
-            file.write(",\n" + json.dumps(counter))
-        file.write("\n]}\n")
-    return boxes
+    boxes = map(_simulated_box, simulation.events(start, end))
+    return write_boxes(path, simulation.schedule.num_stages, boxes, _counters(simulation, start, end))
 
 
-def _thread(simulation: Simulation, event: Event) -> int:
-    """Sends to the previous stage have a thread of their own: they may overlap those to the next."""
-    if event.stream != "send":
-        return LANES.index(event.stream)
-    return LANES.index("send") if event.name == "SEND_F" else len(LANES)
-
-
-def _names(simulation: Simulation) -> Iterator[dict[str, Any]]:
-    threads = {LANES.index(lane): LANE_NAMES[lane] for lane in LANES}
-    threads[LANES.index("send")] = "PP send activations"
-    threads[len(LANES)] = "PP send gradients"
-    order = ("compute", "ep", "send", None, "d2h", "h2d")
-    for stage in range(simulation.schedule.num_stages):
+def _names(num_stages: int) -> Iterator[dict[str, Any]]:
+    for stage in range(num_stages):
         yield {"ph": "M", "pid": stage, "name": "process_name", "args": {"name": f"stage {stage}"}}
         yield {"ph": "M", "pid": stage, "name": "process_sort_index", "args": {"sort_index": stage}}
-        for place, lane in enumerate(order):
-            thread = len(LANES) if lane is None else LANES.index(lane)
-            base = {"ph": "M", "pid": stage, "tid": thread}
-            yield {**base, "name": "thread_name", "args": {"name": threads[thread]}}
+        for place, stream in enumerate(_ORDER):
+            base = {"ph": "M", "pid": stage, "tid": _IDS[stream]}
+            yield {**base, "name": "thread_name", "args": {"name": THREADS[stream]}}
             yield {**base, "name": "thread_sort_index", "args": {"sort_index": place}}
 
 
-def _box(simulation: Simulation, event: Event) -> dict[str, Any]:
+def _simulated_box(event: Event) -> Box:
+    kind = event.action.kind.value
+    name = str(event.action) if event.name == kind else f"{event.action} {event.name}"
+    stream = "send_back" if event.name == "SEND_B" else event.stream
+    return Box(event.stage, stream, name, category(event), event.start, event.end, event.action)
+
+
+def _event(box: Box) -> dict[str, Any]:
     return {
         "ph": "X",
-        "pid": event.stage,
-        "tid": _thread(simulation, event),
-        "name": str(event.action)
-        if event.name == event.action.kind.value
-        else f"{event.action} {event.name}",
-        "cat": category(event),
-        "ts": round(event.start * _MICRO, 3),
-        "dur": round((event.end - event.start) * _MICRO, 3),
-        "args": {"virtual_stage": event.action.virtual_stage, "microbatch": event.action.microbatch},
+        "pid": box.stage,
+        "tid": _IDS[box.stream],
+        "name": box.name,
+        "cat": box.category,
+        "ts": round(box.start * _MICRO, 3),
+        "dur": round((box.end - box.start) * _MICRO, 3),
+        "args": {"virtual_stage": box.action.virtual_stage, "microbatch": box.action.microbatch},
     }
 
 
