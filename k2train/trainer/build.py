@@ -27,8 +27,9 @@ from k2train.optim.optimizer import Optimizer
 from k2train.parallel.dispatcher import AllToAllDispatcher
 from k2train.parallel.groups import Groups
 from k2train.parallel.pipeline import PipelineTransport
+from k2train.planner.assemble import schedule_spec
 from k2train.runtime.stage import PipelineStage, Route
-from k2train.schedule import Schedule, ScheduleSpec, build_schedule, validate
+from k2train.schedule import Schedule, build_schedule, validate
 
 DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32, "float64": torch.float64}
 
@@ -94,18 +95,8 @@ def build_layouts(config: Config) -> tuple[Layout, Schedule]:
     """The layout and the validated schedule of a run; pure, and refused here if they cannot run."""
     check_supported(config)
     layout = build_layout(config.layout, config.cluster, config.model, config.train.seq_len)
-    options = config.schedule
-    spec = ScheduleSpec(
-        pp=layout.pp,
-        num_microbatches=num_microbatches(config.train, layout),
-        kind=options.kind,
-        vpp=layout.vpp,
-        extra_warmup_microbatches=options.extra_warmup_microbatches,
-        pair_forward_backward=options.pair_forward_backward,
-        split_weight_grad=options.split_weight_grad,
-        prefetch_depth=options.prefetch_depth,
-    )
-    schedule = build_schedule(spec)
+    # The same function that `plan` calls: what it predicts is what runs here.
+    schedule = build_schedule(schedule_spec(config, num_microbatches(config.train, layout)))
     validate(schedule)
     return layout, schedule
 
