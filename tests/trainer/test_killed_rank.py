@@ -27,20 +27,16 @@ class Run:
     def __init__(self, words: list[str], directory: Path) -> None:
         self.log = directory / "log"
         self.run_dir = directory / "run"
+        self.ranks: list[int] = []
         command = [sys.executable, "-m", "torch.distributed.run", f"--nproc-per-node={WORLD}", "--rdzv-backend=c10d",
                    "--rdzv-endpoint=localhost:0", "-m", "k2train", "train", *words, *LAYOUT]  # fmt: skip
         self.output = self.log.open("w")
-        self.process = subprocess.Popen(command, stdout=self.output, stderr=subprocess.STDOUT, start_new_session=True,
+        self.process = subprocess.Popen(command, stdout=self.output, stderr=subprocess.STDOUT,
                                         env={**os.environ, "OMP_NUM_THREADS": "1"})  # fmt: skip
 
     @property
     def text(self) -> str:
         return self.log.read_text()
-
-    def workers(self) -> list[int]:
-        """Process ids of the ranks, in the order they were started: torchrun's children."""
-        children = Path(f"/proc/{self.process.pid}/task/{self.process.pid}/children").read_text().split()
-        return sorted(int(child) for child in children)
 
     def wait_for_steps(self, count: int) -> None:
         wait_until(
@@ -49,35 +45,36 @@ class Run:
             )
         )
         assert self.process.poll() is None, self.text
+        # torchrun's children, in the order they were started, are the ranks; it gives each a session of its own.
+        children = Path(f"/proc/{self.process.pid}/task/{self.process.pid}/children").read_text()
+        self.ranks = sorted(int(child) for child in children.split())
+        assert len(self.ranks) == WORLD
+
+    def left(self) -> list[int]:
+        """Ranks that still run."""
+        return [rank for rank in self.ranks if is_running(rank)]
 
     def end(self) -> int:
-        return self.process.wait(timeout=90)
+        return self.process.wait(timeout=180)
 
     def kill_everything(self) -> None:
-        """Whatever is left of the session that torchrun leads."""
-        for process in session_members(self.process.pid):
-            os.kill(process, signal.SIGKILL)
+        for process in (*self.left(), self.process.pid):
+            if is_running(process):
+                os.kill(process, signal.SIGKILL)
         self.process.wait()
         self.output.close()
 
 
-def session_members(session: int) -> list[int]:
-    """Processes of a session, zombies left out."""
-    found = []
-    for entry in Path("/proc").iterdir():
-        if not entry.name.isdigit():
-            continue
-        try:
-            fields = (entry / "stat").read_text().rpartition(")")[2].split()
-        except OSError:  # it ended meanwhile
-            continue
-        if fields[0] != "Z" and int(fields[3]) == session:
-            found.append(int(entry.name))
-    return found
+def is_running(process: int) -> bool:
+    """Whether a process is there and is not a zombie."""
+    try:
+        return Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except OSError:
+        return False
 
 
 def wait_until(condition: Callable[[], bool]) -> None:
-    deadline = time.monotonic() + 90
+    deadline = time.monotonic() + 180
     while not condition():
         assert time.monotonic() < deadline, "waited too long"
         time.sleep(0.02)
@@ -119,33 +116,35 @@ def test_a_killed_rank_ends_the_others_with_the_operation_that_failed(
     run: Run, long_words: list[str]
 ) -> None:
     run.wait_for_steps(5)
-    os.kill(run.workers()[3], signal.SIGKILL)
+    os.kill(run.ranks[3], signal.SIGKILL)
     assert run.end() != 0
-    assert session_members(run.process.pid) == []
+    assert run.left() == []
     assert_names_what_it_lost(run.text)
     resume(long_words, run)
 
 
+@pytest.mark.slow
 def test_ranks_that_wait_for_a_stopped_one_run_into_the_timeout_and_say_where(
     run: Run, long_words: list[str]
 ) -> None:
     run.wait_for_steps(5)
-    stopped = run.workers()[1]
+    stopped = run.ranks[1]
     os.kill(stopped, signal.SIGSTOP)
     wait_until(lambda: "k2train train: rank " in run.text)
     # torchrun waits for the stopped worker to obey its SIGTERM, half a minute; that patience is not ours to test.
     os.kill(stopped, signal.SIGKILL)
     assert run.end() != 0
-    assert session_members(run.process.pid) == []
+    assert run.left() == []
     assert_names_what_it_lost(run.text)
     resume(long_words, run)
 
 
+@pytest.mark.slow
 def test_sigterm_to_the_launcher_ends_every_rank_after_its_step_with_a_checkpoint(run: Run) -> None:
     run.wait_for_steps(5)
     os.kill(run.process.pid, signal.SIGTERM)
     run.end()
-    assert session_members(run.process.pid) == []
+    assert run.left() == []
     done = len(read_metrics(run.run_dir / "metrics.jsonl"))
     assert f"stopped by SIGTERM after step {done}" in run.text
     assert latest_checkpoint(run.run_dir / "checkpoints") == run.run_dir / "checkpoints" / f"step-{done:06}"
