@@ -16,6 +16,8 @@ fi
 
 # One intra-op thread a rank: ranks share the cores.
 export OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}"
+# torchrun kills its ranks 30 seconds after a SIGTERM unless told to wait for their step and checkpoint.
+export TORCH_ELASTIC_SHUTDOWN_TIMEOUT="${TORCH_ELASTIC_SHUTDOWN_TIMEOUT:-270}"
 exec torchrun \
   --nnodes="${NUM_NODES:-1}" --node-rank="${NODE_RANK:-0}" --nproc-per-node="$RANKS" \
   --rdzv-backend=c10d --rdzv-id="${RUN_ID:-k2train}" --rdzv-endpoint="${HEAD_NODE:-localhost}:${HEAD_PORT:-29400}" \
