@@ -48,7 +48,7 @@ class AttentionPhase(ComputePhase):
         normed_TD = rms_norm(x_TD, self.norm, self.model.rms_norm_eps)
         out_TD, max_logit_H = self.attention(normed_TD, context.num_sequences, slot)
         context.statistics.add_max_logits(self.layer, max_logit_H)
-        return (x_TD + out_TD,)
+        return (out_TD.add_(x_TD),)
 
 
 class RoutedAttentionPhase(AttentionPhase):
@@ -124,7 +124,7 @@ class ExpertsPhase(ComputePhase):
     def compute(self, inputs: Tensors, context: MicrobatchContext, slot: WeightGradSlot | None) -> Tensors:
         residual_TD, normed_TD, rows_MD, weights_M, token_of_row_N, row_of_slot_TK, offsets_L = inputs
         out_MD = self.routed(rows_MD, weights_M, offsets_L, slot)
-        partial_TD = residual_TD + self.shared(normed_TD, slot) if self.shared else residual_TD
+        partial_TD = self.shared(normed_TD, slot).add_(residual_TD) if self.shared else residual_TD
         return partial_TD, out_MD, token_of_row_N, row_of_slot_TK
 
 
@@ -146,7 +146,7 @@ class CombinePhase(CommunicationPhase):
     def finish_forward(self, started: Started, context: MicrobatchContext) -> tuple[Tensors, torch.Tensor]:
         partial_TD, token_of_row_N, row_of_slot_TK = started.rest
         (rows_ND,) = started.pending.wait()
-        return (partial_TD + sum_slots(rows_ND, row_of_slot_TK),), token_of_row_N
+        return (sum_slots(rows_ND, row_of_slot_TK).add_(partial_TD),), token_of_row_N
 
     def start_backward(
         self, record: torch.Tensor, grad_outputs: Grads, context: MicrobatchContext
@@ -176,4 +176,4 @@ class MlpPhase(ComputePhase):
 
     def compute(self, inputs: Tensors, context: MicrobatchContext, slot: WeightGradSlot | None) -> Tensors:
         (x_TD,) = inputs
-        return (x_TD + self.mlp(rms_norm(x_TD, self.norm, self.eps), slot),)
+        return (self.mlp(rms_norm(x_TD, self.norm, self.eps), slot).add_(x_TD),)

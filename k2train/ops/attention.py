@@ -79,11 +79,14 @@ def _future_mask(length: int, wide: torch.dtype, like: torch.Tensor, tile_elemen
 
 
 def _scores(
-    q_GRK: torch.Tensor, k_GSK: torch.Tensor, scale: float, start: int, future_RR: torch.Tensor
+    scaled_q_GRK: torch.Tensor, k_GSK: torch.Tensor, start: int, future_RR: torch.Tensor
 ) -> torch.Tensor:
-    """Scaled logits of a tile whose first row is `start`, minus infinity after each row's own position."""
-    scores_GRS = torch.baddbmm(q_GRK.new_empty(()), q_GRK, k_GSK.transpose(1, 2), beta=0, alpha=scale)
-    rows = q_GRK.shape[1]
+    """Logits of a tile whose first row is `start`, minus infinity after each row's own position.
+
+    The scale comes with the queries: a tile of them is smaller than its scores.
+    """
+    scores_GRS = torch.bmm(scaled_q_GRK, k_GSK.transpose(1, 2))
+    rows = scaled_q_GRK.shape[1]
     scores_GRS[:, :, start:].add_(future_RR[:rows, :rows])
     return scores_GRS
 
@@ -106,7 +109,7 @@ class _CausalAttention(torch.autograd.Function):
         future_RR = _future_mask(length, wide, q, tile_elements)
         for group, start, end in _tiles(batch * heads, length, tile_elements, q.device):
             k_t, v_t = k_GSK[group, :end].to(wide), v_GSV[group, :end].to(wide)
-            scores = _scores(q_GSK[group, start:end].to(wide), k_t, scale, start, future_RR)
+            scores = _scores(q_GSK[group, start:end].to(wide) * scale, k_t, start, future_RR)
             torch.maximum(max_G[group], scores.flatten(1).amax(1), out=max_G[group])
             out_GSV[group, start:end] = torch.bmm(torch.softmax(scores, -1), v_t)
         max_H = max_G.view(batch, heads).amax(0)
@@ -127,15 +130,16 @@ class _CausalAttention(torch.autograd.Function):
         dv_GSV = torch.zeros_like(v_GSV, dtype=wide)
         future_RR = _future_mask(length, wide, q, ctx.tile_elements)
         for group, start, end in _tiles(batch * heads, length, ctx.tile_elements, q.device):
-            q_t, do_t = q_GSK[group, start:end].to(wide), do_GSV[group, start:end].to(wide)
+            q_t = q_GSK[group, start:end].to(wide) * ctx.scale
+            do_t = do_GSV[group, start:end].to(wide)
             k_t, v_t = k_GSK[group, :end].to(wide), v_GSV[group, :end].to(wide)
-            scores = _scores(q_t, k_t, ctx.scale, start, future_RR)
+            scores = _scores(q_t, k_t, start, future_RR)
             p = torch.softmax(scores, -1)
             dv_GSV[group, :end].baddbmm_(p.transpose(1, 2), do_t)
             dp = torch.bmm(do_t, v_t.transpose(1, 2), out=scores)
             ds = torch._softmax_backward_data(dp, p, -1, wide)
-            dq_GSK[group, start:end] = torch.baddbmm(q_t, ds, k_t, beta=0, alpha=ctx.scale)
-            dk_GSK[group, :end].baddbmm_(ds.transpose(1, 2), q_t, alpha=ctx.scale)
+            torch.mul(torch.bmm(ds, k_t), ctx.scale, out=dq_GSK[group, start:end])
+            dk_GSK[group, :end].baddbmm_(ds.transpose(1, 2), q_t)
         dq, dk, dv = (
             t.unflatten(0, (batch, heads)) for t in (dq_GSK, dk_GSK.to(k.dtype), dv_GSV.to(v.dtype))
         )

@@ -10,6 +10,8 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
+from k2train.ops.weight_grad import accumulation_dtype
+
 
 def swiglu(gate_up_NF2: torch.Tensor) -> torch.Tensor:
     """silu(first half) * second half of the last dimension (N, F)."""
@@ -37,6 +39,11 @@ class _SwiGLU(torch.autograd.Function):
         gate_NF, up_NF = gate_up_NF2.chunk(2, dim=-1)
         grad_NF2 = torch.empty_like(gate_up_NF2)
         dgate_NF, dup_NF = grad_NF2.chunk(2, dim=-1)
-        torch.mul(grads[0], F.silu(gate_NF), out=dup_NF)
-        torch.ops.aten.silu_backward.grad_input(grads[0] * up_NF, gate_NF, grad_input=dgate_NF)
+        # One exponential serves both: silu = gate s and silu' = s + silu (1 - s).
+        wide = accumulation_dtype(gate_NF.dtype)
+        sigmoid_NF = torch.sigmoid(gate_NF.to(wide))
+        silu_NF = sigmoid_NF * gate_NF
+        torch.mul(grads[0], silu_NF, out=dup_NF)
+        slope_NF = torch.addcmul(sigmoid_NF, silu_NF, sigmoid_NF, value=-1).add_(silu_NF)
+        torch.mul(slope_NF.mul_(up_NF), grads[0], out=dgate_NF)
         return grad_NF2
