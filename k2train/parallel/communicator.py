@@ -11,7 +11,6 @@ the operation. Reductions add in an order that depends on the group alone, so eq
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Sequence
 from typing import Literal, Protocol
 
@@ -138,5 +137,4 @@ def equal_splits(num_entries: int, size: int) -> tuple[int, ...]:
 def split_parts(t: torch.Tensor, splits: Sequence[int]) -> list[torch.Tensor]:
     """Views of t's parts along the first dimension."""
     assert sum(splits) == t.shape[0], f"splits {tuple(splits)} do not add up to {t.shape[0]} entries"
-    ends = list(itertools.accumulate(splits))
-    return [t[end - length : end] for end, length in zip(ends, splits, strict=True)]
+    return list(t.split(list(splits)))

@@ -238,8 +238,7 @@ def _reduce_scatter(calls: Sequence[Call]) -> None:
 def _all_to_all(calls: Sequence[Call]) -> None:
     parts = [split_parts(call.t, call.in_splits) for call in calls]
     for call in calls:
-        for source, part in enumerate(split_parts(call.out, call.out_splits)):
-            part.copy_(parts[source][call.rank])
+        torch.cat([of_source[call.rank] for of_source in parts], out=call.out)
 
 
 def _broadcast(calls: Sequence[Call]) -> None:
