@@ -271,3 +271,15 @@ def test_a_checkpoint_of_four_ranks_goes_on_under_another_layout(
     assert set(mine_end.names()) == set(expected_end.names())
     for name in expected_end.names():
         torch.testing.assert_close(mine_end.load(name), expected_end.load(name), rtol=1e-9, atol=1e-12)
+
+
+@pytest.mark.slow
+def test_k2s_256_ranks_equal_one_rank() -> None:
+    """`make k2` in float64: 61 layers, 384 experts and 64 heads over 16 stages of 16 ranks."""
+    words = ["experiment=k2_threads", "train.dtype=float64", "optim.newton_schulz_dtype=float64", "train.steps=2",
+             "optim.qk_clip_tau=1e-4", "train.grad_clip_norm=0.5"]  # fmt: skip
+    single = train_layout([*words, "world=single", *layout(1, 1, 1, 1)])
+    assert all(step.clipped_heads > 0 and step.grad_norm > 0.5 for step in single.metrics)
+    parallel = train_layout(words)
+    assert len(parallel.parts) == 256
+    assert_close(parallel, single)
