@@ -69,7 +69,7 @@ def test_help_explains_the_keys(capsys):
     (["layout.pp=1e18"], "layout.pp"),
     (["layout.edp=1e18"], "layout.edp"),
     (["layout.ep=3"], "layout.ep=3: must divide"),
-    (["layout.edp=3"], "train.global_batch_tokens=8192: must be a multiple of"),
+    (["layout.edp=3", "train.global_batch_tokens=8192"], "train.global_batch_tokens=8192: must be a multiple of"),
     (["experiment=k2", "layout.nodes=40"], "nearest are 32 and 64"),
     (["experiment=k2", "layout.nodes=0"], "layout.nodes=0"),
     (["-m", "experiment=k2", "layout.nodes=32,40"], "nearest are 32 and 64"),

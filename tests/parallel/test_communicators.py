@@ -230,7 +230,7 @@ def test_a_process_that_stays_away_is_an_error_that_names_the_operation() -> Non
 
     answers = run_distributed_test(fn, 2, "processes")
     assert answers[1] == "left"
-    assert answers[0].startswith("all_reduce in group stage (0, 1) on rank 0 failed: ")
+    assert answers[0].startswith("rank 0: all_reduce in group stage (ranks [0, 1]) failed: ")
 
 
 def test_an_exception_in_a_process_is_raised_with_its_traceback() -> None:

@@ -68,7 +68,7 @@ def test_resuming_with_another_model_is_refused_and_harms_nothing(
 def test_changed_settings_are_named_when_a_run_is_resumed(
     words: list[str], capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert main(["train", *words, "train.steps=4"]) == 0
+    assert main(["train", *words, "train.steps=4", "train.bias_update_rate=0.001"]) == 0
     assert main(["train", *words, "train.bias_update_rate=0.01"]) == 0
     assert "train.bias_update_rate: 0.001 -> 0.01" in capsys.readouterr().out
 
