@@ -10,6 +10,7 @@ from k2train.model.context import MicrobatchContext, Statistics
 from k2train.runtime.executor import run_actions
 from k2train.runtime.stage import StepInputs
 from k2train.schedule import Action, Kind, Schedule
+from k2train.schedule.p2p import receive_of, sends_of
 from k2train.trainer.build import Run
 from k2train.trainer.compression import bits_per_byte
 from k2train.trainer.step import reduce_losses
@@ -97,16 +98,7 @@ def forward_actions(schedule: Schedule, stage: int, num_microbatches: int) -> li
     for first in range(0, num_microbatches, pp):
         for virtual_stage in mine:
             for microbatch in range(first, min(first + pp, num_microbatches)):
-                actions += _forward_with_messages(schedule, virtual_stage, microbatch)
-    return actions
-
-
-def _forward_with_messages(schedule: Schedule, virtual_stage: int, microbatch: int) -> list[Action]:
-    place = schedule.placement
-    before, after = schedule.previous[virtual_stage], schedule.next[virtual_stage]
-    actions = [Action(Kind.F, virtual_stage, microbatch)]
-    if before is not None and place[before] != place[virtual_stage]:
-        actions.insert(0, Action(Kind.RECV_F, virtual_stage, microbatch))
-    if after is not None and place[after] != place[virtual_stage]:
-        actions.append(Action(Kind.SEND_F, virtual_stage, microbatch))
+                forward = Action(Kind.F, virtual_stage, microbatch)
+                with_messages = (receive_of(schedule, forward), forward, sends_of(schedule, forward))
+                actions += [action for action in with_messages if action is not None]
     return actions
