@@ -29,6 +29,10 @@ class Route(Protocol):
         """(L,) int32, on the rows' device: the row after the last of each local expert, in rows sorted by expert."""
         ...
 
+    def settle(self) -> None:
+        """The forward has used it: let go what the backward can work out again."""
+        ...
+
 
 class Dispatcher(Protocol):
     """Brings rows to their experts and back. Both moves are linear and each is the other's transpose, so the backward
@@ -52,6 +56,9 @@ class LocalRoute:
     """The route where all experts are here."""
 
     offsets: torch.Tensor
+
+    def settle(self) -> None:
+        """Nothing to let go."""
 
 
 @dataclasses.dataclass(frozen=True)

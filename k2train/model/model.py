@@ -91,6 +91,7 @@ def forward(model: Model, inputs: Tensors, context: MicrobatchContext) -> tuple[
     for phase in model.phases:
         inputs, record = phase.forward(inputs, context)
         records.append(record)
+    context.saved.forward_done()
     return inputs, records
 
 

@@ -12,7 +12,7 @@ import os
 import resource
 import signal
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +28,7 @@ from k2train.parallel.objects import broadcast_object
 from k2train.telemetry.metrics import MetricsFile
 from k2train.telemetry.progress import ProgressDisplay, open_progress
 from k2train.telemetry.sinks import Sink, open_sinks
+from k2train.trainer.activations import non_finite_tiles
 from k2train.trainer.build import Run, build_layouts, build_run, choose_device, open_corpus
 from k2train.trainer.evaluate import evaluate
 from k2train.trainer.finish import Outcome, print_end
@@ -187,7 +188,8 @@ def take_step(run: Run, index: int, outputs: Outputs) -> None:
     }
     if not step.finite:
         outputs.write(line)
-        raise TrainingDivergedError(diverged_message(step, outputs.run_dir))
+        tiles = non_finite_tiles(run.activations, run.groups.world, run.device)
+        raise TrainingDivergedError(diverged_message(step, outputs.run_dir, tiles))
     if evaluation_due(run.config, step.step):
         evaluation = evaluate(run, evaluation_tokens(run.config, step.step))
         if evaluation is not None:
@@ -219,11 +221,13 @@ def peak_bytes(device: torch.device) -> int:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
-def diverged_message(step: StepMetrics, run_dir: Path) -> str:
-    """What happened, what was kept, and what to try."""
+def diverged_message(step: StepMetrics, run_dir: Path, fp8_tiles: Mapping[str, int]) -> str:
+    """What happened, what was kept, and what to try. fp8_tiles: where FP8 storage met values that are not finite."""
+    names = ", ".join(f"activations.{name} ({count} tiles)" for name, count in fp8_tiles.items())
+    seen = f"  FP8 storage met values that are not finite in {names}.\n" if names else ""
     return (
         f"step {step.step}: loss {step.loss}, gradient norm {step.grad_norm}, lr {step.lr:.3g}, max logit {step.max_logit:.4g}: "
-        f"not finite, so nothing was updated and training stops.\n"
+        f"not finite, so nothing was updated and training stops.\n{seen}"
         f"  The last checkpoint in {run_dir / 'checkpoints'} is untouched.\n"
         f"  Resume from it with a lower learning rate (optim.lr_phases), or look at the data of this step."
     )

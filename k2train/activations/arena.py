@@ -1,0 +1,2 @@
+class HostArena:
+    def __init__(self, pinned, limit_bytes): pass
