@@ -1,2 +1,0 @@
-class HostArena:
-    def __init__(self, pinned, limit_bytes): pass
