@@ -29,10 +29,9 @@ import torch.nn.functional as F
 
 TILE = 128
 E4M3_MAX = 448.0
-# A smaller scale would lose bits as a subnormal, or be 0 and divide by zero. The codes take what is lost in range.
+# A smaller scale would lose bits as a subnormal, or be 0 and divide by zero.
+# No upper end is needed: 448 fl(amax / 448) never rounds past FP32's largest number, which is 448 times a number of FP32.
 MIN_SCALE = torch.finfo(torch.float32).tiny
-# 448 times the scale must stay finite, also where amax is FP32's largest number and amax / 448 was rounded up.
-MAX_SCALE = torch.finfo(torch.float32).max / E4M3_MAX * (1 - 2**-22)
 DTYPES = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
 
 
@@ -65,7 +64,8 @@ class Fp8Tensor:
     def with_tensors(self, tensors: tuple[torch.Tensor, torch.Tensor]) -> Fp8Tensor:
         """The same tensor in other storage, on another device for instance; `tensors` is a copy of `self.tensors`."""
         for old, new in zip(self.tensors, tensors, strict=True):
-            assert (new.shape, new.dtype) == (old.shape, old.dtype), (new.shape, new.dtype, old.shape, old.dtype)
+            assert new.shape == old.shape, (new.shape, old.shape)
+            assert new.dtype == old.dtype, (new.dtype, old.dtype)
             assert new.is_contiguous()
         return dataclasses.replace(self, codes=tensors[0], scales=tensors[1])
 
@@ -102,7 +102,7 @@ def quantise_reference(x: torch.Tensor, non_finite_tiles: torch.Tensor | None = 
     x_RNt = _tiles(x_RW).to(torch.float32)
     amax_RN = x_RNt.abs().amax(-1)  # NaN where the tile has one
     finite_RN = amax_RN.isfinite()
-    scales_RN = (amax_RN / E4M3_MAX).clamp(MIN_SCALE, MAX_SCALE).masked_fill_(~finite_RN, math.nan)
+    scales_RN = (amax_RN / E4M3_MAX).clamp_min_(MIN_SCALE).masked_fill_(~finite_RN, math.nan)
     if non_finite_tiles is not None:
         non_finite_tiles.add_((~finite_RN).sum())
     # torch 2.11 turns what rounds past 448 into NaN, later versions saturate: the clamp makes them agree.
@@ -146,6 +146,6 @@ def _kernels(device: torch.device) -> ModuleType | None:
         return None
     if importlib.util.find_spec("triton") is None:  # an optional dependency
         return None
-    from k2train.ops import fp8_triton  # noqa: PLC0415
+    from k2train.ops import fp8_triton
 
     return fp8_triton
