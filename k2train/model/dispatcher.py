@@ -55,7 +55,11 @@ class Dispatcher(Protocol):
 class LocalRoute:
     """The route where all experts are here."""
 
-    offsets: torch.Tensor
+    counts_E: torch.Tensor
+
+    @property
+    def offsets(self) -> torch.Tensor:
+        return self.counts_E.cumsum(0).to(torch.int32)
 
     def settle(self) -> None:
         """Nothing to let go."""
@@ -75,7 +79,7 @@ class LocalDispatcher:
     """Every expert is local: nothing moves."""
 
     def route(self, counts_E: torch.Tensor) -> LocalRoute:
-        return LocalRoute(counts_E.cumsum(0).to(torch.int32))
+        return LocalRoute(counts_E)
 
     def dispatch(self, tensors: Tensors, route: Route) -> Arrived:
         return Arrived(tensors)

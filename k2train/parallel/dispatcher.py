@@ -35,8 +35,11 @@ class ExpertRoute:
 
     def __init__(self, here: list[int], there: list[int], arriving_PL: torch.Tensor) -> None:
         self.here, self.there, self.arriving_PL = here, there, arriving_PL
-        self.offsets = arriving_PL.sum(0).cumsum(0).to(torch.int32)
         self._orders: tuple[torch.Tensor, torch.Tensor] | None = None
+
+    @property
+    def offsets(self) -> torch.Tensor:
+        return self.arriving_PL.sum(0).cumsum(0).to(torch.int32)
 
     def settle(self) -> None:
         """Let the permutations go until the backward."""
