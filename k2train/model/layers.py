@@ -157,14 +157,12 @@ class CombinePhase(CommunicationPhase):
         pending = self.dispatcher.combine((rows_MD,), context.routes[self.layer])
         return Started(pending, (partial_TD, token_of_row_N, row_of_slot_TK))
 
-    def finish_forward(
-        self, started: Started, context: MicrobatchContext
-    ) -> tuple[Tensors, Held | None]:
+    def finish_forward(self, started: Started, context: MicrobatchContext) -> tuple[Tensors, Held]:
         partial_TD, token_of_row_N, row_of_slot_TK = started.rest
         (rows_ND,) = started.pending.wait()
         context.routes[self.layer].settle()
-        record = context.saved.hold(token_of_row_N) if context.training else None
-        return (sum_slots(rows_ND, row_of_slot_TK).add_(partial_TD),), record
+        held = context.saved.hold(token_of_row_N)
+        return (sum_slots(rows_ND, row_of_slot_TK).add_(partial_TD),), held
 
     def start_backward(self, record: Held, grad_outputs: Grads, context: MicrobatchContext) -> Started:
         (dx_TD,) = grad_outputs
