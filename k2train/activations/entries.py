@@ -138,7 +138,8 @@ class Entry:
 
     def _read(self) -> torch.Tensor:
         if self._fp8 is not None:
-            return dequantise(self._fp8.with_tensors(self.payload))
+            codes_RW, scales_RN = self.payload
+            return dequantise(self._fp8.with_tensors((codes_RW, scales_RN)))
         if self.origin.policy == "recompute":
             assert self.origin.recipe is not None, f"{self.origin.name} has no recipe"
             recipe, index = self.origin.recipe

@@ -88,7 +88,9 @@ class MicrobatchStore:
         if policy == "recompute":
             recipe = Recipe(compute, [self._slot(source) for source in sources])
         for index, tensor in enumerate(made if isinstance(made, tuple) else (made,)):
-            self._register(Origin(self._layer, name, policy, recipe and (recipe, index)), tensor)
+            self._register(
+                Origin(self._layer, name, policy, None if recipe is None else (recipe, index)), tensor
+            )
         return made
 
     def hold(self, tensor: torch.Tensor) -> Slot:

@@ -59,7 +59,9 @@ def check_policies(policies: ActivationsConfig) -> None:
     for name, why in NOT_REBUILDABLE.items():
         if getattr(policies, name) == "recompute":
             allowed = "keep or offload" if name == "routing" else "keep, fp8, offload or fp8_offload"
-            raise ConfigError(f"activations.{name}", "recompute", f"cannot be rebuilt: {why}", f"use {allowed}")
+            raise ConfigError(
+                f"activations.{name}", "recompute", f"cannot be rebuilt: {why}", f"use {allowed}"
+            )
     if policies.routing in _FP8:
         raise ConfigError("activations.routing", policies.routing, "holds indices, which FP8 would destroy",
                           "use keep or offload")  # fmt: skip
@@ -137,7 +139,9 @@ def _mlp_shapes(w: Workload) -> _Shapes:
 def _extra_bytes(w: Workload, moe: bool) -> dict[str, int]:
     """Small numbers that share a name's fate, whole: each norm's inverse RMS in the accumulation type, and the routing."""
     wide = accumulation_bytes(w.dtype)
-    normed = ["layer_input", "kv_latent", "attention_residual"] + ["q_latent"] * (w.model.q_lora_rank is not None)
+    normed = ["layer_input", "kv_latent", "attention_residual"] + ["q_latent"] * (
+        w.model.q_lora_rank is not None
+    )
     extras = dict.fromkeys(normed, wide * w.tokens)
     if moe:
         extras["routing"] = _routing_bytes(w, wide)

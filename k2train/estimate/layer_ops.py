@@ -143,7 +143,14 @@ def _routing(w: Workload) -> list[Op]:
     experts, wide = model.n_routed_experts, accumulation_bytes(w.dtype)
     return [
         product(
-            w, "router", tokens, model.hidden_size, experts, "post_norm_output", "routing", gradient_bytes=wide
+            w,
+            "router",
+            tokens,
+            model.hidden_size,
+            experts,
+            "post_norm_output",
+            "routing",
+            gradient_bytes=wide,
         ),
         elementwise(w, "top_k", 4 * tokens * model.n_routed_experts),
         elementwise(w, "permute", 2 * w.rows * model.hidden_size),

@@ -87,14 +87,22 @@ class LatentAttention:
         return linear(heads_TX, self.weights["o_proj"], slot)
 
     def _queries(
-        self, normed_TD: torch.Tensor, num_sequences: int, slot: WeightGradSlot | None, saved: SavedActivations
+        self,
+        normed_TD: torch.Tensor,
+        num_sequences: int,
+        slot: WeightGradSlot | None,
+        saved: SavedActivations,
     ) -> torch.Tensor:
         weights, model = self.weights, self.model
         source_TX, up = normed_TD, "q_proj"
         if model.q_lora_rank is not None:
-            latent_TR = saved.make("q_latent", lambda x_TD: linear(x_TD, weights["q_a_proj"], slot), normed_TD)
+            latent_TR = saved.make(
+                "q_latent", lambda x_TD: linear(x_TD, weights["q_a_proj"], slot), normed_TD
+            )
             norm = weights["q_a_layernorm"]
-            source_TX = named_norm(saved, ("q_latent", "q_latent_norm_output"), latent_TR, norm, LATENT_NORM_EPS)
+            source_TX = named_norm(
+                saved, ("q_latent", "q_latent_norm_output"), latent_TR, norm, LATENT_NORM_EPS
+            )
             up = "q_b_proj"
         cos_SP, sin_SP = self.rotary.tables(normed_TD.shape[0] // num_sequences)
 
@@ -106,7 +114,11 @@ class LatentAttention:
         return saved.make("query", rotated, source_TX)
 
     def _keys_values(
-        self, normed_TD: torch.Tensor, num_sequences: int, slot: WeightGradSlot | None, saved: SavedActivations
+        self,
+        normed_TD: torch.Tensor,
+        num_sequences: int,
+        slot: WeightGradSlot | None,
+        saved: SavedActivations,
     ) -> tuple[torch.Tensor, ...]:
         weights, model = self.weights, self.model
         compressed_TX = saved.make(
@@ -114,7 +126,9 @@ class LatentAttention:
         )
         latent_TR, rope_TR = compressed_TX.split([model.kv_lora_rank, model.qk_rope_head_dim], dim=1)
         norm = weights["kv_a_layernorm"]
-        latent_TR = named_norm(saved, ("kv_latent", "kv_latent_norm_output"), latent_TR, norm, LATENT_NORM_EPS)
+        latent_TR = named_norm(
+            saved, ("kv_latent", "kv_latent_norm_output"), latent_TR, norm, LATENT_NORM_EPS
+        )
         cos_SP, sin_SP = self.rotary.tables(normed_TD.shape[0] // num_sequences)
 
         def rotated(latent_TR: torch.Tensor, rope_TR: torch.Tensor) -> tuple[torch.Tensor, ...]:

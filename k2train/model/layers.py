@@ -35,7 +35,7 @@ class AttentionPhase(ComputePhase):
 
     def __init__(self, model: ModelConfig, layer: int, rotary: Rotary, allocator: Allocator) -> None:
         super().__init__(f"layer{layer}.attention", layer)
-        self.model = model
+        self.model, self.number = model, layer
         self.prefix = f"model.layers.{layer}"
         self.norm = allocator.parameter(model.hidden_size)
         self.attention = LatentAttention(model, f"{self.prefix}.self_attn", rotary, allocator)
@@ -50,7 +50,7 @@ class AttentionPhase(ComputePhase):
         names = ("layer_input", "input_norm_output")
         normed_TD = named_norm(saved, names, x_TD, self.norm, self.model.rms_norm_eps)
         heads_TX, max_logit_H = attention(normed_TD, context.num_sequences, slot, saved)
-        context.statistics.add_max_logits(self.layer, max_logit_H)
+        context.statistics.add_max_logits(self.number, max_logit_H)
 
         def residual(heads_TX: torch.Tensor, x_TD: torch.Tensor) -> torch.Tensor:
             return attention.project(heads_TX, slot).add_(x_TD)
@@ -183,7 +183,9 @@ class MlpPhase(ComputePhase):
         super().__init__(f"layer{layer}.mlp", layer)
         self.eps, self.prefix = model.rms_norm_eps, f"model.layers.{layer}"
         self.norm = allocator.parameter(model.hidden_size)
-        self.mlp = FeedForward(f"{self.prefix}.mlp", "mlp", model.hidden_size, model.intermediate_size, allocator)
+        self.mlp = FeedForward(
+            f"{self.prefix}.mlp", "mlp", model.hidden_size, model.intermediate_size, allocator
+        )
 
     def pieces(self) -> list[Piece]:
         return [Piece(f"{self.prefix}.post_attention_layernorm.weight", self.norm), *self.mlp.pieces()]

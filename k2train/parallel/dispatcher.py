@@ -46,13 +46,13 @@ class ExpertRoute:
         self._orders = None
 
     @property
-    def to_expert_M(self) -> torch.Tensor:
-        """Takes arrived rows to the order of local experts."""
+    def to_expert(self) -> torch.Tensor:
+        """(M,): takes arrived rows to the order of local experts."""
         return self._permutations()[0]
 
     @property
-    def to_source_M(self) -> torch.Tensor:
-        """Takes them back."""
+    def to_source(self) -> torch.Tensor:
+        """(M,): takes them back."""
         return self._permutations()[1]
 
     def _permutations(self) -> tuple[torch.Tensor, torch.Tensor]:
@@ -111,13 +111,13 @@ class AllToAllDispatcher:
     def dispatch(self, tensors: Tensors, route: Route) -> Pending:
         """Start moving tensors of N rows, sorted by expert, to tensors of M rows, sorted by local expert."""
         assert isinstance(route, ExpertRoute)
-        order = route.to_expert_M
+        order = route.to_expert
         return self._move(tensors, route.here, route.there, lambda rows: rows.index_select(0, order))
 
     def combine(self, tensors: Tensors, route: Route) -> Pending:
         """Start moving tensors of M rows, sorted by local expert, back to the N rows they came from."""
         assert isinstance(route, ExpertRoute)
-        order = route.to_source_M
+        order = route.to_source
         back = tuple(rows.index_select(0, order) for rows in tensors)
         return self._move(back, route.there, route.here, lambda rows: rows)
 

@@ -21,7 +21,9 @@ def build_activations(policies: ActivationsConfig, device: torch.device) -> Acti
     return ActivationStore(policies, OffloadEngine(device, arena))
 
 
-def non_finite_tiles(store: ActivationStore | None, world: Communicator, device: torch.device) -> dict[str, int]:
+def non_finite_tiles(
+    store: ActivationStore | None, world: Communicator, device: torch.device
+) -> dict[str, int]:
     """Tiles with a value that is not finite that FP8 storage has met in the run, by name, over all ranks.
 
     Every rank must call it: one sum over the world where there is a store. Waits for the device.

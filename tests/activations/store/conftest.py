@@ -130,7 +130,9 @@ class Microbatch:
 def begin():
     """begin(model, policies, split=False, noting=False) -> Microbatch after its forward; policies None: no store."""
 
-    def make(model: Model, policies: ActivationsConfig | None, split: bool = False, noting: bool = False) -> Microbatch:
+    def make(
+        model: Model, policies: ActivationsConfig | None, split: bool = False, noting: bool = False
+    ) -> Microbatch:
         generator = torch.Generator().manual_seed(1)
         tokens = torch.randint(model.config.vocab_size, (SEQUENCES, LENGTH + 1), generator=generator)
         context = MicrobatchContext(

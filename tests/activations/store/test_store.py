@@ -100,7 +100,11 @@ def test_bytes_are_those_the_estimate_predicts_for_every_name(family, make_model
     words = {torch.bfloat16: "bfloat16", torch.float32: "float32", torch.float64: "float64"}
     workload = Workload(family, LENGTH, SEQUENCES, words[dtype], 1)
     for layer in range(family.num_hidden_layers):
-        want = {t.name: t.stored_bytes for t in saved_tensors(workload, policies, family.is_moe(layer)) if t.stored_bytes}
+        want = {
+            t.name: t.stored_bytes
+            for t in saved_tensors(workload, policies, family.is_moe(layer))
+            if t.stored_bytes
+        }
         got: dict[str, int] = {}
         for entry in microbatch.store.entries():
             if entry.origin.layer == layer and entry.device_bytes:
