@@ -81,7 +81,8 @@ class Entry:
         self._stored = False
         self._fp8: Fp8Tensor | None = None
         self._fetch: Callable[[], None] | None = None
-        self._host_bytes = 0
+        self._away_bytes = 0
+        self._returning = False
         self._value: torch.Tensor | None = None
 
     def is_of(self, storage: torch.UntypedStorage) -> bool:
@@ -94,13 +95,15 @@ class Entry:
 
     @property
     def device_bytes(self) -> int:
-        """Bytes of what is stored that are on the device now. A value rebuilt for the backward at work is not counted."""
-        return sum(part.numel() * part.element_size() for part in self.payload)
+        """Bytes of what is stored that are on the device now, on their way back included. A value rebuilt for the backward
+        at work is not counted."""
+        here = sum(part.numel() * part.element_size() for part in self.payload)
+        return here + (self._away_bytes if self._returning else 0)
 
     @property
     def host_bytes(self) -> int:
         """Bytes of what is stored that are in host memory now."""
-        return self._host_bytes
+        return 0 if self._returning else self._away_bytes
 
     @property
     def offloads(self) -> bool:
@@ -121,11 +124,15 @@ class Entry:
 
     def leave(self, fetch: Callable[[], None]) -> None:
         """Its payload is copied to the host and let go; `fetch` brings it back by calling `arrive`."""
-        self._host_bytes, self.payload, self._fetch = self.device_bytes, (), fetch
+        self._away_bytes, self.payload, self._fetch = self.device_bytes, (), fetch
+
+    def returns(self) -> None:
+        """Its payload has device memory again and is being copied into it."""
+        self._returning = True
 
     def arrive(self, payload: tuple[torch.Tensor, ...]) -> None:
         """The payload again, from the host."""
-        self._host_bytes, self.payload, self._fetch = 0, payload, None
+        self._away_bytes, self.payload, self._fetch, self._returning = 0, payload, None, False
 
     def get(self) -> torch.Tensor:
         """The whole tensor. Rebuilt or read from FP8 once, and kept until the entry goes."""

@@ -132,6 +132,8 @@ class MicrobatchStore:
         """Start to copy it back; its first use waits for the copy."""
         if self._offloaded is not None:
             self._offloaded.reload()
+            for entry in self.entries():
+                entry.returns()
 
     def drop(self) -> None:
         """Forget an interrupted microbatch; its host buffers are free again."""
