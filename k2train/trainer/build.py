@@ -22,6 +22,7 @@ from k2train.model.dispatcher import LocalDispatcher
 from k2train.model.model import Model, build_model
 from k2train.model.pieces import ModelPart
 from k2train.optim.build import build_optimizer
+from k2train.ops.dtypes import DTYPES
 from k2train.optim.lr_schedule import LrSchedule
 from k2train.optim.optimizer import Optimizer
 from k2train.parallel.dispatcher import AllToAllDispatcher
@@ -30,8 +31,6 @@ from k2train.parallel.pipeline import PipelineTransport
 from k2train.planner.assemble import schedule_spec
 from k2train.runtime.stage import PipelineStage, Route
 from k2train.schedule import Schedule, build_schedule, validate
-
-DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32, "float64": torch.float64}
 
 
 @dataclasses.dataclass(frozen=True)
