@@ -6,6 +6,7 @@ Nothing is trained here and nothing is written. What cannot run is refused here,
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Iterator, Mapping
 
 import torch
@@ -58,9 +59,10 @@ class Run:
         """Whether this rank speaks for the run: it prints, writes metrics and completes checkpoints."""
         return self.groups.world.rank == 0
 
-    def local_index(self, virtual_stage: int) -> int:
-        """The place of a virtual stage among this rank's, as the optimizer counts them."""
-        return list(self.models).index(virtual_stage)
+    @functools.cached_property
+    def local_index(self) -> Mapping[int, int]:
+        """The place of each virtual stage among this rank's, as the optimizer counts them."""
+        return {virtual_stage: index for index, virtual_stage in enumerate(self.models)}
 
     @property
     def num_microbatches(self) -> int:
