@@ -80,13 +80,8 @@ def run_schedule(run: Run, index: int, statistics: Statistics, recorder: Recorde
     steps: Iterable[Step] = run.schedule.stages[run.pp_rank]
     if recorder is not None:
         inputs, steps = dataclasses.replace(inputs, wait=recorder.wait), recorder.watch(steps)
-    stage.begin_step(inputs)
-    try:
+    with stage.step(inputs):
         run_actions(steps, stage)
-        stage.finish_step()
-    except BaseException:
-        stage.abandon_step()
-        raise
 
 
 def step_inputs(run: Run, batch: torch.Tensor, statistics: Statistics) -> StepInputs:
