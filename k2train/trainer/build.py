@@ -103,8 +103,15 @@ def build_layouts(config: Config) -> tuple[Layout, Schedule]:
 
 
 def open_corpus(config: Config) -> Corpus:
-    """The run's data; ranks that are threads share one."""
-    return build_corpus(config.data, config.train.seq_len, config.train.seed, config.model.vocab_size)
+    """The run's data; ranks that are threads share one.
+
+    Raises ConfigError, marked as local: what a file system holds, one machine may find amiss and the others not.
+    """
+    try:
+        return build_corpus(config.data, config.train.seq_len, config.train.seed, config.model.vocab_size)
+    except ConfigError as error:
+        error.local = True
+        raise
 
 
 def build_run(
