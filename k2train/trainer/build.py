@@ -22,8 +22,8 @@ from k2train.layout.tensors import TensorSpec, embedding_tensors, head_tensors, 
 from k2train.model.dispatcher import LocalDispatcher
 from k2train.model.model import Model, build_model
 from k2train.model.pieces import ModelPart
-from k2train.optim.build import build_optimizer
 from k2train.ops.dtypes import DTYPES
+from k2train.optim.build import build_optimizer
 from k2train.optim.lr_schedule import LrSchedule
 from k2train.optim.optimizer import Optimizer
 from k2train.parallel.dispatcher import AllToAllDispatcher
