@@ -178,7 +178,9 @@ class GroupState:
                 )
 
     def _check_splits(self, calls: Sequence[Call]) -> None:
-        for target, arriving in zip(calls, zip(*(call.in_splits for call in calls), strict=True), strict=True):
+        for target, arriving in zip(
+            calls, zip(*(call.in_splits for call in calls), strict=True), strict=True
+        ):
             if arriving == target.out_splits:
                 continue
             for source, sent, expected in zip(calls, arriving, target.out_splits, strict=True):
