@@ -232,11 +232,9 @@ class OurSide:
                 statistics=statistics_of_step, loss_scale=scale, targets=self.batch[microbatch, 1],
             )  # fmt: skip
 
-        self.stage.begin_step(
-            StepInputs(lambda microbatch: self.batch[microbatch, 0], make_context, len(self.batch))
-        )
-        run_actions(self.schedule.stages[self.rank], self.stage)
-        self.stage.finish_step()
+        inputs = StepInputs(lambda microbatch: self.batch[microbatch, 0], make_context, len(self.batch))
+        with self.stage.step(inputs):
+            run_actions(self.schedule.stages[self.rank], self.stage)
         return 0.0 if statistics_of_step.loss is None else float(statistics_of_step.loss)
 
 

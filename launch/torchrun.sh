@@ -18,6 +18,8 @@ fi
 export OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}"
 # torchrun kills its ranks 30 seconds after a SIGTERM unless told to wait for their step and checkpoint.
 export TORCH_ELASTIC_SHUTDOWN_TIMEOUT="${TORCH_ELASTIC_SHUTDOWN_TIMEOUT:-270}"
+# A mistake in the config is told once and ends with status 2, before any rank has started.
+WORLD_SIZE=$((${NUM_NODES:-1} * RANKS)) python -m k2train train --check "$@"
 exec torchrun \
   --nnodes="${NUM_NODES:-1}" --node-rank="${NODE_RANK:-0}" --nproc-per-node="$RANKS" \
   --rdzv-backend=c10d --rdzv-id="${RUN_ID:-k2train}" --rdzv-endpoint="${HEAD_NODE:-localhost}:${HEAD_PORT:-29400}" \

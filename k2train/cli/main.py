@@ -39,9 +39,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         return command(words[0])(words[1:])
     except ConfigError as error:
-        # Under a launcher every rank finds the same mistake; one telling is enough.
-        if os.environ.get("RANK", "0") == "0":
-            print(f"k2train {words[0]}: {error}", file=sys.stderr)
+        # Under a launcher every rank finds a mistake in the words, and one telling is enough; what is amiss on one machine
+        # each rank tells for itself.
+        rank = os.environ.get("RANK", "0")
+        if error.local or rank == "0":
+            who = f"rank {rank}: " if error.local and "RANK" in os.environ else ""
+            print(f"k2train {words[0]}: {who}{error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print(f"k2train {words[0]}: interrupted", file=sys.stderr)

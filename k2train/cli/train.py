@@ -11,8 +11,10 @@ from k2train.config.help import render_help
 from k2train.config.schema import Config
 from k2train.config.sweep import is_multirun, run_sweep
 
+CHECK = "--check"
 USAGE = """k2train train [group=name ...] [key=value ...]
        k2train train -m key=a,b,c ...        one run for each value (Hydra multirun)
+       k2train train --check key=value ...   say whether this run can start, and start nothing
 
 A run directory that holds a checkpoint is resumed: k2train train run_dir=DIR with the words of its first start.
 SIGTERM and Ctrl-C finish the step, write a checkpoint and exit with 0; a second Ctrl-C stops at once."""
@@ -23,10 +25,23 @@ def run(args: list[str]) -> int:
     if any(word in ("-h", "--help") for word in args):
         print(render_help(Config, "Train a model.", USAGE, group_options(config_dir())))
         return 0
+    if CHECK in args:
+        return check(load_config([word for word in args if word != CHECK]))
     if is_multirun(args):
         run_sweep(args, train_point)
         return 0
     return train_once(load_config(args), args)
+
+
+def check(config: Config) -> int:
+    """Find the mistakes that every rank would find, before a launcher starts them. WORLD_SIZE says how many it will start."""
+    from k2train.trainer.loop import prepare
+
+    prepared = prepare(config)
+    layout = prepared.layout
+    print(f"{layout.world} rank(s) on {prepared.device.type} as {prepared.kind}: pp {layout.pp} x edp {layout.edp} x ep {layout.ep}, "
+          f"{prepared.schedule.num_microbatches} microbatches a pipeline")  # fmt: skip
+    return 0
 
 
 def train_once(config: Config, words: list[str]) -> int:

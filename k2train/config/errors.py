@@ -17,6 +17,7 @@ class ConfigError(Exception):
     value: what was given.
     rule: what must hold, as a sentence fragment ("must be a positive number of sequences").
     remedy: what to write instead; empty where the rule already says it.
+    local: whether one rank of many may see it alone, because it is about its machine (files, disks) and not about the words.
     """
 
     def __init__(self, field: str, value: object, rule: str, remedy: str = "") -> None:
@@ -24,6 +25,7 @@ class ConfigError(Exception):
         self.value = value
         self.rule = rule
         self.remedy = remedy
+        self.local = False
         super().__init__(self._text())
 
     def __reduce__(self) -> tuple[type[ConfigError], tuple[object, ...]]:

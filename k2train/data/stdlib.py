@@ -6,7 +6,8 @@ needs no download. Files are ordered by a hash of their relative path: the held-
 dataset, and in path order they would all be `xml`, `zipfile` and the like.
 
 Built on first use under `data.cache_dir`, under a name that holds the Python version and a hash of the contents, so an
-upgrade of Python makes a new one. Two processes may build at once: both write the same bytes and rename.
+upgrade of Python makes a new one. Two processes may build at once: both write the same bytes and rename, and once the
+index is there it never goes away, so the one that is done may read while the other renames.
 """
 
 from __future__ import annotations
@@ -77,4 +78,4 @@ def _write(prefix: Path, documents: list[tuple[str, str]], tokenizer: Tokenizer)
         for _, text in documents:
             writer.add(tokenizer.encode(text), len(text.encode()))
         writer.finish()
-        publish(staged, prefix)
+        publish(staged, prefix, same=True)

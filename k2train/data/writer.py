@@ -81,9 +81,13 @@ def staging(target: Path) -> Iterator[Path]:
         shutil.rmtree(directory, ignore_errors=True)
 
 
-def publish(staged: Path, target: Path, extra: tuple[str, ...] = ()) -> None:
-    """Rename the staged dataset to its place, the index last. `extra` are further suffixes, absent ones are removed."""
-    Path(f"{target}.idx").unlink(missing_ok=True)
+def publish(staged: Path, target: Path, extra: tuple[str, ...] = (), same: bool = False) -> None:
+    """Rename the staged dataset to its place, the index last. `extra` are further suffixes, absent ones are removed.
+
+    same: whatever is there already holds the same bytes, so its index stays and another process may open it meanwhile.
+    """
+    if not same:
+        Path(f"{target}.idx").unlink(missing_ok=True)
     for suffix in (".bin", ".json", *extra):
         source, destination = Path(f"{staged}{suffix}"), Path(f"{target}{suffix}")
         if source.exists():

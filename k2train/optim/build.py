@@ -4,13 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
-import torch
-
 from k2train.config.errors import ConfigError
 from k2train.config.model import ModelConfig
 from k2train.config.optim import OptimConfig
 from k2train.layout.tensors import TensorSpec
 from k2train.model.pieces import Piece
+from k2train.ops.dtypes import DTYPES
 from k2train.optim.buckets import Bucket
 from k2train.optim.muon import MuonRule
 from k2train.optim.optimizer import Optimizer
@@ -18,8 +17,6 @@ from k2train.optim.qk_clip_step import QkClipper
 from k2train.optim.shares import BucketPlan, Replication, plan_buckets
 from k2train.optim.states import AdamRule
 from k2train.parallel.groups import Groups
-
-_DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32, "float64": torch.float64}
 
 
 def build_optimizer(
@@ -60,7 +57,7 @@ def muon_rule(config: OptimConfig) -> MuonRule:
         update_rms=config.update_rms,
         nesterov=config.nesterov,
         newton_schulz_steps=config.newton_schulz_steps,
-        newton_schulz_dtype=_DTYPES[config.newton_schulz_dtype],
+        newton_schulz_dtype=DTYPES[config.newton_schulz_dtype],
     )
 
 

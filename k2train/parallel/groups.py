@@ -36,9 +36,3 @@ def build_groups(grid: RankGrid, world: World) -> Groups:
         edp=world.group("edp", grid.group("edp", world.rank)),
         dp=world.group("dp", grid.group("dp", world.rank)),
     )
-
-
-def single_rank_groups(world: Communicator) -> Groups:
-    """The groups of a world of one."""
-    assert world.size == 1
-    return Groups(world=world, pp=world, ep=world, edp=world, dp=world)

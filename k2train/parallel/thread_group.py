@@ -178,9 +178,12 @@ class GroupState:
                 )
 
     def _check_splits(self, calls: Sequence[Call]) -> None:
-        for source in calls:
-            for target in calls:
-                sent, expected = source.in_splits[target.rank], target.out_splits[source.rank]
+        for target, arriving in zip(
+            calls, zip(*(call.in_splits for call in calls), strict=True), strict=True
+        ):
+            if arriving == target.out_splits:
+                continue
+            for source, sent, expected in zip(calls, arriving, target.out_splits, strict=True):
                 if sent != expected:
                     ranks = self.ranks[source.rank], self.ranks[target.rank]
                     raise self._error(

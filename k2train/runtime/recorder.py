@@ -4,8 +4,8 @@
 action waits for a message is told apart, because that is where an executed step differs from its plan.
 
     recorder = Recorder(clock)
-    stage.begin_step(dataclasses.replace(inputs, wait=recorder.wait))
-    run_actions(recorder.watch(steps), stage)
+    with stage.step(dataclasses.replace(inputs, wait=recorder.wait)):
+        run_actions(recorder.watch(steps), stage)
 
 Times are the host's. On a GPU the clock should first wait for the compute stream, or boxes show when work was launched; the
 recorded step is then slower than the others.

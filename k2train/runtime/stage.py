@@ -12,8 +12,9 @@ All of them must be empty at the end of a step, and `finish_step` proves it.
 from __future__ import annotations
 
 import collections
+import contextlib
 import dataclasses
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, Protocol
 
 import torch
@@ -120,6 +121,17 @@ class PipelineStage:
         self._records: dict[Key, tuple[list[Any], MicrobatchContext]] = {}
         self._arrived_gradients: dict[Key, Arrival] = {}
         self._gradients: dict[Key, torch.Tensor] = {}
+
+    @contextlib.contextmanager
+    def step(self, inputs: StepInputs) -> Iterator[None]:
+        """A pass over an action list, from `begin_step` to `finish_step`, or to `abandon_step` where it fails."""
+        self.begin_step(inputs)
+        try:
+            yield
+            self.finish_step()
+        except BaseException:
+            self.abandon_step()
+            raise
 
     def begin_step(self, step: StepInputs) -> None:
         """Take up the inputs of a pass; `finish_step` or `abandon_step` ends it."""

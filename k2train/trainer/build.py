@@ -6,6 +6,7 @@ Nothing is trained here and nothing is written. What cannot run is refused here,
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Iterator, Mapping
 
 import torch
@@ -22,6 +23,7 @@ from k2train.layout.tensors import TensorSpec, embedding_tensors, head_tensors, 
 from k2train.model.dispatcher import LocalDispatcher
 from k2train.model.model import Model, build_model
 from k2train.model.pieces import ModelPart
+from k2train.ops.dtypes import DTYPES
 from k2train.optim.build import build_optimizer
 from k2train.optim.lr_schedule import LrSchedule
 from k2train.optim.optimizer import Optimizer
@@ -32,8 +34,6 @@ from k2train.planner.assemble import schedule_spec
 from k2train.runtime.stage import PipelineStage, Route
 from k2train.schedule import Schedule, build_schedule, validate
 from k2train.trainer.activations import build_activations
-
-DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32, "float64": torch.float64}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -62,9 +62,10 @@ class Run:
         """Whether this rank speaks for the run: it prints, writes metrics and completes checkpoints."""
         return self.groups.world.rank == 0
 
-    def local_index(self, virtual_stage: int) -> int:
-        """The place of a virtual stage among this rank's, as the optimizer counts them."""
-        return list(self.models).index(virtual_stage)
+    @functools.cached_property
+    def local_index(self) -> Mapping[int, int]:
+        """The place of each virtual stage among this rank's, as the optimizer counts them."""
+        return {virtual_stage: index for index, virtual_stage in enumerate(self.models)}
 
     @property
     def num_microbatches(self) -> int:
@@ -101,8 +102,15 @@ def build_layouts(config: Config) -> tuple[Layout, Schedule]:
 
 
 def open_corpus(config: Config) -> Corpus:
-    """The run's data; ranks that are threads share one."""
-    return build_corpus(config.data, config.train.seq_len, config.train.seed, config.model.vocab_size)
+    """The run's data; ranks that are threads share one.
+
+    Raises ConfigError, marked as local: what a file system holds, one machine may find amiss and the others not.
+    """
+    try:
+        return build_corpus(config.data, config.train.seq_len, config.train.seed, config.model.vocab_size)
+    except ConfigError as error:
+        error.local = True
+        raise
 
 
 def build_run(

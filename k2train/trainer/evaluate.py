@@ -77,13 +77,8 @@ def forward_only(
 
     tokens = [part[:, :-1].clamp_min(0) for part in microbatches]
     stage = run.evaluation
-    stage.begin_step(StepInputs(tokens.__getitem__, make_context, len(microbatches)))
-    try:
+    with stage.step(StepInputs(tokens.__getitem__, make_context, len(microbatches))):
         run_actions(forward_actions(run.schedule, run.pp_rank, len(microbatches)), stage)
-        stage.finish_step()
-    except BaseException:
-        stage.abandon_step()
-        raise
 
 
 def forward_actions(schedule: Schedule, stage: int, num_microbatches: int) -> list[Action]:

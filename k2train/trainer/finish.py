@@ -59,7 +59,11 @@ def comparison(run: Run, bits_per_byte: float) -> str:
 def resume_command(run_dir: Path, words: Sequence[str], environment: Mapping[str, str]) -> str:
     """The command line that goes on from the newest checkpoint, with the launcher that started this run."""
     program = ["k2train", "train"]
-    if "WORLD_SIZE" in environment:
+    job = environment.get("SLURM_JOB_ID")
+    if job is not None and environment.get("TORCHELASTIC_RUN_ID") == job:
+        # launch/slurm.sbatch names torchrun's run by the job.
+        program = ["sbatch", f"--nodes={environment['SLURM_NNODES']}", "launch/slurm.sbatch"]
+    elif "WORLD_SIZE" in environment:
         program = ["torchrun", f"--nproc-per-node={environment['LOCAL_WORLD_SIZE']}", "-m", *program]
     kept = [word for word in words if not word.startswith("run_dir=")]
     return shlex.join([*program, *kept, f"run_dir={run_dir}"])

@@ -22,9 +22,11 @@ from rich.console import Console
 from k2train.config.convert import to_dict
 from k2train.config.errors import ConfigError
 from k2train.config.schema import Config
+from k2train.layout.layout import Layout
 from k2train.parallel.communicator import World
 from k2train.parallel.groups import build_groups
 from k2train.parallel.objects import broadcast_object
+from k2train.schedule import Schedule
 from k2train.telemetry.metrics import MetricsFile
 from k2train.telemetry.progress import ProgressDisplay, open_progress
 from k2train.telemetry.sinks import Sink, open_sinks
@@ -39,7 +41,7 @@ from k2train.trainer.signals import StopRequest
 from k2train.trainer.start_up import print_start
 from k2train.trainer.step import StepMetrics, train_step
 from k2train.trainer.trace import start_recorder, write_recording
-from k2train.trainer.worlds import choose_world, fit_to_launcher, run_world
+from k2train.trainer.worlds import WorldKind, choose_world, fit_to_launcher, run_world
 
 
 class TrainingDivergedError(RuntimeError):
@@ -67,24 +69,42 @@ class Outputs:
             self.progress.say(text)
 
 
+@dataclasses.dataclass(frozen=True)
+class Prepared:
+    """A config that fits its launcher, and what follows from the two before any rank starts."""
+
+    config: Config
+    layout: Layout
+    schedule: Schedule
+    device: torch.device
+    kind: WorldKind
+
+
+def prepare(config: Config) -> Prepared:
+    """Decide layout, schedule, device and world. Raises ConfigError for what cannot run; reads no data, makes no tensor."""
+    config = fit_to_launcher(config, os.environ)
+    layout, schedule = build_layouts(config)
+    device = choose_device(config)
+    return Prepared(config, layout, schedule, device, choose_world(config, layout, device, os.environ))
+
+
 def train(config: Config, words: Sequence[str] = ()) -> Outcome:
     """Run `config` from its start or from its newest checkpoint. `words` are the user's, to print how to resume.
 
     Under a launcher every process calls it. Raises ConfigError for what cannot run, TrainingDivergedError for a
     non-finite loss.
     """
-    config = fit_to_launcher(config, os.environ)
-    layout, schedule = build_layouts(config)
-    device = choose_device(config)
-    kind = choose_world(config, layout, device, os.environ)
+    ready = prepare(config)
+    config, layout = ready.config, ready.layout
     corpus = open_corpus(config)
     with StopRequest() as stop, GarbageControl() as garbage:
 
         def run_rank(world: World) -> Outcome:
-            run = build_run(config, layout, schedule, corpus, build_groups(layout.grid, world), world.device)
+            groups = build_groups(layout.grid, world)
+            run = build_run(config, layout, ready.schedule, corpus, groups, world.device)
             return train_rank(run, stop, garbage, words)
 
-        return run_world(kind, layout.world, device, config.train.timeout_seconds, run_rank)
+        return run_world(ready.kind, layout.world, ready.device, config.train.timeout_seconds, run_rank)
 
 
 def train_rank(run: Run, stop: StopRequest, garbage: GarbageControl, words: Sequence[str]) -> Outcome:

@@ -81,13 +81,8 @@ def run_schedule(run: Run, index: int, statistics: Statistics, recorder: Recorde
     steps: Iterable[Step] = run.schedule.stages[run.pp_rank]
     if recorder is not None:
         inputs, steps = dataclasses.replace(inputs, wait=recorder.wait), recorder.watch(steps)
-    stage.begin_step(inputs)
-    try:
+    with stage.step(inputs):
         run_actions(steps, stage)
-        stage.finish_step()
-    except BaseException:
-        stage.abandon_step()
-        raise
 
 
 def step_inputs(run: Run, batch: torch.Tensor, statistics: Statistics) -> StepInputs:
@@ -112,8 +107,8 @@ def step_inputs(run: Run, batch: torch.Tensor, statistics: Statistics) -> StepIn
         tokens=lambda microbatch: microbatches[microbatch][:, :-1],
         make_context=make_context,
         num_microbatches=run.num_microbatches,
-        before_forward=lambda virtual_stage: optimizer.finish_gather(run.local_index(virtual_stage)),
-        weight_gradients_done=lambda virtual_stage: optimizer.start_reduce(run.local_index(virtual_stage)),
+        before_forward=lambda virtual_stage: optimizer.finish_gather(run.local_index[virtual_stage]),
+        weight_gradients_done=lambda virtual_stage: optimizer.start_reduce(run.local_index[virtual_stage]),
     )
 
 

@@ -2,6 +2,7 @@
 
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
@@ -48,3 +49,41 @@ def test_a_users_mistake_exits_with_2_and_no_traceback(words: list[str], expecte
 def test_every_command_explains_itself(command: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert main([command, "--help"]) == 0
     assert "usage: k2train" in capsys.readouterr().out
+
+
+def test_check_says_what_would_start_and_starts_nothing(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    words = [
+        "train",
+        "--check",
+        "layout=laptop",
+        "train.device=cpu",
+        "train.microbatch_size=1",
+        f"run_dir={tmp_path}/run",
+    ]
+    assert main(words) == 0
+    assert "4 rank(s) on cpu as threads: pp 2 x edp 1 x ep 2" in capsys.readouterr().out
+    assert not list(tmp_path.iterdir())
+
+
+def test_check_takes_the_number_of_ranks_from_the_launchers_variable(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("WORLD_SIZE", "8")
+    assert main(["train", "--check", "layout=laptop", "train.device=cpu", "train.microbatch_size=1"]) == 0
+    assert "8 rank(s) on cpu as processes: pp 2 x edp 2 x ep 2" in capsys.readouterr().out
+    assert (
+        main(
+            [
+                "train",
+                "--check",
+                "layout=laptop",
+                "train.device=cpu",
+                "train.microbatch_size=1",
+                "layout.edp=1",
+            ]
+        )
+        == 2
+    )
+    assert "the launcher started 8" in capsys.readouterr().err

@@ -54,10 +54,10 @@ def test_two_that_build_it_at_once_do_not_disturb_each_other(
     """The second starts and ends between the first one's last write and its rename, and is open while that happens."""
     publish, opened = writer.publish, []
 
-    def interleaved(staged: Path, target: Path) -> None:
+    def interleaved(staged: Path, target: Path, same: bool) -> None:
         monkeypatch.setattr(stdlib, "publish", publish)
         opened.append(open_indexed(str(build_stdlib(tmp_path / "data", ByteTokenizer(), library)), "prefix"))
-        publish(staged, target)
+        publish(staged, target, same=same)
 
     monkeypatch.setattr(stdlib, "publish", interleaved)
     prefix = build_stdlib(tmp_path / "data", ByteTokenizer(), library)
@@ -67,6 +67,14 @@ def test_two_that_build_it_at_once_do_not_disturb_each_other(
     assert len(list((tmp_path / "data").iterdir())) == 3, "something half-written was left"
     both = zip(opened[0], open_indexed(str(alone), "prefix"), strict=True)
     assert all((ours == theirs).all() for ours, theirs in both)
+
+
+def test_what_one_has_built_stays_readable_while_another_renames(tmp_path: Path, library: Path) -> None:
+    """The other is stopped at its last rename, by there being nothing to rename, so at the moment most is in motion."""
+    prefix = build_stdlib(tmp_path / "data", ByteTokenizer(), library)
+    with pytest.raises(FileNotFoundError):
+        writer.publish(tmp_path / "other", Path(f"{prefix}"), same=True)
+    assert Path(f"{prefix}.idx").is_file()
 
 
 def test_a_directory_without_sources_or_that_cannot_be_written_is_named(

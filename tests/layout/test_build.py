@@ -152,11 +152,11 @@ def test_a_batch_that_does_not_divide_names_the_nearest(make_layout, tokens, nea
 
 def test_weights_of_a_layer_count_each_active_matrix_once(model):
     flops = layer_flops(model, 1, seq_len=1)
-    active = dataclasses.replace(model, n_routed_experts=2)
+    active = dataclasses.replace(model, n_routed_experts=model.num_experts_per_tok)
     expected = sum(
         2 * spec.num_elements for spec in model_tensors(active) if spec.layer == 1 and spec.role == "matrix"
     )
-    router = 2 * model.hidden_size * (model.n_routed_experts - 2)
+    router = 2 * model.hidden_size * (model.n_routed_experts - model.num_experts_per_tok)
     one_position = 2 * model.num_attention_heads * (model.qk_head_dim + model.v_head_dim)
     assert flops == pytest.approx(expected + router + one_position)
 

@@ -8,10 +8,11 @@ import pytest
 import torch
 
 from k2train.config.errors import ConfigError
+from k2train.layout.grid import RankGrid
 from k2train.model.pieces import Piece
 from k2train.ops.weight_grad import BufferedSink
 from k2train.optim.build import build_optimizer
-from k2train.parallel.groups import single_rank_groups
+from k2train.parallel.groups import build_groups
 from k2train.parallel.threads import run_threads
 
 LOW = {layer: torch.zeros(3) for layer in range(3)}
@@ -261,7 +262,7 @@ def test_host_states_are_refused_honestly(one_rank, optim_config) -> None:
 
 def build_from(pieces: list[Piece], rank, optim_config) -> None:
     def build(world) -> None:
-        groups = single_rank_groups(world.group("world", [0]))
+        groups = build_groups(RankGrid(pp=1, edp=1, ep=1), world)
         build_optimizer(optim_config, rank.model.config, rank.catalogue, [pieces], groups)
 
     run_threads(1, build)

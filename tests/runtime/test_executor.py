@@ -216,14 +216,16 @@ def test_messages_meet_their_microbatch_and_each_weight_gradient_is_taken_once(
     def run(world: World) -> tuple[list[Key], list[int]]:
         sink, done = Sink(), []
         stage = stage_of(schedule, world.rank, world, sink)
-        stage.begin_step(StepInputs(
+        inputs = StepInputs(
             tokens=lambda m: torch.full((1, 2), float(m)),
-            make_context=lambda v, m: MicrobatchContext(num_sequences=1, key=(v, m), weight_grads=stage.queue),
+            make_context=lambda v, m: MicrobatchContext(
+                num_sequences=1, key=(v, m), weight_grads=stage.queue
+            ),
             num_microbatches=microbatches,
             weight_gradients_done=done.append,
-        ))  # fmt: skip
-        run_actions(schedule.stages[world.rank], stage)
-        stage.finish_step()
+        )
+        with stage.step(inputs):
+            run_actions(schedule.stages[world.rank], stage)
         return sink.keys, done
 
     for rank, (keys, done) in enumerate(run_threads(pp, run)):
@@ -263,3 +265,13 @@ def test_evaluation_keeps_nothing() -> None:
     stage = alone(None)
     run_actions(parse_line("F0.0"), stage)
     stage.finish_step()
+
+
+def test_a_step_that_fails_leaves_nothing_under_way() -> None:
+    stage = PipelineStage({0: Part([Checked(0, [0])])}, {0: Route(0, None, None, 0, 0)}, None, Sink())
+    context = lambda v, m: MicrobatchContext(num_sequences=1, key=(v, m), weight_grads=stage.queue)  # noqa: E731
+    inputs = StepInputs(lambda m: torch.full((1, 2), float(m)), context, 1)
+    with pytest.raises(KeyError), stage.step(inputs):
+        run_actions(parse_line("F0.0 I0.1"), stage)
+    with stage.step(inputs):
+        run_actions(parse_line("F0.0 I0.0 W0.0"), stage)

@@ -273,13 +273,45 @@ def test_a_checkpoint_of_four_ranks_goes_on_under_another_layout(
         torch.testing.assert_close(mine_end.load(name), expected_end.load(name), rtol=1e-9, atol=1e-12)
 
 
+def pairs_of_stages(words: Sequence[str]) -> list[int]:
+    """How many pairs of a forward and an input gradient each stage's list has."""
+    _, schedule = build_layouts(load_config(words))
+    return [sum(isinstance(step, Pair) for step in line) for line in schedule.stages]
+
+
+K2 = ["experiment=k2_threads", "train.dtype=float64", "optim.newton_schulz_dtype=float64", "train.steps=2",
+      "optim.qk_clip_tau=1e-4", "train.grad_clip_norm=0.5"]  # fmt: skip
+# 32 microbatches, the fewest with which stage 0 sees a gradient while it still has forwards to run.
+EVERY_STAGE_PAIRS = ["layout.ep=2", f"train.global_batch_tokens={2 * 32 * 8}"]
+
+
+def test_k2s_pipeline_pairs_on_every_stage_from_32_microbatches() -> None:
+    assert min(pairs_of_stages([*K2, *EVERY_STAGE_PAIRS])) > 0
+    assert min(pairs_of_stages([*K2, "layout.ep=2", f"train.global_batch_tokens={2 * 31 * 8}"])) == 0
+
+
+def test_make_k2_pairs_on_its_last_stages() -> None:
+    """With M microbatches fewer than the 16 stages, the stage d before the last runs 2d + 1 forwards ahead of its first
+    backward (docs/schedule.md), so M - 1 - 2d of its last virtual stage's forwards are left to be paired."""
+    config = load_config(["experiment=k2_threads"])
+    microbatches = config.train.global_batch_tokens // (config.train.seq_len * config.layout.ep)
+    expected = [max(microbatches - 1 - 2 * (15 - stage), 0) for stage in range(16)]
+    assert pairs_of_stages(["experiment=k2_threads"]) == expected
+
+
+@pytest.mark.slow
+def test_k2s_pipeline_with_pairs_on_every_stage_equals_one_rank() -> None:
+    """61 layers on 16 stages of two ranks each, every stage of which pairs: the part of a step that `make k2` is too
+    short for."""
+    words = [*K2, *EVERY_STAGE_PAIRS]
+    assert_close(train_layout(words), train_layout([*words, "world=single", *layout(1, 1, 1, 1)]))
+
+
 @pytest.mark.slow
 def test_k2s_256_ranks_equal_one_rank() -> None:
     """`make k2` in float64: 61 layers, 384 experts and 64 heads over 16 stages of 16 ranks."""
-    words = ["experiment=k2_threads", "train.dtype=float64", "optim.newton_schulz_dtype=float64", "train.steps=2",
-             "optim.qk_clip_tau=1e-4", "train.grad_clip_norm=0.5"]  # fmt: skip
-    single = train_layout([*words, "world=single", *layout(1, 1, 1, 1)])
+    single = train_layout([*K2, "world=single", *layout(1, 1, 1, 1)])
     assert all(step.clipped_heads > 0 and step.grad_norm > 0.5 for step in single.metrics)
-    parallel = train_layout(words)
+    parallel = train_layout(K2)
     assert len(parallel.parts) == 256
     assert_close(parallel, single)

@@ -67,3 +67,8 @@ def test_the_command_to_resume_names_the_launcher_and_the_directory_once() -> No
     assert (
         launched == "torchrun --nproc-per-node=4 -m k2train train experiment=laptop train.steps=3 run_dir=r"
     )
+    slurm = {"WORLD_SIZE": "4", "LOCAL_WORLD_SIZE": "2", "SLURM_JOB_ID": "7", "SLURM_NNODES": "2"}
+    submitted = resume_command(Path("r"), words, {**slurm, "TORCHELASTIC_RUN_ID": "7"})
+    assert submitted == "sbatch --nodes=2 launch/slurm.sbatch experiment=laptop train.steps=3 run_dir=r"
+    by_hand = resume_command(Path("r"), words, {**slurm, "TORCHELASTIC_RUN_ID": "k2train"})
+    assert by_hand.startswith("torchrun --nproc-per-node=2")
