@@ -139,9 +139,14 @@ class Optimizer:
         return self._residence.on_host
 
     @property
+    def staging(self) -> list[torch.Tensor]:
+        """Device memory that host states pass through in a step, all that they hold there; none for states on the device."""
+        return self._residence.staging
+
+    @property
     def staging_bytes(self) -> int:
-        """Device memory that host states pass through in a step: all that they hold there. 0 for states on the device."""
-        return self._residence.staging_bytes
+        """Bytes of `staging`."""
+        return sum(memory.nbytes for memory in self.staging)
 
     def state(self) -> Iterator[OwnedTensor]:
         """The states this rank owns, and on the world's first rank the number of updates; live tensors, not copies.

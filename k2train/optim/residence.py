@@ -36,11 +36,11 @@ class Residence(Protocol):
     """What optimizer states need from the place they live in."""
 
     @property
-    def staging_bytes(self) -> int:
-        """Device memory that states pass through; 0 where they live there."""
+    def on_host(self) -> bool: ...
 
     @property
-    def on_host(self) -> bool: ...
+    def staging(self) -> list[torch.Tensor]:
+        """Device memory that states pass through; none where they live there."""
 
     def new_state(self, num_elements: int) -> torch.Tensor:
         """Memory for a flat state, zero."""
@@ -61,11 +61,14 @@ class Residence(Protocol):
 class OnDevice:
     """States beside the gradients; nothing is ever copied."""
 
-    staging_bytes = 0
     on_host = False
 
     def __init__(self, like: torch.Tensor) -> None:
         self._like = like
+
+    @property
+    def staging(self) -> list[torch.Tensor]:
+        return []
 
     def new_state(self, num_elements: int) -> torch.Tensor:
         return self._like.new_zeros(num_elements)
@@ -127,10 +130,6 @@ class OnHost:
     def staging(self) -> list[torch.Tensor]:
         """The slots' memory, flat."""
         return [slot.memory for slot in self._slots]
-
-    @property
-    def staging_bytes(self) -> int:
-        return sum(memory.nbytes for memory in self.staging)
 
     def new_state(self, num_elements: int) -> torch.Tensor:
         return torch.zeros(num_elements, dtype=self._like.dtype, pin_memory=self._like.is_cuda)

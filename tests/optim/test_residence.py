@@ -147,8 +147,8 @@ def test_a_batch_larger_than_a_slot_is_our_bug() -> None:
 
 def test_host_states_hold_their_slots_on_the_device_and_device_states_nothing_extra() -> None:
     residence = OnHost(LIKE, 100, 10)
-    assert residence.staging_bytes == NUM_SLOTS * 100 * 4
-    assert (residence.on_host, OnDevice(LIKE).on_host, OnDevice(LIKE).staging_bytes) == (True, False, 0)
+    assert [len(memory) for memory in residence.staging] == NUM_SLOTS * [100]
+    assert (residence.on_host, OnDevice(LIKE).on_host, OnDevice(LIKE).staging) == (True, False, [])
 
 
 def test_states_on_the_device_are_handed_out_themselves() -> None:
