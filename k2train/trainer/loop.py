@@ -22,16 +22,18 @@ from rich.console import Console
 from k2train.config.convert import to_dict
 from k2train.config.errors import ConfigError
 from k2train.config.schema import Config
+from k2train.optim.adam import check_host_adam
 from k2train.parallel.communicator import World
 from k2train.parallel.groups import build_groups
 from k2train.parallel.objects import broadcast_object
 from k2train.telemetry.metrics import MetricsFile
 from k2train.telemetry.progress import ProgressDisplay, open_progress
 from k2train.telemetry.sinks import Sink, open_sinks
-from k2train.trainer.build import Run, build_layouts, build_run, choose_device, open_corpus
+from k2train.trainer.build import DTYPES, Run, build_layouts, build_run, choose_device, open_corpus
 from k2train.trainer.evaluate import evaluate
 from k2train.trainer.finish import Outcome, print_end
 from k2train.trainer.garbage import GarbageControl
+from k2train.trainer.host_memory import check_host_memory
 from k2train.trainer.run_dir import open_run_dir
 from k2train.trainer.saving import resume, save, start_from
 from k2train.trainer.signals import StopRequest
@@ -76,6 +78,8 @@ def train(config: Config, words: Sequence[str] = ()) -> Outcome:
     layout, schedule = build_layouts(config)
     device = choose_device(config)
     kind = choose_world(config, layout, device, os.environ)
+    check_host_adam(config.optim, DTYPES[config.train.dtype])
+    check_host_memory(config, layout, kind, device, os.environ)
     corpus = open_corpus(config)
     with StopRequest() as stop, GarbageControl() as garbage:
 
