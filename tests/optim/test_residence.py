@@ -93,16 +93,18 @@ def test_every_batch_is_changed_in_the_states_and_no_other(copies, num_batches: 
 
 
 @pytest.mark.parametrize("copies", COPIES)
-def test_what_is_uploaded_is_what_was_just_streamed(copies) -> None:
-    """In pieces of a slot, nothing awaited in between."""
+@pytest.mark.parametrize("num_batches", [1, 2, 4])
+def test_what_is_uploaded_is_what_was_just_streamed(copies, num_batches: int) -> None:
+    """In pieces of a slot, nothing awaited in between; one batch comes back to the device by a slot it was not in."""
     residence = OnHost(LIKE, 6, 0, copies())
-    state = residence.new_state(24)
-    state.copy_(torch.arange(24.0))
+    values = torch.arange(6.0 * num_batches)
+    state = residence.new_state(len(values))
+    state.copy_(values)
     for (part,) in residence.stream([(part,) for part in state.split(6)]):
         part.neg_()
     uploaded = [piece.clone() for piece in residence.upload(state)]
-    assert [len(piece) for piece in uploaded] == [6, 6, 6, 6]
-    assert torch.equal(torch.cat(uploaded), -torch.arange(24.0))
+    assert [len(piece) for piece in uploaded] == [6] * num_batches
+    assert torch.equal(torch.cat(uploaded), -values)
 
 
 @pytest.mark.parametrize("copies", COPIES)
