@@ -23,6 +23,8 @@ from k2train.config.convert import to_dict
 from k2train.config.errors import ConfigError
 from k2train.config.schema import Config
 from k2train.layout.layout import Layout
+from k2train.ops.dtypes import DTYPES
+from k2train.optim.adam import check_host_adam
 from k2train.parallel.communicator import World
 from k2train.parallel.groups import build_groups
 from k2train.parallel.objects import broadcast_object
@@ -35,6 +37,7 @@ from k2train.trainer.build import Run, build_layouts, build_run, choose_device, 
 from k2train.trainer.evaluate import evaluate
 from k2train.trainer.finish import Outcome, print_end
 from k2train.trainer.garbage import GarbageControl
+from k2train.trainer.host_memory import check_host_memory
 from k2train.trainer.run_dir import open_run_dir
 from k2train.trainer.saving import resume, save, start_from
 from k2train.trainer.signals import StopRequest
@@ -85,7 +88,10 @@ def prepare(config: Config) -> Prepared:
     config = fit_to_launcher(config, os.environ)
     layout, schedule = build_layouts(config)
     device = choose_device(config)
-    return Prepared(config, layout, schedule, device, choose_world(config, layout, device, os.environ))
+    kind = choose_world(config, layout, device, os.environ)
+    check_host_adam(config.optim, DTYPES[config.train.dtype])
+    check_host_memory(config, layout, kind, device, os.environ)
+    return Prepared(config, layout, schedule, device, kind)
 
 
 def train(config: Config, words: Sequence[str] = ()) -> Outcome:

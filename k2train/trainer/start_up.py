@@ -9,9 +9,9 @@ from pathlib import Path
 from rich.console import Console
 from rich.table import Table
 
-from k2train.config.schema import Config
 from k2train.config.sections import ActivationsConfig
 from k2train.layout.tensors import model_tensors
+from k2train.optim.optimizer import Optimizer
 from k2train.trainer.build import Run
 
 
@@ -19,7 +19,7 @@ def print_start(run: Run, run_dir: Path, first_step: int, changes: list[str], co
     """Print the tables of a run that is about to start or go on."""
     console.print(run_table(run, run_dir, first_step))
     console.print(parameter_table(run))
-    console.print(feature_table(run.config))
+    console.print(feature_table(run))
     for change in changes:
         console.print(f"changed since the last start: {change}", highlight=False, markup=False)
 
@@ -61,14 +61,16 @@ def parameter_table(run: Run) -> Table:
     return table
 
 
-def feature_table(config: Config) -> Table:
-    """What is on and what is off."""
+def feature_table(run: Run) -> Table:
+    """What is on and what is off, and where the optimizer's states are."""
+    config = run.config
     optim, train, schedule = config.optim, config.train, config.schedule
     policies = Counter(
         getattr(config.activations, field.name) for field in dataclasses.fields(ActivationsConfig)
     )
     tau = optim.qk_clip_tau if optim.name == "muonclip" else None
     rows = [
+        ("optimizer states", describe_states(run.optimizer, optim.host_adam)),
         ("QK-Clip", f"tau {tau:g}" if tau is not None else "off"),
         (
             "gradient clipping",
@@ -89,3 +91,11 @@ def feature_table(config: Config) -> Table:
     for row in rows:
         table.add_row(*row)
     return table
+
+
+def describe_states(optimizer: Optimizer, host_adam: str) -> str:
+    """Where the states live and their bytes; ranks own about as much as each other, so one speaks for all."""
+    size = f"{optimizer.state_bytes / 1e6:,.1f} MB on rank 0"
+    if not optimizer.states_on_host:
+        return f"on the device, {size}"
+    return f"in host memory, {size}, through {optimizer.staging_bytes / 1e6:,.1f} MB on the device; AdamW by {host_adam}"
