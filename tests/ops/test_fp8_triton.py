@@ -82,7 +82,7 @@ def test_tensors_of_the_host_take_the_reference():
 def test_interpreted_kernels_equal_the_reference_bit_for_bit_where_no_cast_rounds(
     rows, width, dtype, kernels
 ):
-    """Zeros may differ in sign: none here has one."""
+    """Signs of zeros included."""
     x = exact_rows(rows, width, dtype)
     stored = quantise_reference(x)
     codes, scales = kernels.quantise_rows(x)
