@@ -43,7 +43,7 @@ class Fp8Tensor:
     """E4M3 bits (R, W), uint8: collectives and copies know no float8. Contiguous."""
 
     scales: torch.Tensor
-    """FP32 (R, N) with N = ceil(W / 128). Contiguous; NaN for a tile that was not finite."""
+    """FP32 (R, N) with N = ceil(W / 128). Contiguous. NaN for a tile that was not finite, whose codes mean nothing then."""
 
     shape: tuple[int, ...]
     """Of the original."""

@@ -60,7 +60,7 @@ def exact_rows(rows: int, width: int, dtype: torch.dtype) -> torch.Tensor:
 def test_the_kernels_pass_their_tests_under_the_interpreter():
     if INTERPRETED:
         pytest.skip("this is that process")
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-k", "interpreted", __file__]
+    command = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", "-k", "interpreted", __file__]
     environment = {**os.environ, "TRITON_INTERPRET": "1", "CUDA_VISIBLE_DEVICES": ""}
     done = subprocess.run(
         command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=600, check=False
@@ -82,7 +82,7 @@ def test_tensors_of_the_host_take_the_reference():
 def test_interpreted_kernels_equal_the_reference_bit_for_bit_where_no_cast_rounds(
     rows, width, dtype, kernels
 ):
-    """Zeros may differ in sign: none here has one."""
+    """Signs of zeros included."""
     x = exact_rows(rows, width, dtype)
     stored = quantise_reference(x)
     codes, scales = kernels.quantise_rows(x)
