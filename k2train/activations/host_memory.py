@@ -65,13 +65,16 @@ class PinnedMemory:
     """
 
     def __init__(self, num_bytes: int) -> None:
-        pages = mmap.mmap(-1, num_bytes)
+        pages = mmap.mmap(
+            -1, num_bytes
+        )  # shared, not copy-on-write: a fork must not move what a copy engine writes
         self.bytes = torch.frombuffer(pages, dtype=torch.uint8)
         address = self.bytes.data_ptr()
         torch.cuda.check_error(torch.cuda.cudart().cudaHostRegister(address, num_bytes, 0))
-        weakref.finalize(self, _unregister, pages, address).atexit = False
+        device = torch.cuda.current_device()  # another thread's may differ where the finaliser runs
+        weakref.finalize(self, _unregister, pages, address, device).atexit = False
 
 
-def _unregister(pages: mmap.mmap, address: int) -> None:
-    torch.cuda.synchronize()
+def _unregister(pages: mmap.mmap, address: int, device: int) -> None:
+    torch.cuda.synchronize(device)
     torch.cuda.check_error(torch.cuda.cudart().cudaHostUnregister(address))

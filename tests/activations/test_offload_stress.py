@@ -218,6 +218,36 @@ def test_the_simulated_device_with_no_wait_forgotten_is_the_right_one(tools):
         assert run.wrong == 0
 
 
+def wrong_after_taking_a_buffer_again_at_once(device):
+    """Four groups through one host buffer, each offloaded right after the RELOAD of the last was queued; then all are read."""
+    engine = OffloadEngine(CPU, HostArena(pinned=False), copies=device)
+    groups, wrong = [], []
+    for number in range(4):
+        tensor = torch.full((100,), -1)
+        device.compute(lambda tensor=tensor, number=number: tensor.fill_(number))
+        groups.append(engine.offload([tensor]))
+        groups[-1].reload()
+    assert engine.arena.allocated_bytes == engine.arena.peak_bytes
+    for number, group in enumerate(groups):
+        (tensor,) = group.tensors()
+        device.compute(lambda tensor=tensor, number=number: wrong.append(not bool((tensor == number).all())))
+    device.finish()
+    assert len(wrong) == 4
+    return sum(wrong)
+
+
+def test_a_host_buffer_taken_again_before_its_values_are_back_is_written_only_after_they_are():
+    """With the wait left out a copy out may overtake the copy back before it: most seeds go wrong, far more than ten."""
+    assert [wrong_after_taking_a_buffer_again_at_once(ForgetfulDevice(seed, None)) for seed in range(40)] == [
+        0
+    ] * 40
+    broken = [
+        wrong_after_taking_a_buffer_again_at_once(ForgetfulDevice(seed, ("out", "back")))
+        for seed in range(40)
+    ]
+    assert sum(count > 0 for count in broken) > 10
+
+
 @pytest.mark.parametrize("depth", [1, 2, 3])
 def test_buffers_are_reused_so_equal_steps_allocate_only_once_however_far_the_device_lags(depth, tools):
     device = SimulatedCopies(seed=depth, eager_compute=False)
