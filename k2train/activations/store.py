@@ -9,7 +9,8 @@ from __future__ import annotations
 
 import contextlib
 import weakref
-from collections.abc import Callable, Iterator
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -23,20 +24,39 @@ from k2train.model.saved import Made
 class ActivationStore:
     """The stores of one rank's microbatches, and what they have in common."""
 
-    def __init__(self, policies: ActivationsConfig, engine: OffloadEngine) -> None:
+    def __init__(
+        self,
+        policies: ActivationsConfig,
+        engine: OffloadEngine,
+        peak_offloaded: Mapping[int, int] | None = None,
+    ) -> None:
+        """peak_offloaded: the microbatches of each virtual stage that the schedule has on the host at once."""
         self.policies, self.engine = policies, engine
+        self._peak_offloaded = dict(peak_offloaded or {})
         self._non_finite: dict[str, torch.Tensor] = {}
         self._microbatches: weakref.WeakSet[MicrobatchStore] = weakref.WeakSet()
 
-    def microbatch(self) -> MicrobatchStore:
+    def microbatch(self, virtual_stage: int = 0) -> MicrobatchStore:
         """The store of one microbatch on one virtual stage."""
-        store = MicrobatchStore(self)
+        store = MicrobatchStore(self, virtual_stage)
         self._microbatches.add(store)
         return store
 
     def policy(self, name: str) -> Policy:
         """What becomes of a name; the head's two stay where they are."""
         return "keep" if name in ("head_input", "head_gradient") else getattr(self.policies, name)
+
+    def offload(self, virtual_stage: int, tensors: Sequence[torch.Tensor]) -> Offloaded:
+        """Start to copy a microbatch's tensors out.
+
+        The first of a virtual stage shows how large they are, and the schedule how many there will be: their buffers are
+        made at once, so that nothing is allocated in the steady phase unless expert loads grow.
+        """
+        microbatches = self._peak_offloaded.pop(virtual_stage, 0)
+        if microbatches:
+            sizes = Counter(tensor.numel() * tensor.element_size() for tensor in tensors if tensor.numel())
+            self.engine.arena.reserve({size: count * microbatches for size, count in sizes.items()})
+        return self.engine.offload(tensors)
 
     def entries(self) -> Iterator[Entry]:
         """Everything stored now, of all microbatches."""
@@ -65,8 +85,8 @@ class ActivationStore:
 class MicrobatchStore:
     """What one microbatch keeps on one virtual stage; implements model.saved.SavedActivations."""
 
-    def __init__(self, parent: ActivationStore) -> None:
-        self._parent = parent
+    def __init__(self, parent: ActivationStore, virtual_stage: int) -> None:
+        self._parent, self._virtual_stage = parent, virtual_stage
         self._named: dict[int, Entry] = {}
         self._entries: list[weakref.ref[Entry]] = []
         self._layer: int | None = None
@@ -123,7 +143,8 @@ class MicrobatchStore:
         leaving = [entry for entry in self.entries() if entry.offloads]
         if not leaving:
             return
-        self._offloaded = self._parent.engine.offload([part for entry in leaving for part in entry.payload])
+        parts = [part for entry in leaving for part in entry.payload]
+        self._offloaded = self._parent.offload(self._virtual_stage, parts)
         counts = [(weakref.ref(entry), len(entry.payload)) for entry in leaving]
         for entry in leaving:
             entry.leave(lambda: self._land(counts))

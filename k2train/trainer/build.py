@@ -137,7 +137,7 @@ def build_run(
         device=device,
         models=models,
         optimizer=optimizer,
-        activations=build_activations(config.activations, device),
+        activations=build_activations(config, layout, schedule.stages[groups.pp.rank], device),
         corpus=corpus,
         learning_rate=learning_rate,
         training=PipelineStage(models, routes, transport, optimizer.gradients),

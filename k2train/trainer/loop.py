@@ -32,7 +32,7 @@ from k2train.schedule import Schedule
 from k2train.telemetry.metrics import MetricsFile
 from k2train.telemetry.progress import ProgressDisplay, open_progress
 from k2train.telemetry.sinks import Sink, open_sinks
-from k2train.trainer.activations import non_finite_tiles
+from k2train.trainer.activations import host_traffic, non_finite_tiles
 from k2train.trainer.build import Run, build_layouts, build_run, choose_device, open_corpus
 from k2train.trainer.evaluate import evaluate
 from k2train.trainer.finish import Outcome, print_end
@@ -211,6 +211,7 @@ def take_step(run: Run, index: int, outputs: Outputs) -> None:
         "tokens_per_second": run.config.train.global_batch_tokens / seconds,
         "step_seconds": seconds,
         "peak_bytes": peak_bytes(run.device),
+        **host_traffic(run.activations),
     }
     if not step.finite:
         outputs.write(line)

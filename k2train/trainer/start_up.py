@@ -12,6 +12,7 @@ from rich.table import Table
 from k2train.config.sections import ActivationsConfig
 from k2train.layout.tensors import model_tensors
 from k2train.optim.optimizer import Optimizer
+from k2train.schedule.actions import Action, Kind
 from k2train.trainer.build import Run
 
 
@@ -81,6 +82,7 @@ def feature_table(run: Run) -> Table:
         ("paired forward and backward", "on" if schedule.pair_forward_backward else "off"),
         ("weight gradients split off", "on" if schedule.split_weight_grad else "off"),
         ("activations", ", ".join(f"{count} {policy}" for policy, count in policies.items())),
+        *describe_offload(run),
         (
             "checkpoints",
             f"every {train.checkpoint_every_steps} steps" if train.checkpoint_every_steps else "at the end",
@@ -91,6 +93,26 @@ def feature_table(run: Run) -> Table:
     for row in rows:
         table.add_row(*row)
     return table
+
+
+def describe_offload(run: Run) -> list[tuple[str, str]]:
+    """How much of the schedule goes through host memory; nothing where no policy offloads."""
+    if not any(
+        getattr(run.config.activations, f.name) in ("offload", "fp8_offload")
+        for f in dataclasses.fields(ActivationsConfig)
+    ):
+        return []
+    steps = [step for line in run.schedule.stages for step in line if isinstance(step, Action)]
+    moved = sum(action.kind is Kind.OFFLOAD for action in steps)
+    if not moved:
+        return [("offload", "asked for, but every backward follows its forward too closely to gain by it")]
+    total = run.num_microbatches * run.schedule.num_virtual_stages
+    return [
+        (
+            "offload",
+            f"{moved} of {total} microbatch passes, reloaded {run.config.schedule.prefetch_depth} ahead",
+        )
+    ]
 
 
 def describe_states(optimizer: Optimizer, host_adam: str) -> str:
