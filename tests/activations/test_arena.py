@@ -124,6 +124,17 @@ def test_a_reservation_beyond_the_limit_is_refused_and_one_that_fits_makes_room(
     assert arena.allocated_bytes == 8 * KIB
 
 
+def test_a_reservation_that_makes_room_spares_what_it_needs_itself():
+    """One class is larger than the other, so plain largest-first would free the buffer of 4 KiB that is asked for too."""
+    arena = HostArena(pinned=False, limit_bytes=8 * KIB)
+    arena.reserve({1024: 2, 4096: 1})
+    arena.reserve({2048: 2, 4096: 1})
+    assert arena.allocated_bytes == 8 * KIB
+    for size in (4096, 2048, 2048):
+        arena.take(size)
+    assert arena.allocated_bytes == arena.used_bytes == 8 * KIB
+
+
 def test_memory_that_the_system_refuses_is_the_same_error_without_a_limit():
     arena = HostArena(pinned=False)
     with pytest.raises(HostMemoryError, match="the system gives no more"):
