@@ -80,6 +80,8 @@ class HostArena:
         self._allocated_bytes = 0
         self._used_bytes = 0
         self._peak_bytes = 0
+        self.num_allocations = 0
+        """Pieces of memory asked of the system so far; a step for which enough was reserved adds none."""
 
     @property
     def used_bytes(self) -> int:
@@ -157,6 +159,7 @@ class HostArena:
         except (OSError, MemoryError, RuntimeError) as error:  # torch's allocator and CUDA raise the last
             raise HostMemoryError(size, self._used_bytes, None) from error
         self._allocated_bytes += size
+        self.num_allocations += 1
         return block
 
     def _make_room(self, missing_bytes: int, keep: Mapping[int, int]) -> None:

@@ -190,6 +190,7 @@ class Offloaded:
     def tensors(self) -> tuple[torch.Tensor, ...]:
         """The tensors, in the order given to `offload`, with sizes, strides, values and sharing as they were.
 
+        They live as long as this object or the caller's references, so drop this object to free them one by one.
         The current stream waits for the copy. It must be the one that was current at `reload`; another stream that reads
         them has to be told so with `record_stream`, as for any tensor.
         """

@@ -86,6 +86,7 @@ def test_after_reserving_a_step_allocates_nothing():
         arena.give_back(buffer)
     arena.reserve({700: 2, 1000: 3, 5000: 1})
     assert arena.allocated_bytes == allocated
+    assert arena.num_allocations == 6
 
 
 def test_at_the_limit_free_buffers_of_other_classes_go_first():
@@ -122,6 +123,18 @@ def test_a_reservation_beyond_the_limit_is_refused_and_one_that_fits_makes_room(
     for size in (1024, 4096, 1024, 2048):
         arena.take(size)
     assert arena.allocated_bytes == 8 * KIB
+
+
+def test_a_reservation_that_makes_room_spares_what_it_has_just_made():
+    """Plain largest-first would free the two buffers of 2 KiB for the one of 4 KiB, where four of 1 KiB are not needed."""
+    arena = HostArena(pinned=False, limit_bytes=8 * KIB)
+    arena.reserve({1024: 4})
+    arena.reserve({2048: 2, 4096: 1})
+    assert arena.num_allocations == 4 + 3
+    for size in (4096, 2048, 2048):
+        arena.take(size)
+    assert arena.num_allocations == 4 + 3
+    assert arena.allocated_bytes == arena.used_bytes == 8 * KIB
 
 
 def test_memory_that_the_system_refuses_is_the_same_error_without_a_limit():

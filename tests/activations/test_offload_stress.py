@@ -219,7 +219,7 @@ def test_the_simulated_device_with_no_wait_forgotten_is_the_right_one(tools):
 
 
 def wrong_after_taking_a_buffer_again_at_once(device):
-    """Four groups through one host buffer, each offloaded right after the RELOAD of the last was queued; then all are read."""
+    """Four groups through one host buffer, each offloaded right after the RELOAD of the last was queued."""
     engine = OffloadEngine(CPU, HostArena(pinned=False), copies=device)
     groups, wrong = [], []
     for number in range(4):
