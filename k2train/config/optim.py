@@ -57,7 +57,10 @@ class OptimConfig:
     adam_beta1: float = key("AdamW's decay of the first moment", default=0.9, minimum=0, maximum=1)
     adam_beta2: float = key("AdamW's decay of the second moment", default=0.95, minimum=0, maximum=1)
     adam_eps: float = key("AdamW's epsilon", default=1e-8, above=0)
-    states: Literal["device", "host"] = key("where FP32 masters and momentum live", default="device")
+    states: Literal["device", "host"] = key("where FP32 masters, momentum and moments live; from host memory they are "
+                                            "streamed through the device in the step", default="device")  # fmt: skip
+    host_adam: Literal["torch", "deepspeed"] = key("which CPU AdamW updates states in host memory; deepspeed needs the "
+                                                   "deepspeed extra", default="torch")  # fmt: skip
 
     def __post_init__(self) -> None:
         check_ranges("optim", self)

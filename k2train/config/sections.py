@@ -77,9 +77,7 @@ class ActivationsConfig:
     kv_latent_norm_output: Policy = key("key-value latent after its norm", default="keep")
     query: Policy = key("queries (MLA up-projection)", default="keep")
     key_value: Policy = key("keys and values (MLA up-projection)", default="keep")
-    attention_output: Policy = key(
-        "attention output and its log-sum-exp, input of the output projection", default="keep"
-    )
+    attention_output: Policy = key("attention output, input of the output projection", default="keep")
     attention_residual: Policy = key(
         "residual stream after attention, input of the second norm", default="keep"
     )

@@ -12,6 +12,7 @@ from dataclasses import dataclass, fields
 from k2train.config.errors import ConfigError
 from k2train.config.sections import ActivationsConfig, Policy
 from k2train.estimate.layer_ops import Workload
+from k2train.estimate.work import accumulation_bytes
 
 FP8_TILE = 128
 """Numbers that share a scale."""
@@ -20,8 +21,9 @@ _OFFLOADED = ("offload", "fp8_offload")
 NOT_REBUILDABLE = {
     "layer_input": "it comes from the previous layer or stage",
     "expert_input": "it comes from other ranks, by an all-to-all",
+    "routing": "rows have already gone where it said, and a choice made again from rounded inputs could differ",
 }
-"""Activations that no local operation produces."""
+"""Activations that are not recomputed, and why."""
 
 
 @dataclass(frozen=True)
@@ -35,7 +37,7 @@ class SavedTensor:
     full_bytes: int
     """As computed."""
     stored_bytes: int
-    """As kept between forward and backward, wherever that is; 0 where it is rebuilt."""
+    """As kept between forward and backward, wherever that is; where it is rebuilt, the few numbers that go with it."""
 
     @property
     def device_bytes(self) -> int:
@@ -56,87 +58,99 @@ def check_policies(policies: ActivationsConfig) -> None:
     """Raise ConfigError for a policy that cannot be carried out."""
     for name, why in NOT_REBUILDABLE.items():
         if getattr(policies, name) == "recompute":
-            raise ConfigError(f"activations.{name}", "recompute", f"cannot be rebuilt: {why}",
-                              "use keep, fp8, offload or fp8_offload")  # fmt: skip
-    for name in ("routing",):
-        if getattr(policies, name) in _FP8:
-            raise ConfigError(f"activations.{name}", getattr(policies, name), "holds indices, which FP8 would destroy",
-                              "use keep, offload or recompute")  # fmt: skip
+            allowed = "keep or offload" if name == "routing" else "keep, fp8, offload or fp8_offload"
+            raise ConfigError(
+                f"activations.{name}", "recompute", f"cannot be rebuilt: {why}", f"use {allowed}"
+            )
+    if policies.routing in _FP8:
+        raise ConfigError("activations.routing", policies.routing, "holds indices, which FP8 would destroy",
+                          "use keep or offload")  # fmt: skip
 
 
 def saved_tensors(w: Workload, policies: ActivationsConfig, moe: bool) -> tuple[SavedTensor, ...]:
     """Every activation of one layer, in the order of `ActivationsConfig`; those the layer does not have are left out."""
-    widths = {**_attention_widths(w), **(_moe_widths(w) if moe else _mlp_widths(w))}
+    shapes = {**_attention_shapes(w), **(_moe_shapes(w) if moe else _mlp_shapes(w))}
     extras = _extra_bytes(w, moe)
-    saved = []
-    for field in fields(policies):
-        name = field.name
-        if widths.get(name) or extras.get(name):
-            saved.append(_saved(w, name, getattr(policies, name), widths.get(name, ()), extras.get(name, 0)))
-    return tuple(saved)
+    names = [field.name for field in fields(policies)]
+    return tuple(
+        _saved(w, name, getattr(policies, name), shapes.get(name, ()), extras.get(name, 0))
+        for name in names
+        if name in shapes or name in extras
+    )
 
 
-_Widths = dict[str, tuple[int, int]]
-"""(rows of the microbatch, numbers in a row)."""
+_Shapes = dict[str, tuple[tuple[int, int], ...]]
+"""The tensors of a name: (rows of the microbatch, numbers in a row), as FP8 tiles lie along rows."""
 
 
-def _saved(w: Workload, name: str, policy: Policy, shape: tuple[int, ...], extra_bytes: int) -> SavedTensor:
-    rows, width = shape if shape else (0, 0)
-    full = rows * width * w.element_bytes + extra_bytes
-    stored = full
+def _saved(
+    w: Workload, name: str, policy: Policy, shapes: tuple[tuple[int, int], ...], extra_bytes: int
+) -> SavedTensor:
+    numbers = sum(rows * width for rows, width in shapes)
+    stored = full = numbers * w.element_bytes
     if policy == "recompute":
         stored = 0
     elif policy in _FP8:
-        stored = rows * (width + 4 * -(-width // FP8_TILE)) + extra_bytes
-    return SavedTensor(name, policy, rows * width, full, stored)
+        stored = sum(rows * (width + 4 * -(-width // FP8_TILE)) for rows, width in shapes)
+    return SavedTensor(name, policy, numbers, full + extra_bytes, stored + extra_bytes)
 
 
-def _attention_widths(w: Workload) -> _Widths:
+def _attention_shapes(w: Workload) -> _Shapes:
     model, tokens = w.model, w.tokens
     heads, hidden = model.num_attention_heads, model.hidden_size
-    rotary = model.qk_rope_head_dim
-    widths = {
-        "layer_input": (tokens, hidden),
-        "input_norm_output": (tokens, hidden),
-        "kv_latent": (tokens, model.kv_lora_rank + rotary),
-        "kv_latent_norm_output": (tokens, model.kv_lora_rank),
-        "query": (tokens, heads * model.qk_head_dim),
+    shapes: _Shapes = {
+        "layer_input": ((tokens, hidden),),
+        "input_norm_output": ((tokens, hidden),),
+        "kv_latent": ((tokens, model.kv_lora_rank + model.qk_rope_head_dim),),
+        "kv_latent_norm_output": ((tokens, model.kv_lora_rank),),
+        "query": ((tokens * heads, model.qk_head_dim),),
         # Keys are saved as attention reads them, every head with its copy of the rotary part.
-        "key_value": (tokens, heads * (model.qk_head_dim + model.v_head_dim)),
-        "attention_output": (tokens, heads * model.v_head_dim),
-        "attention_residual": (tokens, hidden),
-        "post_norm_output": (tokens, hidden),
+        "key_value": ((tokens * heads, model.qk_head_dim), (tokens * heads, model.v_head_dim)),
+        "attention_output": ((tokens, heads * model.v_head_dim),),
+        "attention_residual": ((tokens, hidden),),
+        "post_norm_output": ((tokens, hidden),),
     }
     if model.q_lora_rank is not None:
-        widths["q_latent"] = widths["q_latent_norm_output"] = (tokens, model.q_lora_rank)
-    return widths
+        shapes["q_latent"] = shapes["q_latent_norm_output"] = ((tokens, model.q_lora_rank),)
+    return shapes
 
 
-def _moe_widths(w: Workload) -> _Widths:
+def _moe_shapes(w: Workload) -> _Shapes:
     model, rows, tokens = w.model, w.rows, w.tokens
     hidden, width = model.hidden_size, model.moe_intermediate_size
-    widths = {
-        "expert_input": (rows, hidden),
-        "swiglu_input": (rows, 2 * width),
-        "swiglu_output": (rows, width),
-        "expert_output": (rows, hidden),
+    shapes: _Shapes = {
+        "expert_input": ((rows, hidden),),
+        "swiglu_input": ((rows, 2 * width),),
+        "swiglu_output": ((rows, width),),
+        "expert_output": ((rows, hidden),),
     }
     if model.n_shared_experts:
         shared = model.n_shared_experts * width
-        widths["shared_swiglu_input"] = (tokens, 2 * shared)
-        widths["shared_swiglu_output"] = (tokens, shared)
-    return widths
+        shapes["shared_swiglu_input"] = ((tokens, 2 * shared),)
+        shapes["shared_swiglu_output"] = ((tokens, shared),)
+    return shapes
 
 
-def _mlp_widths(w: Workload) -> _Widths:
+def _mlp_shapes(w: Workload) -> _Shapes:
     width = w.model.intermediate_size
-    return {"mlp_swiglu_input": (w.tokens, 2 * width), "mlp_swiglu_output": (w.tokens, width)}
+    return {"mlp_swiglu_input": ((w.tokens, 2 * width),), "mlp_swiglu_output": ((w.tokens, width),)}
 
 
 def _extra_bytes(w: Workload, moe: bool) -> dict[str, int]:
-    """Numbers that do not have the compute type: log-sum-exps, scores and weights in FP32, indices of 8 bytes."""
-    extras = {"attention_output": 4 * w.tokens * w.model.num_attention_heads}
+    """Small numbers that share a name's fate, whole: each norm's inverse RMS in the accumulation type, and the routing."""
+    wide = accumulation_bytes(w.dtype)
+    normed = ["layer_input", "kv_latent", "attention_residual"] + ["q_latent"] * (
+        w.model.q_lora_rank is not None
+    )
+    extras = dict.fromkeys(normed, wide * w.tokens)
     if moe:
-        # Scores of all experts; for every pair its weight, its expert and its place in the permutation.
-        extras["routing"] = 4 * w.tokens * w.model.n_routed_experts + (4 + 8 + 8) * w.rows
+        extras["routing"] = _routing_bytes(w, wide)
     return extras
+
+
+def _routing_bytes(w: Workload, wide: int) -> int:
+    """Scores of all experts; of every (token, expert) pair its expert, its row, its token (8 bytes each) and, at the expert,
+    its weight; the row after each local expert's last; with a balance loss, every sequence's loads."""
+    experts = w.model.n_routed_experts
+    loads = 8 * w.microbatch_size * experts if w.balance_loss else 0
+    return wide * w.tokens * experts + (3 * 8 + wide) * w.rows + 4 * (experts // w.ep) + loads

@@ -22,7 +22,7 @@ from k2train.estimate.layer_ops import (
     merge_ops,
     mlp_phase,
 )
-from k2train.estimate.work import Machine, Op
+from k2train.estimate.work import Machine, Op, accumulation_bytes
 
 StreamName = Literal["compute", "ep"]
 LOGITS_CHUNK_ELEMENTS = 2**28
@@ -77,7 +77,7 @@ def transformer_layer(
         # As if nothing that a layer makes were freed before it ends: an upper bound.
         unkept + exchange,
         unkept + exchange + _gradient_bytes(w, moe),
-        _queue_bytes(w, ops),
+        _queue_bytes(ops),
         sum(op.flops for op in ops),
         sum(op.flops for op in _recomputed(ops, saved)),
     )
@@ -109,9 +109,13 @@ def head(w: Workload, machine: Machine) -> LayerCosts:
     stream = w.tokens * w.model.hidden_size
     chunk = min(w.tokens, logits_chunk_tokens(w))
     norm, logits, loss = head_ops(w, -(-w.tokens // chunk))
+    statistics = w.tokens * accumulation_bytes(w.dtype)
     kept = tuple(
-        SavedTensor(name, "keep", stream, stream * w.element_bytes, stream * w.element_bytes)
-        for name in ("head_input", "head_gradient")
+        SavedTensor(name, "keep", stream, num_bytes, num_bytes)
+        for name, num_bytes in (
+            ("head_input", stream * w.element_bytes + statistics),
+            ("head_gradient", stream * w.element_bytes),
+        )
     )
     both_gradients = machine.backward_input([logits]) + machine.weight_grad([logits])
     return LayerCosts(
@@ -190,6 +194,8 @@ def _gradient_bytes(w: Workload, moe: bool) -> int:
     return w.element_bytes * max(attention, forward)
 
 
-def _queue_bytes(w: Workload, ops: Iterable[Op]) -> int:
-    """Inputs and output gradients of every product; a tensor that feeds two products is counted twice."""
-    return round(sum(op.bytes - w.element_bytes * op.weight_elements for op in ops if op.weight_elements))
+def _queue_bytes(ops: Iterable[Op]) -> int:
+    """Inputs and output gradients of every product; an input that two products share waits once."""
+    queued = [op.queued for op in ops if op.queued is not None]
+    inputs = {name: num_bytes for name, num_bytes, _ in queued}
+    return sum(inputs.values()) + sum(gradient for _, _, gradient in queued)

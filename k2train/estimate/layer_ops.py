@@ -15,7 +15,7 @@ from dataclasses import dataclass
 
 from k2train.config.model import ModelConfig
 from k2train.config.sections import Dtype, TrainConfig
-from k2train.estimate.work import ELEMENT_BYTES, Op
+from k2train.estimate.work import ELEMENT_BYTES, Op, accumulation_bytes
 from k2train.layout.weights import attention_flops
 
 
@@ -28,6 +28,8 @@ class Workload:
     microbatch_size: int
     dtype: Dtype
     ep: int
+    balance_loss: bool = True
+    """Whether the sequence-wise balance loss is on, which keeps every sequence's loads."""
 
     @property
     def tokens(self) -> int:
@@ -46,16 +48,29 @@ class Workload:
 
 def workload(model: ModelConfig, train: TrainConfig, ep: int) -> Workload:
     """The microbatch that `train` asks for."""
-    return Workload(model, train.seq_len, train.microbatch_size, train.dtype, ep)
+    balance_loss = train.balance_loss_alpha > 0
+    return Workload(model, train.seq_len, train.microbatch_size, train.dtype, ep, balance_loss)
 
 
 def product(
-    w: Workload, name: str, rows: int, inner: int, outer: int, produces: str | None = None, copies: int = 1
+    w: Workload,
+    name: str,
+    rows: int,
+    inner: int,
+    outer: int,
+    reads: str,
+    produces: str | None = None,
+    copies: int = 1,
+    gradient_bytes: int | None = None,
 ) -> Op:
-    """rows x inner times inner x outer; `copies` weights, among which the rows are divided (grouped experts)."""
+    """rows x inner times inner x outer; `copies` weights, among which the rows are divided (grouped experts).
+
+    reads: the activation it multiplies. gradient_bytes: of one number of the output's gradient, None for the compute type.
+    """
     weight = copies * inner * outer
     moved = w.element_bytes * (rows * (inner + outer) + weight)
-    return Op(name, "matmul", moved, 2.0 * rows * inner * outer, produces, weight)
+    queued = (reads, rows * inner * w.element_bytes, rows * outer * (gradient_bytes or w.element_bytes))
+    return Op(name, "matmul", moved, 2.0 * rows * inner * outer, produces, weight, queued=queued)
 
 
 def elementwise(w: Workload, name: str, numbers: float, produces: str | None = None) -> Op:
@@ -75,7 +90,7 @@ def attention_phase(w: Workload, moe: bool) -> list[Op]:
     ops += _core_attention(w)
     width = model.num_attention_heads * model.v_head_dim
     ops += [
-        product(w, "o_proj", tokens, width, hidden),
+        product(w, "o_proj", tokens, width, hidden, "attention_output"),
         elementwise(w, "residual", 3 * tokens * hidden, "attention_residual"),
         elementwise(w, "post_norm", 2 * tokens * hidden, "post_norm_output"),
     ]
@@ -86,12 +101,12 @@ def _queries(w: Workload) -> list[Op]:
     model, tokens = w.model, w.tokens
     width = model.num_attention_heads * model.qk_head_dim
     if model.q_lora_rank is None:
-        return [product(w, "q_proj", tokens, model.hidden_size, width, "query")]
+        return [product(w, "q_proj", tokens, model.hidden_size, width, "input_norm_output", "query")]
     rank = model.q_lora_rank
     return [
-        product(w, "q_a_proj", tokens, model.hidden_size, rank, "q_latent"),
+        product(w, "q_a_proj", tokens, model.hidden_size, rank, "input_norm_output", "q_latent"),
         elementwise(w, "q_a_norm", 2 * tokens * rank, "q_latent_norm_output"),
-        product(w, "q_b_proj", tokens, rank, width, "query"),
+        product(w, "q_b_proj", tokens, rank, width, "q_latent_norm_output", "query"),
     ]
 
 
@@ -99,10 +114,11 @@ def _keys_values(w: Workload) -> list[Op]:
     model, tokens = w.model, w.tokens
     rank = model.kv_lora_rank
     width = model.num_attention_heads * (model.qk_nope_head_dim + model.v_head_dim)
+    latent = rank + model.qk_rope_head_dim
     return [
-        product(w, "kv_a_proj", tokens, model.hidden_size, rank + model.qk_rope_head_dim, "kv_latent"),
+        product(w, "kv_a_proj", tokens, model.hidden_size, latent, "input_norm_output", "kv_latent"),
         elementwise(w, "kv_a_norm", 2 * tokens * rank, "kv_latent_norm_output"),
-        product(w, "kv_b_proj", tokens, rank, width, "key_value"),
+        product(w, "kv_b_proj", tokens, rank, width, "kv_latent_norm_output", "key_value"),
     ]
 
 
@@ -124,8 +140,18 @@ def _core_attention(w: Workload) -> list[Op]:
 
 def _routing(w: Workload) -> list[Op]:
     model, tokens = w.model, w.tokens
+    experts, wide = model.n_routed_experts, accumulation_bytes(w.dtype)
     return [
-        product(w, "router", tokens, model.hidden_size, model.n_routed_experts, "routing"),
+        product(
+            w,
+            "router",
+            tokens,
+            model.hidden_size,
+            experts,
+            "post_norm_output",
+            "routing",
+            gradient_bytes=wide,
+        ),
         elementwise(w, "top_k", 4 * tokens * model.n_routed_experts),
         elementwise(w, "permute", 2 * w.rows * model.hidden_size),
     ]
@@ -138,9 +164,9 @@ def experts_phase(w: Workload) -> list[Op]:
     ops = [
         # Rows arrive by sender and are put in order of expert, and back.
         elementwise(w, "sort_by_expert", 4 * rows * hidden),
-        product(w, "experts_up", rows, hidden, 2 * width, "swiglu_input", local),
+        product(w, "experts_up", rows, hidden, 2 * width, "expert_input", "swiglu_input", local),
         elementwise(w, "swiglu", 3 * rows * width, "swiglu_output"),
-        product(w, "experts_down", rows, width, hidden, "expert_output", local),
+        product(w, "experts_down", rows, width, hidden, "swiglu_output", "expert_output", local),
     ]
     if model.n_shared_experts:
         ops += _swiglu_mlp(w, "shared", model.n_shared_experts * width)
@@ -162,9 +188,9 @@ def mlp_phase(w: Workload) -> list[Op]:
 def _swiglu_mlp(w: Workload, name: str, width: int) -> list[Op]:
     tokens, hidden = w.tokens, w.model.hidden_size
     return [
-        product(w, f"{name}_up", tokens, hidden, 2 * width, f"{name}_swiglu_input"),
+        product(w, f"{name}_up", tokens, hidden, 2 * width, "post_norm_output", f"{name}_swiglu_input"),
         elementwise(w, f"{name}_swiglu", 3 * tokens * width, f"{name}_swiglu_output"),
-        product(w, f"{name}_down", tokens, width, hidden),
+        product(w, f"{name}_down", tokens, width, hidden, f"{name}_swiglu_output"),
     ]
 
 
@@ -184,7 +210,7 @@ def head_ops(w: Workload, num_chunks: int = 1) -> tuple[Op, Op, Op]:
     num_chunks: times the head's weight is read, and its gradient sum updated.
     """
     tokens, hidden, vocab = w.tokens, w.model.hidden_size, w.model.vocab_size
-    logits = product(w, "lm_head", tokens, hidden, vocab)
+    logits = product(w, "lm_head", tokens, hidden, vocab, "head_input")
     again = (num_chunks - 1) * w.element_bytes * logits.weight_elements
     logits = dataclasses.replace(
         logits, bytes=logits.bytes + again, weight_elements=num_chunks * logits.weight_elements

@@ -34,6 +34,8 @@ class Op:
     """Entries of the weight it multiplies by; 0 where there is none."""
     backward_flops: float | None = None
     """FLOPs of the input gradient; None where they equal the forward's."""
+    queued: tuple[str, int, int] | None = None
+    """What waits for the weight gradient: the input's name, its bytes, and the bytes of the output's gradient."""
 
 
 def accumulation_bytes(dtype: Dtype) -> int:

@@ -10,9 +10,9 @@ import torch
 
 from k2train.config.model import ModelConfig
 from k2train.model.pieces import Allocator, Piece
+from k2train.model.saved import SavedActivations, named_norm
 from k2train.ops.attention import causal_attention
 from k2train.ops.linear import linear
-from k2train.ops.norm import rms_norm
 from k2train.ops.rotary import rotary_keys, rotary_queries, rotary_tables, softmax_scale
 from k2train.ops.weight_grad import WeightGradSlot
 
@@ -62,48 +62,80 @@ class LatentAttention:
         return [Piece(f"{self.prefix}.{name}.weight", weight) for name, weight in self.weights.items()]
 
     def __call__(
-        self, normed_TD: torch.Tensor, num_sequences: int, slot: WeightGradSlot | None
+        self,
+        normed_TD: torch.Tensor,
+        num_sequences: int,
+        slot: WeightGradSlot | None,
+        saved: SavedActivations,
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """The attention's output (T, D) and the largest logit of each head (H,)."""
-        cos_SP, sin_SP = self.rotary.tables(normed_TD.shape[0] // num_sequences)
-        q_BHSK = self._queries(normed_TD, num_sequences, slot, cos_SP, sin_SP)
-        k_BHSK, v_BHSV = self._keys_values(normed_TD, num_sequences, slot, cos_SP, sin_SP)
-        out_BSHV, max_logit_H = causal_attention(q_BHSK, k_BHSK, v_BHSV, self.scale)
-        out_TD = linear(out_BSHV.view(normed_TD.shape[0], -1), self.weights["o_proj"], slot)
-        return out_TD, max_logit_H
+        """The heads' outputs, before the output projection (T, H * V), and the largest logit of each head (H,)."""
+        q_BHSK = self._queries(normed_TD, num_sequences, slot, saved)
+        k_BHSK, v_BHSV = self._keys_values(normed_TD, num_sequences, slot, saved)
+        scale, tokens = self.scale, normed_TD.shape[0]
+
+        def attend(
+            q_BHSK: torch.Tensor, k_BHSK: torch.Tensor, v_BHSV: torch.Tensor
+        ) -> tuple[torch.Tensor, ...]:
+            out_BSHV, max_logit_H = causal_attention(q_BHSK, k_BHSK, v_BHSV, scale)
+            return out_BSHV.view(tokens, -1), max_logit_H
+
+        heads_TX, max_logit_H = saved.make("attention_output", attend, q_BHSK, k_BHSK, v_BHSV)
+        return heads_TX, max_logit_H
+
+    def project(self, heads_TX: torch.Tensor, slot: WeightGradSlot | None) -> torch.Tensor:
+        """The output projection (T, D)."""
+        return linear(heads_TX, self.weights["o_proj"], slot)
 
     def _queries(
         self,
         normed_TD: torch.Tensor,
         num_sequences: int,
         slot: WeightGradSlot | None,
-        cos_SP: torch.Tensor,
-        sin_SP: torch.Tensor,
+        saved: SavedActivations,
     ) -> torch.Tensor:
         weights, model = self.weights, self.model
-        if model.q_lora_rank is None:
-            q_TX = linear(normed_TD, weights["q_proj"], slot)
-        else:
-            latent_TR = linear(normed_TD, weights["q_a_proj"], slot)
-            latent_TR = rms_norm(latent_TR, weights["q_a_layernorm"], LATENT_NORM_EPS)
-            q_TX = linear(latent_TR, weights["q_b_proj"], slot)
-        q_BSHK = q_TX.view(num_sequences, -1, model.num_attention_heads, model.qk_head_dim)
-        return rotary_queries(q_BSHK, cos_SP, sin_SP)
+        source_TX, up = normed_TD, "q_proj"
+        if model.q_lora_rank is not None:
+            latent_TR = saved.make(
+                "q_latent", lambda x_TD: linear(x_TD, weights["q_a_proj"], slot), normed_TD
+            )
+            norm = weights["q_a_layernorm"]
+            source_TX = named_norm(
+                saved, ("q_latent", "q_latent_norm_output"), latent_TR, norm, LATENT_NORM_EPS
+            )
+            up = "q_b_proj"
+        cos_SP, sin_SP = self.rotary.tables(normed_TD.shape[0] // num_sequences)
+
+        def rotated(source_TX: torch.Tensor) -> torch.Tensor:
+            q_TX = linear(source_TX, weights[up], slot)
+            q_BSHK = q_TX.view(num_sequences, -1, model.num_attention_heads, model.qk_head_dim)
+            return rotary_queries(q_BSHK, cos_SP, sin_SP)
+
+        return saved.make("query", rotated, source_TX)
 
     def _keys_values(
         self,
         normed_TD: torch.Tensor,
         num_sequences: int,
         slot: WeightGradSlot | None,
-        cos_SP: torch.Tensor,
-        sin_SP: torch.Tensor,
-    ) -> tuple[torch.Tensor, torch.Tensor]:
+        saved: SavedActivations,
+    ) -> tuple[torch.Tensor, ...]:
         weights, model = self.weights, self.model
-        compressed_TX = linear(normed_TD, weights["kv_a_proj_with_mqa"], slot)
+        compressed_TX = saved.make(
+            "kv_latent", lambda x_TD: linear(x_TD, weights["kv_a_proj_with_mqa"], slot), normed_TD
+        )
         latent_TR, rope_TR = compressed_TX.split([model.kv_lora_rank, model.qk_rope_head_dim], dim=1)
-        latent_TR = rms_norm(latent_TR, weights["kv_a_layernorm"], LATENT_NORM_EPS)
-        kv_TX = linear(latent_TR, weights["kv_b_proj"], slot)
-        width = model.qk_nope_head_dim + model.v_head_dim
-        kv_BSHC = kv_TX.view(num_sequences, -1, model.num_attention_heads, width)
-        rope_BSR = rope_TR.unflatten(0, (num_sequences, -1))
-        return rotary_keys(kv_BSHC, rope_BSR, cos_SP, sin_SP, model.qk_nope_head_dim)
+        norm = weights["kv_a_layernorm"]
+        latent_TR = named_norm(
+            saved, ("kv_latent", "kv_latent_norm_output"), latent_TR, norm, LATENT_NORM_EPS
+        )
+        cos_SP, sin_SP = self.rotary.tables(normed_TD.shape[0] // num_sequences)
+
+        def rotated(latent_TR: torch.Tensor, rope_TR: torch.Tensor) -> tuple[torch.Tensor, ...]:
+            kv_TX = linear(latent_TR, weights["kv_b_proj"], slot)
+            width = model.qk_nope_head_dim + model.v_head_dim
+            kv_BSHC = kv_TX.view(num_sequences, -1, model.num_attention_heads, width)
+            rope_BSR = rope_TR.unflatten(0, (num_sequences, -1))
+            return rotary_keys(kv_BSHC, rope_BSR, cos_SP, sin_SP, model.qk_nope_head_dim)
+
+        return saved.make("key_value", rotated, latent_TR, rope_TR)

@@ -7,6 +7,7 @@ import dataclasses
 import torch
 
 from k2train.model.dispatcher import Route
+from k2train.model.saved import KeepEverything, SavedActivations
 from k2train.ops.weight_grad import GradientSink, Key, WeightGradQueue
 
 
@@ -52,6 +53,7 @@ class MicrobatchContext:
         alpha / microbatches of the global batch for a mean. 0 switches it off.
     targets: (T,) the next tokens, needed where the head is; -100 is ignored.
     routes: the row exchange of each MoE layer between its dispatch and its combine.
+    saved: what becomes of the tensors that phases keep for the backward; the default leaves them to autograd.
     """
 
     num_sequences: int
@@ -63,6 +65,7 @@ class MicrobatchContext:
     balance_loss_scale: float = 0.0
     targets: torch.Tensor | None = None
     routes: dict[int, Route] = dataclasses.field(default_factory=dict)
+    saved: SavedActivations = dataclasses.field(default_factory=KeepEverything)
 
     @property
     def training(self) -> bool:

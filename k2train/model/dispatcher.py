@@ -29,6 +29,10 @@ class Route(Protocol):
         """(L,) int32, on the rows' device: the row after the last of each local expert, in rows sorted by expert."""
         ...
 
+    def settle(self) -> None:
+        """The forward has used it: let go what the backward can work out again."""
+        ...
+
 
 class Dispatcher(Protocol):
     """Brings rows to their experts and back. Both moves are linear and each is the other's transpose, so the backward
@@ -51,7 +55,14 @@ class Dispatcher(Protocol):
 class LocalRoute:
     """The route where all experts are here."""
 
-    offsets: torch.Tensor
+    counts_E: torch.Tensor
+
+    @property
+    def offsets(self) -> torch.Tensor:
+        return self.counts_E.cumsum(0).to(torch.int32)
+
+    def settle(self) -> None:
+        """Nothing to let go."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -68,7 +79,7 @@ class LocalDispatcher:
     """Every expert is local: nothing moves."""
 
     def route(self, counts_E: torch.Tensor) -> LocalRoute:
-        return LocalRoute(counts_E.cumsum(0).to(torch.int32))
+        return LocalRoute(counts_E)
 
     def dispatch(self, tensors: Tensors, route: Route) -> Arrived:
         return Arrived(tensors)

@@ -17,7 +17,7 @@ from k2train.model.context import MicrobatchContext
 from k2train.model.phase import ComputePhase, ComputeRecord, Grads, Tensors
 from k2train.model.pieces import Allocator, Piece
 from k2train.ops.cross_entropy import linear_cross_entropy
-from k2train.ops.norm import rms_norm
+from k2train.ops.norm import inverse_rms, rms_norm
 from k2train.ops.weight_grad import (
     BufferedSink,
     GradientSink,
@@ -86,7 +86,8 @@ class HeadPhase(ComputePhase):
     """
 
     def __init__(self, model: ModelConfig, allocator: Allocator) -> None:
-        super().__init__("head")
+        # The loss saves the gradient of the normed input, which nobody else sees.
+        super().__init__("head", otherwise="head_gradient")
         self.eps = model.rms_norm_eps
         self.norm = allocator.parameter(model.hidden_size)
         self.weight = allocator.parameter(model.vocab_size, model.hidden_size)
@@ -96,7 +97,10 @@ class HeadPhase(ComputePhase):
 
     def compute(self, inputs: Tensors, context: MicrobatchContext, slot: WeightGradSlot | None) -> Tensors:
         assert context.targets is not None, "the head needs the context's targets"
-        hidden_TD = rms_norm(inputs[0], self.norm, self.eps)
+        (x_TD,) = inputs
+        rstd_T1 = inverse_rms(x_TD, self.eps)
+        context.saved.name("head_input", x_TD, extras=(rstd_T1,))
+        hidden_TD = rms_norm(x_TD, rstd_T1, self.norm)
         targets_T = context.targets.reshape(-1)
         if slot is None:
             loss = linear_cross_entropy(hidden_TD, self.weight, targets_T, context.loss_scale)
@@ -126,4 +130,4 @@ class HeadPhase(ComputePhase):
 
     def logits(self, x_TD: torch.Tensor) -> torch.Tensor:
         """The logits (T, V), all at once: for generation and tests."""
-        return F.linear(rms_norm(x_TD, self.norm, self.eps), self.weight)
+        return F.linear(rms_norm(x_TD, inverse_rms(x_TD, self.eps), self.norm), self.weight)

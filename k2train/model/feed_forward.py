@@ -11,6 +11,7 @@ from collections.abc import Sequence
 import torch
 
 from k2train.model.pieces import Allocator, Piece, gate_up_pieces
+from k2train.model.saved import SavedActivations
 from k2train.ops.grouped import grouped_linear
 from k2train.ops.linear import linear
 from k2train.ops.permute import scale_rows
@@ -19,10 +20,10 @@ from k2train.ops.weight_grad import WeightGradSlot
 
 
 class FeedForward:
-    """down(silu(gate(x)) * up(x)) for every token."""
+    """down(silu(gate(x)) * up(x)) for every token. `kind` begins the names of its activations: mlp or shared."""
 
-    def __init__(self, prefix: str, hidden: int, width: int, allocator: Allocator) -> None:
-        self.prefix = prefix
+    def __init__(self, prefix: str, kind: str, hidden: int, width: int, allocator: Allocator) -> None:
+        self.prefix, self.kind = prefix, kind
         self.gate_up = allocator.parameter(2 * width, hidden)
         self.down = allocator.parameter(hidden, width)
 
@@ -32,8 +33,14 @@ class FeedForward:
             Piece(f"{self.prefix}.down_proj.weight", self.down),
         ]
 
-    def __call__(self, x_TD: torch.Tensor, slot: WeightGradSlot | None) -> torch.Tensor:
-        return linear(swiglu(linear(x_TD, self.gate_up, slot)), self.down, slot)
+    def __call__(
+        self, x_TD: torch.Tensor, slot: WeightGradSlot | None, saved: SavedActivations
+    ) -> torch.Tensor:
+        gate_up_TF2 = saved.make(
+            f"{self.kind}_swiglu_input", lambda x_TD: linear(x_TD, self.gate_up, slot), x_TD
+        )
+        hidden_TF = saved.make(f"{self.kind}_swiglu_output", swiglu, gate_up_TF2)
+        return linear(hidden_TF, self.down, slot)
 
 
 class RoutedExperts:
@@ -60,7 +67,16 @@ class RoutedExperts:
         weights_M: torch.Tensor,
         offsets_L: torch.Tensor,
         slot: WeightGradSlot | None,
+        saved: SavedActivations,
     ) -> torch.Tensor:
         """Every row through its expert, times its routing weight (M, D)."""
-        hidden_MF = swiglu(grouped_linear(rows_MD, self.gate_up, offsets_L, slot))
-        return scale_rows(grouped_linear(hidden_MF, self.down, offsets_L, slot), weights_M)
+
+        def up(rows_MD: torch.Tensor, offsets_L: torch.Tensor) -> torch.Tensor:
+            return grouped_linear(rows_MD, self.gate_up, offsets_L, slot)
+
+        def down(hidden_MF: torch.Tensor, offsets_L: torch.Tensor) -> torch.Tensor:
+            return grouped_linear(hidden_MF, self.down, offsets_L, slot)
+
+        gate_up_MF2 = saved.make("swiglu_input", up, rows_MD, offsets_L)
+        hidden_MF = saved.make("swiglu_output", swiglu, gate_up_MF2)
+        return scale_rows(saved.make("expert_output", down, hidden_MF, offsets_L), weights_M)

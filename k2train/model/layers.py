@@ -25,7 +25,7 @@ from k2train.model.feed_forward import FeedForward, RoutedExperts
 from k2train.model.phase import CommunicationPhase, ComputePhase, Grads, Started, Tensors
 from k2train.model.pieces import Allocator, Piece
 from k2train.model.routing import Router
-from k2train.ops.norm import rms_norm
+from k2train.model.saved import Held, named_norm
 from k2train.ops.permute import gather_rows, gather_slots, sort_slots, sum_slots
 from k2train.ops.weight_grad import WeightGradSlot
 
@@ -34,8 +34,8 @@ class AttentionPhase(ComputePhase):
     """Norm, attention and residual: x_TD -> x_TD."""
 
     def __init__(self, model: ModelConfig, layer: int, rotary: Rotary, allocator: Allocator) -> None:
-        super().__init__(f"layer{layer}.attention")
-        self.model, self.layer = model, layer
+        super().__init__(f"layer{layer}.attention", layer)
+        self.model, self.number = model, layer
         self.prefix = f"model.layers.{layer}"
         self.norm = allocator.parameter(model.hidden_size)
         self.attention = LatentAttention(model, f"{self.prefix}.self_attn", rotary, allocator)
@@ -45,10 +45,17 @@ class AttentionPhase(ComputePhase):
 
     def compute(self, inputs: Tensors, context: MicrobatchContext, slot: WeightGradSlot | None) -> Tensors:
         (x_TD,) = inputs
-        normed_TD = rms_norm(x_TD, self.norm, self.model.rms_norm_eps)
-        out_TD, max_logit_H = self.attention(normed_TD, context.num_sequences, slot)
-        context.statistics.add_max_logits(self.layer, max_logit_H)
-        return (out_TD.add_(x_TD),)
+        saved, attention = context.saved, self.attention
+        saved.name("layer_input", x_TD)
+        names = ("layer_input", "input_norm_output")
+        normed_TD = named_norm(saved, names, x_TD, self.norm, self.model.rms_norm_eps)
+        heads_TX, max_logit_H = attention(normed_TD, context.num_sequences, slot, saved)
+        context.statistics.add_max_logits(self.number, max_logit_H)
+
+        def residual(heads_TX: torch.Tensor, x_TD: torch.Tensor) -> torch.Tensor:
+            return attention.project(heads_TX, slot).add_(x_TD)
+
+        return (saved.make("attention_residual", residual, heads_TX, x_TD),)
 
 
 class RoutedAttentionPhase(AttentionPhase):
@@ -65,9 +72,11 @@ class RoutedAttentionPhase(AttentionPhase):
 
     def compute(self, inputs: Tensors, context: MicrobatchContext, slot: WeightGradSlot | None) -> Tensors:
         (residual_TD,) = super().compute(inputs, context, slot)
-        normed_TD = rms_norm(residual_TD, self.post_norm, self.model.rms_norm_eps)
+        names = ("attention_residual", "post_norm_output")
+        normed_TD = named_norm(context.saved, names, residual_TD, self.post_norm, self.model.rms_norm_eps)
         experts_TK, weights_TK, counts_E = self.router(normed_TD, context, slot)
         order = sort_slots(experts_TK)
+        context.saved.name("routing", extras=(order.token_of_row, order.row_of_slot))
         rows_ND, weights_N = gather_rows(normed_TD, order), gather_slots(weights_TK, order)
         return residual_TD, normed_TD, rows_ND, weights_N, order.token_of_row, order.row_of_slot, counts_E
 
@@ -110,21 +119,26 @@ class ExpertsPhase(ComputePhase):
     def __init__(
         self, model: ModelConfig, layer: int, local_experts: Sequence[int], allocator: Allocator
     ) -> None:
-        super().__init__(f"layer{layer}.experts")
+        super().__init__(f"layer{layer}.experts", layer)
         prefix, width = f"model.layers.{layer}.mlp", model.moe_intermediate_size
         self.routed = RoutedExperts(f"{prefix}.experts", local_experts, model.hidden_size, width, allocator)
         self.shared = None
         if model.n_shared_experts:
             width *= model.n_shared_experts
-            self.shared = FeedForward(f"{prefix}.shared_experts", model.hidden_size, width, allocator)
+            self.shared = FeedForward(
+                f"{prefix}.shared_experts", "shared", model.hidden_size, width, allocator
+            )
 
     def pieces(self) -> list[Piece]:
         return self.routed.pieces() + (self.shared.pieces() if self.shared else [])
 
     def compute(self, inputs: Tensors, context: MicrobatchContext, slot: WeightGradSlot | None) -> Tensors:
         residual_TD, normed_TD, rows_MD, weights_M, token_of_row_N, row_of_slot_TK, offsets_L = inputs
-        out_MD = self.routed(rows_MD, weights_M, offsets_L, slot)
-        partial_TD = self.shared(normed_TD, slot).add_(residual_TD) if self.shared else residual_TD
+        saved = context.saved
+        saved.name("expert_input", rows_MD)
+        saved.name("routing", extras=(weights_M, offsets_L))
+        out_MD = self.routed(rows_MD, weights_M, offsets_L, slot, saved)
+        partial_TD = self.shared(normed_TD, slot, saved).add_(residual_TD) if self.shared else residual_TD
         return partial_TD, out_MD, token_of_row_N, row_of_slot_TK
 
 
@@ -143,17 +157,17 @@ class CombinePhase(CommunicationPhase):
         pending = self.dispatcher.combine((rows_MD,), context.routes[self.layer])
         return Started(pending, (partial_TD, token_of_row_N, row_of_slot_TK))
 
-    def finish_forward(self, started: Started, context: MicrobatchContext) -> tuple[Tensors, torch.Tensor]:
+    def finish_forward(self, started: Started, context: MicrobatchContext) -> tuple[Tensors, Held]:
         partial_TD, token_of_row_N, row_of_slot_TK = started.rest
         (rows_ND,) = started.pending.wait()
-        return (sum_slots(rows_ND, row_of_slot_TK).add_(partial_TD),), token_of_row_N
+        context.routes[self.layer].settle()
+        held = context.saved.hold(token_of_row_N)
+        return (sum_slots(rows_ND, row_of_slot_TK).add_(partial_TD),), held
 
-    def start_backward(
-        self, record: torch.Tensor, grad_outputs: Grads, context: MicrobatchContext
-    ) -> Started:
+    def start_backward(self, record: Held, grad_outputs: Grads, context: MicrobatchContext) -> Started:
         (dx_TD,) = grad_outputs
         assert dx_TD is not None
-        drows_ND = dx_TD.index_select(0, record)
+        drows_ND = dx_TD.index_select(0, record.get())
         return Started(self.dispatcher.dispatch((drows_ND,), context.routes[self.layer]), (dx_TD,))
 
     def finish_backward(self, started: Started, context: MicrobatchContext) -> Grads:
@@ -166,14 +180,18 @@ class MlpPhase(ComputePhase):
     """A dense layer's norm, feed-forward and residual."""
 
     def __init__(self, model: ModelConfig, layer: int, allocator: Allocator) -> None:
-        super().__init__(f"layer{layer}.mlp")
+        super().__init__(f"layer{layer}.mlp", layer)
         self.eps, self.prefix = model.rms_norm_eps, f"model.layers.{layer}"
         self.norm = allocator.parameter(model.hidden_size)
-        self.mlp = FeedForward(f"{self.prefix}.mlp", model.hidden_size, model.intermediate_size, allocator)
+        self.mlp = FeedForward(
+            f"{self.prefix}.mlp", "mlp", model.hidden_size, model.intermediate_size, allocator
+        )
 
     def pieces(self) -> list[Piece]:
         return [Piece(f"{self.prefix}.post_attention_layernorm.weight", self.norm), *self.mlp.pieces()]
 
     def compute(self, inputs: Tensors, context: MicrobatchContext, slot: WeightGradSlot | None) -> Tensors:
         (x_TD,) = inputs
-        return (self.mlp(rms_norm(x_TD, self.norm, self.eps), slot).add_(x_TD),)
+        names = ("attention_residual", "post_norm_output")
+        normed_TD = named_norm(context.saved, names, x_TD, self.norm, self.eps)
+        return (self.mlp(normed_TD, slot, context.saved).add_(x_TD),)

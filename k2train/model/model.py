@@ -46,7 +46,7 @@ class Model:
 
     def routers(self) -> dict[int, Router]:
         """The routers of the MoE layers held here, by layer."""
-        return {p.layer: p.router for p in self.phases if isinstance(p, RoutedAttentionPhase)}
+        return {p.number: p.router for p in self.phases if isinstance(p, RoutedAttentionPhase)}
 
     def initialise(self, seed: int) -> None:
         """Set the initial weights: a function of the seed and each tensor's name alone."""
@@ -91,6 +91,7 @@ def forward(model: Model, inputs: Tensors, context: MicrobatchContext) -> tuple[
     for phase in model.phases:
         inputs, record = phase.forward(inputs, context)
         records.append(record)
+    context.saved.forward_done()
     return inputs, records
 
 

@@ -56,8 +56,9 @@ class ComputePhase(abc.ABC):
 
     stream: Literal["compute"] = "compute"
 
-    def __init__(self, name: str) -> None:
-        self.name = name
+    def __init__(self, name: str, layer: int | None = None, otherwise: str | None = None) -> None:
+        """layer: whose activations it saves, None for the ends. otherwise: the name of those it gives no name."""
+        self.name, self.layer, self.otherwise = name, layer, otherwise
         self._parameters: tuple[torch.Tensor, ...] | None = None
 
     @abc.abstractmethod
@@ -85,7 +86,7 @@ class ComputePhase(abc.ABC):
         if queue is None:
             queue = own_queue = WeightGradQueue()
         slot = queue.slot(context.key)
-        with torch.enable_grad():
+        with torch.enable_grad(), context.saved.saving(self.layer, self.otherwise):
             entered = _enter(inputs)
             outputs = self.compute(entered, context, slot)
         record = ComputeRecord([_edge(t) for t in entered], [_edge(t) for t in outputs], own_queue)

@@ -68,6 +68,7 @@ class Router:
         weights_TK = chosen_weights(scores_TE, experts_TK, model.norm_topk_prob, model.routed_scaling_factor)
         counts_BE = count_experts(experts_TK, context.num_sequences, model.n_routed_experts)
         counts_E = counts_BE.sum(0)
+        context.saved.name("routing", extras=(scores_TE, experts_TK, counts_BE))
         context.statistics.add_expert_loads(self.layer, counts_E)
         if context.balance_loss_scale:
             loss = sequence_balance_loss(scores_TE, counts_BE, model.num_experts_per_tok)

@@ -1,5 +1,6 @@
 """RMSNorm as transformers computes it: the normalised input in FP32, cast back, then times the weight.
 
+In two steps, so that the one number a token that the backward needs can be kept while the result is rebuilt.
 Letters: T tokens (any leading shape), D features.
 """
 
@@ -12,29 +13,33 @@ import torch
 from k2train.ops.weight_grad import accumulation_dtype
 
 
-def rms_norm(x_TD: torch.Tensor, weight_D: torch.Tensor, eps: float) -> torch.Tensor:
-    """weight * x / sqrt(mean(x^2) + eps) (T, D), in x's type; float64 stays float64 throughout."""
-    return _RMSNorm.apply(x_TD, weight_D, eps)
+def inverse_rms(x_TD: torch.Tensor, eps: float) -> torch.Tensor:
+    """1 / sqrt(mean(x^2) + eps) of every token (T, 1), FP32 (FP64 for float64). No gradient: rms_norm's covers it."""
+    wide_TD = x_TD.detach().to(accumulation_dtype(x_TD.dtype))
+    mean_T1 = torch.linalg.vector_norm(wide_TD, dim=-1, keepdim=True).square_().div_(x_TD.shape[-1])
+    return mean_T1.add_(eps).rsqrt_()
+
+
+def rms_norm(x_TD: torch.Tensor, rstd_T1: torch.Tensor, weight_D: torch.Tensor) -> torch.Tensor:
+    """weight * x * rstd (T, D) in x's type, where rstd is `inverse_rms` of the same x; float64 stays float64 throughout."""
+    return _RMSNorm.apply(x_TD, rstd_T1, weight_D)
 
 
 def rms_norm_reference(x_TD: torch.Tensor, weight_D: torch.Tensor, eps: float) -> torch.Tensor:
-    """The same from stock operations, which save three more tensors."""
+    """The whole norm from stock operations, which save three more tensors."""
     wide_TD = x_TD.to(accumulation_dtype(x_TD.dtype))
     normed_TD = wide_TD * torch.rsqrt(wide_TD.pow(2).mean(-1, keepdim=True) + eps)
     return weight_D * normed_TD.to(x_TD.dtype)
 
 
 class _RMSNorm(torch.autograd.Function):
-    """Saves x and the inverse root mean square, one number a token."""
+    """Saves x and the inverse root mean square; the gradient of x goes through both."""
 
     @staticmethod
-    def forward(ctx: Any, x_TD: torch.Tensor, weight_D: torch.Tensor, eps: float) -> torch.Tensor:
-        wide_TD = x_TD.to(accumulation_dtype(x_TD.dtype))
-        mean_T1 = torch.linalg.vector_norm(wide_TD, dim=-1, keepdim=True).square_().div_(x_TD.shape[-1])
-        rstd_T1 = mean_T1.add_(eps).rsqrt_()
+    def forward(ctx: Any, x_TD: torch.Tensor, rstd_T1: torch.Tensor, weight_D: torch.Tensor) -> torch.Tensor:
         ctx.save_for_backward(x_TD, rstd_T1)
         ctx.weight = weight_D
-        return (wide_TD * rstd_T1).to(x_TD.dtype).mul_(weight_D)
+        return (x_TD.to(rstd_T1.dtype) * rstd_T1).to(x_TD.dtype).mul_(weight_D)
 
     @staticmethod
     def backward(ctx: Any, *grads: torch.Tensor) -> Any:
@@ -43,11 +48,11 @@ class _RMSNorm(torch.autograd.Function):
         normed_TD = x_TD.to(wide) * rstd_T1
         dy_TD = grads[0].to(wide)
         product_TD = dy_TD * normed_TD
-        dw_D = product_TD.flatten(0, -2).sum(0) if ctx.needs_input_grad[1] else None
+        dw_D = product_TD.flatten(0, -2).sum(0) if ctx.needs_input_grad[2] else None
         weight_D = ctx.weight.to(wide)
         mean_T1 = torch.matmul(product_TD, weight_D.unsqueeze(-1)).div_(x_TD.shape[-1])
         # dx = rstd (w dy - normed * mean(w dy * normed))
         dx_TD = (
             torch.mul(dy_TD, weight_D, out=product_TD).addcmul_(normed_TD, mean_T1, value=-1).mul_(rstd_T1)
         )
-        return dx_TD.to(x_TD.dtype), None if dw_D is None else dw_D.to(ctx.weight.dtype), None
+        return dx_TD.to(x_TD.dtype), None, None if dw_D is None else dw_D.to(ctx.weight.dtype)

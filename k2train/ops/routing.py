@@ -15,7 +15,7 @@ _TINY = 1e-20  # transformers' guard of the normalisation
 def chosen_weights(
     scores_TE: torch.Tensor, experts_TK: torch.Tensor, normalise: bool, factor: float
 ) -> torch.Tensor:
-    """The chosen experts' scores (T, K), normalised to sum 1 if asked, times `factor`. Saves the chosen scores."""
+    """The chosen experts' scores (T, K), normalised to sum 1 if asked, times `factor`. Saves all scores, which the sigmoid saves too."""
     return _ChosenWeights.apply(scores_TE, experts_TK, normalise, factor)
 
 
@@ -25,22 +25,22 @@ class _ChosenWeights(torch.autograd.Function):
         ctx: Any, scores_TE: torch.Tensor, experts_TK: torch.Tensor, normalise: bool, factor: float
     ) -> torch.Tensor:
         chosen_TK = scores_TE.gather(1, experts_TK)
-        ctx.save_for_backward(chosen_TK, experts_TK)
-        ctx.normalise, ctx.factor, ctx.num_experts = normalise, factor, scores_TE.shape[1]
+        ctx.save_for_backward(scores_TE, experts_TK)
+        ctx.normalise, ctx.factor = normalise, factor
         if not normalise:
             return chosen_TK * factor
         return chosen_TK / (chosen_TK.sum(1, keepdim=True) + _TINY) * factor
 
     @staticmethod
     def backward(ctx: Any, *grads: torch.Tensor) -> Any:
-        chosen_TK, experts_TK = ctx.saved_tensors
+        scores_TE, experts_TK = ctx.saved_tensors
+        chosen_TK = scores_TE.gather(1, experts_TK)
         dchosen_TK = grads[0] * ctx.factor
         if ctx.normalise:
             total_T1 = chosen_TK.sum(1, keepdim=True) + _TINY
             mean_T1 = (dchosen_TK * chosen_TK).sum(1, keepdim=True) / total_T1
             dchosen_TK = (dchosen_TK - mean_T1) / total_T1
-        dscores_TE = chosen_TK.new_zeros(chosen_TK.shape[0], ctx.num_experts)
-        return dscores_TE.scatter_(1, experts_TK, dchosen_TK), None, None, None
+        return torch.zeros_like(scores_TE).scatter_(1, experts_TK, dchosen_TK), None, None, None
 
 
 def sequence_balance_loss(scores_TE: torch.Tensor, counts_BE: torch.Tensor, top_k: int) -> torch.Tensor:

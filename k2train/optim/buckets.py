@@ -89,10 +89,17 @@ class Bucket:
         self._reducing.wait()
         self._reducing = None
 
-    def start_gather(self, own_master: torch.Tensor) -> None:
-        """Begin the all-gather of updated values, which ends the gradients. Collective over the replication group."""
+    def start_gather(self, own_master: Iterable[torch.Tensor]) -> None:
+        """Begin the all-gather of updated values, which ends the gradients. Collective over the replication group.
+
+        own_master: the masters of the rank's stretch in consecutive flat pieces, on the bucket's device.
+        """
         staging = self._staging()
-        staging[self._own].copy_(own_master)
+        filled = self._own.start
+        for piece in own_master:
+            staging[filled : filled + piece.numel()].copy_(piece)
+            filled += piece.numel()
+        assert filled == self._own.stop, f"{filled - self._own.start} masters for {self._own}"
         self._gathering = self.group.start_all_gather(staging, staging[self._own], self.plan.splits)
 
     def finish_gather(self) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from typing import Literal
 
 from k2train.config.errors import ConfigError
 from k2train.config.model import ModelConfig
@@ -10,12 +11,14 @@ from k2train.config.optim import OptimConfig
 from k2train.layout.tensors import TensorSpec
 from k2train.model.pieces import Piece
 from k2train.ops.dtypes import DTYPES
+from k2train.optim.adam import build_adamw, check_host_adam
 from k2train.optim.buckets import Bucket
 from k2train.optim.muon import MuonRule
 from k2train.optim.optimizer import Optimizer
 from k2train.optim.qk_clip_step import QkClipper
-from k2train.optim.shares import BucketPlan, Replication, plan_buckets
-from k2train.optim.states import AdamRule
+from k2train.optim.residence import CHUNK_ELEMENTS, OnDevice, OnHost, Residence
+from k2train.optim.shares import BucketPlan, Method, Replication, plan_buckets
+from k2train.optim.states import muon_batches
 from k2train.parallel.groups import Groups
 
 
@@ -30,23 +33,41 @@ def build_optimizer(
 
     catalogue: the model's tensors by name. pieces: those of each of the rank's virtual stages (one rank: one list).
     Every rank that holds the same pieces computes the same ownership, without communication.
-    Raises ConfigError where Muon or QK-Clip was asked for and finds nothing on this rank to act on, and for
-    optim.states=host.
+    Raises ConfigError where Muon or QK-Clip was asked for and finds nothing on this rank to act on, and for an
+    optim.host_adam that cannot be.
     """
-    check_states(config)
     muon = config.name == "muonclip"
     owners: dict[Replication, int] = {"dp": groups.dp.size, "edp": groups.edp.size}
     plans = plan_buckets(pieces, catalogue, muon, config.newton_schulz_steps, owners)
     if not plans:
         raise ConfigError("layout", "a rank without parameters", "every rank must hold at least one trained tensor",
                           "use fewer pipeline stages or virtual stages")  # fmt: skip
+    check_host_adam(config, plans[0].dtype)
     device = plans[0].shares[0].piece.parameter.device
     buckets = [Bucket(plan, groups.dp if plan.replication == "dp" else groups.edp, device) for plan in plans]
     tensors = [catalogue[piece.name] for of_stage in pieces for piece in of_stage]
     tau = config.qk_clip_tau if muon else None
     qk_clip = QkClipper(model, tensors, tau, like=buckets[0].flat)
     check_touches(config, model, plans, qk_clip)
-    return Optimizer(buckets, groups.world, muon_rule(config), adam_rule(config), qk_clip)
+    residence = build_residence(config.states, buckets)
+    return Optimizer(buckets, groups.world, muon_rule(config), build_adamw(config), qk_clip, residence)
+
+
+def build_residence(states: Literal["device", "host"], buckets: Sequence[Bucket]) -> Residence:
+    """Where the states of these buckets live. Host states get slots for the largest batch of master and momentum."""
+    like = buckets[0].flat
+    if states == "device":
+        return OnDevice(like)
+    batches = [2 * batch.num_elements for bucket in buckets for batch in muon_batches(bucket)]
+    largest = max(bucket.own_gradient.numel() for bucket in buckets)
+    rows = max(share_elements(bucket, "adamw") for bucket in buckets)
+    slot = max([min(largest, CHUNK_ELEMENTS), *batches])
+    return OnHost(like, slot, min(rows, CHUNK_ELEMENTS))
+
+
+def share_elements(bucket: Bucket, method: Method) -> int:
+    """Entries of the bucket that this rank updates by a method."""
+    return sum(share.num_elements for share in bucket.owned if share.method == method)
 
 
 def muon_rule(config: OptimConfig) -> MuonRule:
@@ -59,18 +80,6 @@ def muon_rule(config: OptimConfig) -> MuonRule:
         newton_schulz_steps=config.newton_schulz_steps,
         newton_schulz_dtype=DTYPES[config.newton_schulz_dtype],
     )
-
-
-def adam_rule(config: OptimConfig) -> AdamRule:
-    """AdamW's constants from the config."""
-    return AdamRule(config.adam_beta1, config.adam_beta2, config.adam_eps, config.weight_decay)
-
-
-def check_states(config: OptimConfig) -> None:
-    """Host-resident states are not built yet; say so instead of quietly keeping them on the device."""
-    if config.states != "device":
-        raise ConfigError("optim.states", config.states, "host-resident optimizer states are not available yet",
-                          "set optim.states=device")  # fmt: skip
 
 
 def check_touches(

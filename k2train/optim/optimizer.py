@@ -18,11 +18,13 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 
 import torch
 
+from k2train.optim.adam import AdamW
 from k2train.optim.buckets import Bucket, build_grad_buffers
 from k2train.optim.muon import MuonRule
-from k2train.optim.qk_clip_step import QkClipper
+from k2train.optim.qk_clip_step import QkClipper, ReducedLogits
+from k2train.optim.residence import Residence
 from k2train.optim.shares import OwnershipRow, ownership_table
-from k2train.optim.states import AdamRule, OwnedStates, OwnedTensor
+from k2train.optim.states import OwnedStates, OwnedTensor
 from k2train.parallel.communicator import Communicator
 
 # Rows [start, stop) of the stored tensor of that name.
@@ -56,16 +58,18 @@ class Optimizer:
         buckets: Sequence[Bucket],
         world: Communicator,
         muon_rule: MuonRule,
-        adam_rule: AdamRule,
+        adamw: AdamW,
         qk_clip: QkClipper,
+        residence: Residence,
     ) -> None:
         self.gradients = build_grad_buffers(buckets)
         self.num_updates = 0
         self._buckets = tuple(buckets)
-        self._states = [OwnedStates(bucket) for bucket in buckets]
+        self._residence = residence
+        self._states = [OwnedStates(bucket, residence) for bucket in buckets]
         self._world = world
         self._muon_rule = muon_rule
-        self._adam_rule = adam_rule
+        self._adamw = adamw
         self._qk_clip = qk_clip
 
     @torch.no_grad()
@@ -98,8 +102,7 @@ class Optimizer:
             self.gradients.zero()
             return StepResult(norm, 1.0, 0, logits.max_logit, False, 0)
         orthogonalised = self._update(lr, gradient_scale * clip_scale)
-        for states in self._states:
-            self._qk_clip.apply(states.masters(), logits)
+        self._clip(logits)
         self._start_gather()
         if finish:
             self.finish_gather()
@@ -130,11 +133,27 @@ class Optimizer:
         """Bytes of masters, momentum and moments on this rank."""
         return sum(states.num_bytes for states in self._states)
 
+    @property
+    def states_on_host(self) -> bool:
+        """Whether masters, momentum and moments live in host memory."""
+        return self._residence.on_host
+
+    @property
+    def staging(self) -> list[torch.Tensor]:
+        """Device memory that host states pass through in a step, all that they hold there; none for states on the device."""
+        return self._residence.staging
+
+    @property
+    def staging_bytes(self) -> int:
+        """Bytes of `staging`."""
+        return sum(memory.nbytes for memory in self.staging)
+
     def state(self) -> Iterator[OwnedTensor]:
         """The states this rank owns, and on the world's first rank the number of updates; live tensors, not copies.
 
-        Over all ranks every row of every state comes exactly once.
+        Over all ranks every row of every state comes exactly once. Waits for states on their way to the host.
         """
+        self._residence.drain()
         for states in self._states:
             yield from states.tensors()
         if self._world.rank == 0:
@@ -147,6 +166,7 @@ class Optimizer:
         lookup(name, start, stop) gives rows [start, stop) of a state. Every rank of the world must call it: an
         all-gather for each bucket.
         """
+        self._residence.drain()
         for states in self._states:
             for name, tensor, start, _ in states.tensors():
                 tensor.copy_(lookup(name, start, start + tensor.shape[0]))
@@ -157,6 +177,7 @@ class Optimizer:
     @torch.no_grad()
     def read_parameters(self) -> None:
         """Set the masters from parameters that were changed from outside, by an import for instance. Local."""
+        self._residence.drain()
         for states in self._states:
             states.read_parameters()
 
@@ -174,14 +195,24 @@ class Optimizer:
         for bucket in self._buckets:
             if scale != 1.0:
                 bucket.own_gradient.mul_(scale)
-        orthogonalised = 0
+        # The masters that the last step sent to the replicas were read by then; this makes it certain.
+        self._residence.drain()
+        # All of Muon first: on a GPU it only queues work, which then goes on while the host runs its AdamW.
+        orthogonalised = sum(states.muon_step(lr, self._muon_rule) for states in self._states)
         for states in self._states:
-            orthogonalised += states.muon_step(lr, self._muon_rule)
-            states.adamw_step(lr, self._adam_rule, self.num_updates)
+            states.adamw_step(lr, self._adamw, self.num_updates)
         self.num_updates += 1
         return orthogonalised
+
+    def _clip(self, logits: ReducedLogits) -> None:
+        """QK-Clip on the masters, where they live."""
+        if not logits.clipped_heads:
+            return
+        self._residence.drain()
+        for states in self._states:
+            self._qk_clip.apply(states.masters(), logits)
 
     def _start_gather(self) -> None:
         """Begin to send masters to every replica; gradients are forgotten. An all-gather for each bucket."""
         for states in self._states:
-            states.bucket.start_gather(states.master)
+            states.start_gather()

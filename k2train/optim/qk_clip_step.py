@@ -74,7 +74,7 @@ class QkClipper:
         return ReducedLogits(gamma, int((gamma != 1).sum().item()), largest)
 
     def apply(self, masters: Iterable[tuple[str, torch.Tensor]], logits: ReducedLogits) -> None:
-        """Scale the given masters in place where they are query or key projections. Local."""
+        """Scale the given masters in place where they are query or key projections, on whatever device. Local."""
         if logits.gamma is None or not logits.clipped_heads:
             return
         for name, master in masters:
@@ -82,4 +82,4 @@ class QkClipper:
                 continue
             layer, role = self._targets[name]
             clip = clip_query_rows if role == "query" else clip_key_rows
-            clip(master, logits.gamma[layer], self._rows)
+            clip(master, logits.gamma[layer].to(master.device), self._rows)

@@ -1,36 +1,28 @@
 """What an owner keeps for its stretch of a bucket: FP32 masters, Muon's momentum, Adam's moments.
 
 All are flat tensors with the order of the stretch, so that equal-shaped matrices are batches (k, n, m) and all of
-AdamW is two calls. The AdamW arithmetic is torch's fused kernel (Loshchilov & Hutter, arXiv 1711.05101), which updates
-masters in place.
+AdamW is two calls. Where they live is their residence's business; the arithmetic, and the batches it is done in, are the
+same for every residence, so the results are the same bits.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import itertools
-from collections.abc import Iterator, Sequence
+import math
+from collections.abc import Iterator
 from typing import NamedTuple
 
 import torch
-from torch.optim.adamw import adamw
 
+from k2train.optim.adam import AdamStates, AdamW
 from k2train.optim.buckets import Bucket
 from k2train.optim.muon import MuonRule, muon_update
+from k2train.optim.residence import Residence
 from k2train.optim.shares import Share
 
 # Entries in one batched Newton-Schulz: bounds its temporaries (about 5 of them) to some hundred megabytes.
 MAX_BATCH_ELEMENTS = 1 << 26
-
-
-@dataclasses.dataclass(frozen=True)
-class AdamRule:
-    """AdamW's constants."""
-
-    beta1: float
-    beta2: float
-    eps: float
-    weight_decay: float
 
 
 class OwnedTensor(NamedTuple):
@@ -45,15 +37,18 @@ class OwnedTensor(NamedTuple):
     shape: tuple[int, ...]
 
 
-class _Batch(NamedTuple):
+class MuonBatch(NamedTuple):
     """Equal-shaped matrices that are neighbours in the stretch: k of (n, m) from `start`."""
 
     start: int
     shape: tuple[int, int, int]
 
+    @property
+    def num_elements(self) -> int:
+        return math.prod(self.shape)
+
     def view(self, flat: torch.Tensor) -> torch.Tensor:
-        k, n, m = self.shape
-        return flat[self.start : self.start + k * n * m].view(k, n, m)
+        return flat[self.start : self.start + self.num_elements].view(self.shape)
 
 
 class OwnedStates:
@@ -62,19 +57,19 @@ class OwnedStates:
     The stretch is [matrices | decayed rows | other rows]; momentum covers the first part, the moments the rest.
     """
 
-    def __init__(self, bucket: Bucket) -> None:
+    def __init__(self, bucket: Bucket, residence: Residence) -> None:
         self.bucket = bucket
-        muon = [share for share in bucket.owned if share.method == "muon"]
-        self._num_muon = sum(share.num_elements for share in muon)
+        self._residence = residence
+        self.batches = muon_batches(bucket)
+        self._num_muon = sum(batch.num_elements for batch in self.batches)
         self._num_decayed = sum(
             share.num_elements for share in bucket.owned if share.method == "adamw" and share.spec.decayed
         )
-        self.batches = _batches(muon)
-        gradient = bucket.own_gradient
-        self.master = torch.empty_like(gradient)
-        self.momentum = torch.zeros_like(gradient[: self._num_muon])
-        self.exp_avg = torch.zeros_like(gradient[self._num_muon :])
-        self.exp_avg_sq = torch.zeros_like(gradient[self._num_muon :])
+        num_elements = bucket.own_gradient.numel()
+        self.master = residence.new_state(num_elements)
+        self.momentum = residence.new_state(self._num_muon)
+        self.exp_avg = residence.new_state(num_elements - self._num_muon)
+        self.exp_avg_sq = residence.new_state(num_elements - self._num_muon)
         self.read_parameters()
 
     @property
@@ -90,28 +85,24 @@ class OwnedStates:
 
     def muon_step(self, lr: float, rule: MuonRule) -> int:
         """Muon for every owned matrix; returns how many. The bucket's own gradient must be reduced and scaled."""
-        for batch in self.batches:
-            muon_update(batch.view(self.master), batch.view(self.momentum),
-                        batch.view(self.bucket.own_gradient), lr, rule)  # fmt: skip
+        homes = [(batch.view(self.master), batch.view(self.momentum)) for batch in self.batches]
+        for (master, momentum), batch in zip(self._residence.stream(homes), self.batches, strict=True):
+            muon_update(master, momentum, batch.view(self.bucket.own_gradient), lr, rule)
         return sum(batch.shape[0] for batch in self.batches)
 
-    def adamw_step(self, lr: float, rule: AdamRule, num_updates: int) -> None:
+    def adamw_step(self, lr: float, adamw: AdamW, num_updates: int) -> None:
         """AdamW for every owned row. num_updates: updates made before this one."""
-        decayed = self._num_muon + self._num_decayed
-        self._adamw(slice(self._num_muon, decayed), lr, rule, rule.weight_decay, num_updates)
-        self._adamw(slice(decayed, None), lr, rule, 0.0, num_updates)
+        rows = AdamStates(self.master[self._num_muon :], self.exp_avg, self.exp_avg_sq)
+        gradient = self.bucket.own_gradient[self._num_muon :]
+        for decayed, part in ((True, slice(self._num_decayed)), (False, slice(self._num_decayed, None))):
+            states = rows.part(part)
+            for entries, piece in self._residence.gradients(gradient[part]):
+                if piece.numel():
+                    adamw.update(states.part(entries), piece, lr, decayed, num_updates)
 
-    def _adamw(self, part: slice, lr: float, rule: AdamRule, weight_decay: float, num_updates: int) -> None:
-        master = self.master[part]
-        if not master.numel():
-            return
-        moments = slice(
-            part.start - self._num_muon, None if part.stop is None else part.stop - self._num_muon
-        )
-        step = torch.tensor(float(num_updates), device=master.device)
-        adamw([master], [self.bucket.own_gradient[part]], [self.exp_avg[moments]], [self.exp_avg_sq[moments]],
-              [], [step], fused=True, amsgrad=False, beta1=rule.beta1, beta2=rule.beta2, lr=lr,
-              weight_decay=weight_decay, eps=rule.eps, maximize=False)  # fmt: skip
+    def start_gather(self) -> None:
+        """Send the masters on their way to every replica; see `Bucket.start_gather`."""
+        self.bucket.start_gather(self._residence.upload(self.master))
 
     def tensors(self) -> Iterator[OwnedTensor]:
         """Every owned state under its checkpoint name."""
@@ -135,13 +126,14 @@ class OwnedStates:
         yield "exp_avg_sq", moments.in_bucket(self.exp_avg_sq)
 
 
-def _batches(shares: Sequence[Share]) -> list[_Batch]:
-    """Neighbours of one shape, at most MAX_BATCH_ELEMENTS together."""
+def muon_batches(bucket: Bucket) -> list[MuonBatch]:
+    """The matrices that this rank owns in a bucket: neighbours of one shape, at most MAX_BATCH_ELEMENTS together."""
+    shares = [share for share in bucket.owned if share.method == "muon"]
     batches = []
     for (n, m), same in itertools.groupby(shares, key=lambda share: share.shape):
         matrices = list(same)
         size = max(1, MAX_BATCH_ELEMENTS // (n * m))
         for first in range(0, len(matrices), size):
             count = min(size, len(matrices) - first)
-            batches.append(_Batch(matrices[first].offset, (count, n, m)))
+            batches.append(MuonBatch(matrices[first].offset, (count, n, m)))
     return batches

@@ -25,19 +25,54 @@ from k2train.model.dispatcher import Pending, Route, Tensors
 from k2train.parallel.communicator import Communicator, Work
 
 
-@dataclasses.dataclass(frozen=True)
 class ExpertRoute:
     """One layer's exchange of one microbatch.
 
-    here[p]: rows this rank has for rank p; there[p]: rows that come from rank p. to_expert_M takes arrived rows to the
-    order of local experts, to_source_M takes them back. offsets (L,) int32: the row after each local expert's last.
+    here[p]: rows this rank has for rank p; there[p]: rows that come from rank p. arriving_PL: the same for each local
+    expert. offsets (L,) int32: the row after each local expert's last. What is kept from forward to backward are these
+    counts; the two permutations, 16 bytes a row, are worked out from them when they are needed.
     """
 
-    here: list[int]
-    there: list[int]
-    to_expert_M: torch.Tensor
-    to_source_M: torch.Tensor
-    offsets: torch.Tensor
+    def __init__(self, here: list[int], there: list[int], arriving_PL: torch.Tensor) -> None:
+        self.here, self.there, self.arriving_PL = here, there, arriving_PL
+        self._orders: tuple[torch.Tensor, torch.Tensor] | None = None
+
+    @property
+    def offsets(self) -> torch.Tensor:
+        return self.arriving_PL.sum(0).cumsum(0).to(torch.int32)
+
+    def settle(self) -> None:
+        """Let the permutations go until the backward."""
+        self._orders = None
+
+    @property
+    def to_expert(self) -> torch.Tensor:
+        """(M,): takes arrived rows to the order of local experts."""
+        return self._permutations()[0]
+
+    @property
+    def to_source(self) -> torch.Tensor:
+        """(M,): takes them back."""
+        return self._permutations()[1]
+
+    def _permutations(self) -> tuple[torch.Tensor, torch.Tensor]:
+        if self._orders is None:
+            self._orders = _orders(self.arriving_PL, sum(self.there))
+        return self._orders
+
+
+def _orders(arriving_PL: torch.Tensor, num_rows: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Rows sorted by source, and within a source by expert, to rows sorted by expert, and back."""
+    num_ranks, num_local = arriving_PL.shape
+    expert_of_row_M = torch.repeat_interleave(
+        torch.arange(num_local, device=arriving_PL.device).repeat(num_ranks),
+        arriving_PL.flatten(),
+        output_size=num_rows,
+    )
+    to_expert_M = torch.argsort(expert_of_row_M, stable=True)
+    to_source_M = torch.empty_like(to_expert_M)
+    to_source_M[to_expert_M] = torch.arange(num_rows, device=arriving_PL.device)
+    return to_expert_M, to_source_M
 
 
 @dataclasses.dataclass(frozen=True)
@@ -71,27 +106,18 @@ class AllToAllDispatcher:
         arriving_PL = torch.empty_like(sent_PL)
         self.group.all_to_all(arriving_PL, sent_PL)
         here, there = torch.stack([sent_PL.sum(1), arriving_PL.sum(1)]).tolist()
-        expert_of_row_M = torch.repeat_interleave(
-            torch.arange(self.num_local, device=counts_E.device).repeat(self.group.size),
-            arriving_PL.flatten(),
-            output_size=sum(there),
-        )
-        to_expert_M = torch.argsort(expert_of_row_M, stable=True)
-        to_source_M = torch.empty_like(to_expert_M)
-        to_source_M[to_expert_M] = torch.arange(len(to_expert_M), device=counts_E.device)
-        offsets = arriving_PL.sum(0).cumsum(0).to(torch.int32)
-        return ExpertRoute(here, there, to_expert_M, to_source_M, offsets)
+        return ExpertRoute(here, there, arriving_PL)
 
     def dispatch(self, tensors: Tensors, route: Route) -> Pending:
         """Start moving tensors of N rows, sorted by expert, to tensors of M rows, sorted by local expert."""
         assert isinstance(route, ExpertRoute)
-        order = route.to_expert_M
+        order = route.to_expert
         return self._move(tensors, route.here, route.there, lambda rows: rows.index_select(0, order))
 
     def combine(self, tensors: Tensors, route: Route) -> Pending:
         """Start moving tensors of M rows, sorted by local expert, back to the N rows they came from."""
         assert isinstance(route, ExpertRoute)
-        order = route.to_source_M
+        order = route.to_source
         back = tuple(rows.index_select(0, order) for rows in tensors)
         return self._move(back, route.there, route.here, lambda rows: rows)
 

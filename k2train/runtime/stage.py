@@ -148,6 +148,8 @@ class PipelineStage:
 
     def abandon_step(self) -> None:
         """Forget an interrupted step."""
+        for _, context in self._records.values():
+            context.saved.drop()
         for held in self._held().values():
             held.clear()
         self.queue.clear()
@@ -194,14 +196,10 @@ class PipelineStage:
         )
 
     def offload(self, virtual_stage: int, microbatch: int) -> None:
-        raise NotImplementedError(
-            "activation offload is not built yet; schedules for training contain no OFFLOAD"
-        )
+        self._records[virtual_stage, microbatch][1].saved.offload()
 
     def reload(self, virtual_stage: int, microbatch: int) -> None:
-        raise NotImplementedError(
-            "activation offload is not built yet; schedules for training contain no RELOAD"
-        )
+        self._records[virtual_stage, microbatch][1].saved.reload()
 
     def _forward_steps(self, key: Key) -> Any:
         virtual_stage, microbatch = key
@@ -219,6 +217,7 @@ class PipelineStage:
 
     def _forward_done(self, key: Key, outputs: Tensors) -> None:
         route = self.routes[key[0]]
+        self._records[key][1].saved.forward_done()
         if self.gradients is None:
             del self._records[key]
         if route.next is None:

@@ -12,6 +12,8 @@ Source: Kimi K2 report, 2.4.3.
 
 from __future__ import annotations
 
+from collections import Counter
+from collections.abc import Iterable
 from dataclasses import replace
 
 from k2train.schedule.actions import COMPUTE, Action, Kind, Pair, Step, parts
@@ -25,6 +27,17 @@ def insert_offload(schedule: Schedule, prefetch_depth: int = 1) -> Schedule:
     prefetch_depth: slots between a RELOAD and the backward that needs it, at least 1.
     """
     return replace(schedule, stages=tuple(_offload_line(line, prefetch_depth) for line in schedule.stages))
+
+
+def peak_offloaded(line: Iterable[Step]) -> dict[int, int]:
+    """How many microbatches of each virtual stage a stage's list has on the host at once, at most; without those of none."""
+    now: Counter[int] = Counter()
+    peak: dict[int, int] = {}
+    for step in line:
+        if isinstance(step, Action) and step.kind in (Kind.OFFLOAD, Kind.RELOAD):
+            now[step.virtual_stage] += 1 if step.kind is Kind.OFFLOAD else -1
+            peak[step.virtual_stage] = max(peak.get(step.virtual_stage, 0), now[step.virtual_stage])
+    return peak
 
 
 def _is_slot(step: Step) -> bool:

@@ -11,11 +11,12 @@ from collections.abc import Iterator, Mapping
 
 import torch
 
+from k2train.activations.store import ActivationStore
 from k2train.config.errors import ConfigError
 from k2train.config.model import ModelConfig
 from k2train.config.schema import Config
-from k2train.config.sections import ActivationsConfig
 from k2train.data.corpus import Corpus, build_corpus
+from k2train.estimate.activations import check_policies
 from k2train.layout.build import build_layout, num_microbatches
 from k2train.layout.layout import Layout
 from k2train.layout.tensors import TensorSpec, embedding_tensors, head_tensors, layer_tensors
@@ -32,6 +33,7 @@ from k2train.parallel.pipeline import PipelineTransport
 from k2train.planner.assemble import schedule_spec
 from k2train.runtime.stage import PipelineStage, Route
 from k2train.schedule import Schedule, build_schedule, validate
+from k2train.trainer.activations import build_activations
 
 
 @dataclasses.dataclass(frozen=True)
@@ -45,6 +47,7 @@ class Run:
     device: torch.device
     models: Mapping[int, Model]
     optimizer: Optimizer
+    activations: ActivationStore | None
     corpus: Corpus
     learning_rate: LrSchedule
     training: PipelineStage
@@ -75,11 +78,7 @@ def check_supported(config: Config) -> None:
     if config.schedule.kind in ("dualpipe", "dualpipe_v"):
         raise ConfigError("schedule.kind", config.schedule.kind, "is there to be planned and compared, not to be trained",
                           "set schedule=k2, interleaved_1f1b, 1f1b, zb_h1 or gpipe")  # fmt: skip
-    for field in dataclasses.fields(ActivationsConfig):
-        policy = getattr(config.activations, field.name)
-        if policy != "keep":
-            raise ConfigError(f"activations.{field.name}", policy, "training keeps every activation so far; plan takes any policy",
-                              "set activations=none")  # fmt: skip
+    check_policies(config.activations)
 
 
 def choose_device(config: Config) -> torch.device:
@@ -138,6 +137,7 @@ def build_run(
         device=device,
         models=models,
         optimizer=optimizer,
+        activations=build_activations(config, layout, schedule.stages[groups.pp.rank], device),
         corpus=corpus,
         learning_rate=learning_rate,
         training=PipelineStage(models, routes, transport, optimizer.gradients),

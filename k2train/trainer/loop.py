@@ -12,7 +12,7 @@ import os
 import resource
 import signal
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +23,8 @@ from k2train.config.convert import to_dict
 from k2train.config.errors import ConfigError
 from k2train.config.schema import Config
 from k2train.layout.layout import Layout
+from k2train.ops.dtypes import DTYPES
+from k2train.optim.adam import check_host_adam
 from k2train.parallel.communicator import World
 from k2train.parallel.groups import build_groups
 from k2train.parallel.objects import broadcast_object
@@ -30,10 +32,12 @@ from k2train.schedule import Schedule
 from k2train.telemetry.metrics import MetricsFile
 from k2train.telemetry.progress import ProgressDisplay, open_progress
 from k2train.telemetry.sinks import Sink, open_sinks
+from k2train.trainer.activations import host_traffic, non_finite_tiles
 from k2train.trainer.build import Run, build_layouts, build_run, choose_device, open_corpus
 from k2train.trainer.evaluate import evaluate
 from k2train.trainer.finish import Outcome, print_end
 from k2train.trainer.garbage import GarbageControl
+from k2train.trainer.host_memory import check_host_memory
 from k2train.trainer.run_dir import open_run_dir
 from k2train.trainer.saving import resume, save, start_from
 from k2train.trainer.signals import StopRequest
@@ -84,7 +88,10 @@ def prepare(config: Config) -> Prepared:
     config = fit_to_launcher(config, os.environ)
     layout, schedule = build_layouts(config)
     device = choose_device(config)
-    return Prepared(config, layout, schedule, device, choose_world(config, layout, device, os.environ))
+    kind = choose_world(config, layout, device, os.environ)
+    check_host_adam(config.optim, DTYPES[config.train.dtype])
+    check_host_memory(config, layout, kind, device, os.environ)
+    return Prepared(config, layout, schedule, device, kind)
 
 
 def train(config: Config, words: Sequence[str] = ()) -> Outcome:
@@ -204,10 +211,12 @@ def take_step(run: Run, index: int, outputs: Outputs) -> None:
         "tokens_per_second": run.config.train.global_batch_tokens / seconds,
         "step_seconds": seconds,
         "peak_bytes": peak_bytes(run.device),
+        **host_traffic(run.activations),
     }
     if not step.finite:
         outputs.write(line)
-        raise TrainingDivergedError(diverged_message(step, outputs.run_dir))
+        tiles = non_finite_tiles(run.activations, run.groups.world, run.device)
+        raise TrainingDivergedError(diverged_message(step, outputs.run_dir, tiles))
     if evaluation_due(run.config, step.step):
         evaluation = evaluate(run, evaluation_tokens(run.config, step.step))
         if evaluation is not None:
@@ -239,11 +248,13 @@ def peak_bytes(device: torch.device) -> int:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
-def diverged_message(step: StepMetrics, run_dir: Path) -> str:
-    """What happened, what was kept, and what to try."""
+def diverged_message(step: StepMetrics, run_dir: Path, fp8_tiles: Mapping[str, int]) -> str:
+    """What happened, what was kept, and what to try. fp8_tiles: where FP8 storage met values that are not finite."""
+    names = ", ".join(f"activations.{name} ({count} tiles)" for name, count in fp8_tiles.items())
+    seen = f"  FP8 storage met values that are not finite in {names}.\n" if names else ""
     return (
         f"step {step.step}: loss {step.loss}, gradient norm {step.grad_norm}, lr {step.lr:.3g}, max logit {step.max_logit:.4g}: "
-        f"not finite, so nothing was updated and training stops.\n"
+        f"not finite, so nothing was updated and training stops.\n{seen}"
         f"  The last checkpoint in {run_dir / 'checkpoints'} is untouched.\n"
         f"  Resume from it with a lower learning rate (optim.lr_phases), or look at the data of this step."
     )

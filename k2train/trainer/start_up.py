@@ -9,9 +9,10 @@ from pathlib import Path
 from rich.console import Console
 from rich.table import Table
 
-from k2train.config.schema import Config
 from k2train.config.sections import ActivationsConfig
 from k2train.layout.tensors import model_tensors
+from k2train.optim.optimizer import Optimizer
+from k2train.schedule.actions import Action, Kind
 from k2train.trainer.build import Run
 
 
@@ -19,7 +20,7 @@ def print_start(run: Run, run_dir: Path, first_step: int, changes: list[str], co
     """Print the tables of a run that is about to start or go on."""
     console.print(run_table(run, run_dir, first_step))
     console.print(parameter_table(run))
-    console.print(feature_table(run.config))
+    console.print(feature_table(run))
     for change in changes:
         console.print(f"changed since the last start: {change}", highlight=False, markup=False)
 
@@ -61,14 +62,16 @@ def parameter_table(run: Run) -> Table:
     return table
 
 
-def feature_table(config: Config) -> Table:
-    """What is on and what is off."""
+def feature_table(run: Run) -> Table:
+    """What is on and what is off, and where the optimizer's states are."""
+    config = run.config
     optim, train, schedule = config.optim, config.train, config.schedule
     policies = Counter(
         getattr(config.activations, field.name) for field in dataclasses.fields(ActivationsConfig)
     )
     tau = optim.qk_clip_tau if optim.name == "muonclip" else None
     rows = [
+        ("optimizer states", describe_states(run.optimizer, optim.host_adam)),
         ("QK-Clip", f"tau {tau:g}" if tau is not None else "off"),
         (
             "gradient clipping",
@@ -79,6 +82,7 @@ def feature_table(config: Config) -> Table:
         ("paired forward and backward", "on" if schedule.pair_forward_backward else "off"),
         ("weight gradients split off", "on" if schedule.split_weight_grad else "off"),
         ("activations", ", ".join(f"{count} {policy}" for policy, count in policies.items())),
+        *describe_offload(run),
         (
             "checkpoints",
             f"every {train.checkpoint_every_steps} steps" if train.checkpoint_every_steps else "at the end",
@@ -89,3 +93,31 @@ def feature_table(config: Config) -> Table:
     for row in rows:
         table.add_row(*row)
     return table
+
+
+def describe_offload(run: Run) -> list[tuple[str, str]]:
+    """How much of the schedule goes through host memory; nothing where no policy offloads."""
+    if not any(
+        getattr(run.config.activations, f.name) in ("offload", "fp8_offload")
+        for f in dataclasses.fields(ActivationsConfig)
+    ):
+        return []
+    steps = [step for line in run.schedule.stages for step in line if isinstance(step, Action)]
+    moved = sum(action.kind is Kind.OFFLOAD for action in steps)
+    if not moved:
+        return [("offload", "asked for, but every backward follows its forward too closely to gain by it")]
+    total = run.num_microbatches * run.schedule.num_virtual_stages
+    return [
+        (
+            "offload",
+            f"{moved} of {total} microbatch passes, reloaded {run.config.schedule.prefetch_depth} ahead",
+        )
+    ]
+
+
+def describe_states(optimizer: Optimizer, host_adam: str) -> str:
+    """Where the states live and their bytes; ranks own about as much as each other, so one speaks for all."""
+    size = f"{optimizer.state_bytes / 1e6:,.1f} MB on rank 0"
+    if not optimizer.states_on_host:
+        return f"on the device, {size}"
+    return f"in host memory, {size}, through {optimizer.staging_bytes / 1e6:,.1f} MB on the device; AdamW by {host_adam}"

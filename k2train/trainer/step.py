@@ -13,6 +13,7 @@ import torch
 
 from k2train.model.context import MicrobatchContext, Statistics
 from k2train.model.routing import load_violation
+from k2train.model.saved import KeepEverything
 from k2train.runtime.executor import run_actions
 from k2train.runtime.recorder import Recorder
 from k2train.runtime.stage import StepInputs
@@ -99,6 +100,7 @@ def step_inputs(run: Run, batch: torch.Tensor, statistics: Statistics) -> StepIn
             loss_scale=1.0 / train.global_batch_tokens,
             balance_loss_scale=train.balance_loss_alpha / (run.num_microbatches * run.groups.dp.size),
             targets=microbatches[microbatch][:, 1:],
+            saved=KeepEverything() if run.activations is None else run.activations.microbatch(virtual_stage),
         )
 
     return StepInputs(

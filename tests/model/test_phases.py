@@ -120,6 +120,9 @@ class ReversedRoute:
     offsets: torch.Tensor
     counts: list[int]
 
+    def settle(self):
+        pass
+
 
 class ReversedExperts:
     """Holds the experts in reverse order, so rows really move; a stand-in for an exchange of uneven splits."""

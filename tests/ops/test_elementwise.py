@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from k2train.config.compose import load_config
 from k2train.config.model import YarnConfig
 from k2train.ops.cross_entropy import linear_cross_entropy
-from k2train.ops.norm import rms_norm, rms_norm_reference
+from k2train.ops.norm import inverse_rms, rms_norm, rms_norm_reference
 from k2train.ops.permute import gather_rows, gather_slots, scale_rows, sort_slots, sum_slots
 from k2train.ops.rotary import rotary_keys, rotary_queries, rotary_tables, softmax_scale
 from k2train.ops.routing import attach_loss, chosen_weights, sequence_balance_loss
@@ -40,7 +40,7 @@ def num_saved(function) -> int:
 
 def test_gradcheck_of_every_custom_function():
     check = torch.autograd.gradcheck
-    assert check(lambda x, w: rms_norm(x, w, 1e-3), (leaf(4, 5), leaf(5)))
+    assert check(lambda x, w: rms_norm(x, inverse_rms(x, 1e-3), w), (leaf(4, 5), leaf(5)))
     assert check(swiglu, (leaf(3, 10),))
     cos, sin = torch.rand(6, 2, dtype=torch.float64), torch.rand(6, 2, dtype=torch.float64)
     assert check(lambda q: rotary_queries(q, cos, sin), (leaf(2, 6, 3, 7),))
@@ -95,10 +95,10 @@ def test_linear_cross_entropy_of_hopeless_tokens_is_finite():
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_norm_and_swiglu_equal_their_references(dtype):
     x, weight, gate_up = leaf(9, 24, dtype=dtype), leaf(24, dtype=dtype), leaf(9, 26, dtype=dtype)
-    torch.testing.assert_close(rms_norm(x, weight, 1e-6), rms_norm_reference(x, weight, 1e-6))
+    torch.testing.assert_close(rms_norm(x, inverse_rms(x, 1e-6), weight), rms_norm_reference(x, weight, 1e-6))
     torch.testing.assert_close(swiglu(gate_up), swiglu_reference(gate_up))
     dy = torch.randn(9, 24, dtype=dtype)
-    got = torch.autograd.grad(rms_norm(x, weight, 1e-6), (x, weight), dy)
+    got = torch.autograd.grad(rms_norm(x, inverse_rms(x, 1e-6), weight), (x, weight), dy)
     want = torch.autograd.grad(rms_norm_reference(x, weight, 1e-6), (x, weight), dy)
     for one, other in zip(got, want, strict=True):
         # The reference rounds each step to bfloat16, ours once.
@@ -107,7 +107,7 @@ def test_norm_and_swiglu_equal_their_references(dtype):
 
 def test_operations_save_what_they_say_and_no_more():
     x, weight = leaf(4, 6), leaf(6)
-    assert num_saved(lambda: rms_norm(x, weight, 1e-6)) == 2
+    assert num_saved(lambda: rms_norm(x, inverse_rms(x, 1e-6), weight)) == 2
     assert num_saved(lambda: rms_norm_reference(x, weight, 1e-6)) > 3
     assert num_saved(lambda: swiglu(x)) == 1
     assert num_saved(lambda: swiglu_reference(x)) > 1

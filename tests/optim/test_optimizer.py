@@ -255,11 +255,6 @@ def test_masters_can_be_read_again_after_an_import(one_rank) -> None:
     assert all((tensor == 0.5).all() for tensor in rank.weights().values())
 
 
-def test_host_states_are_refused_honestly(one_rank, optim_config) -> None:
-    with pytest.raises(ConfigError, match="not available yet"):
-        one_rank(optim=dataclasses.replace(optim_config, states="host"))
-
-
 def build_from(pieces: list[Piece], rank, optim_config) -> None:
     def build(world) -> None:
         groups = build_groups(RankGrid(pp=1, edp=1, ep=1), world)

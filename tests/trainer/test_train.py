@@ -168,7 +168,7 @@ def test_a_run_can_start_from_the_weights_of_another(words: list[str], tmp_path:
         (["world=processes"], "needs a launcher"),
         (["train.init_from=nowhere"], "nowhere"),
         (["data.blend=[{prefix: nowhere}]"], "nowhere"),
-        (["optim.states=host"], "optim.states"),
+        (["optim.host_adam=deepspeed"], "optim.states=host"),
         (["model.vocab_size=100"], "model.vocab_size"),
         (["run_dir=/proc/nothing"], "cannot be written"),
     ],

@@ -1,0 +1,62 @@
+"""The activation store of a rank, where a policy asks for one."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterable
+
+import torch
+
+from k2train.activations.arena import HostArena
+from k2train.activations.offload import OffloadEngine
+from k2train.activations.store import ActivationStore
+from k2train.config.schema import Config
+from k2train.config.sections import ActivationsConfig
+from k2train.layout.layout import Layout
+from k2train.parallel.communicator import Communicator
+from k2train.schedule.actions import Step
+from k2train.schedule.offload import peak_offloaded
+
+
+def build_activations(
+    config: Config, layout: Layout, line: Iterable[Step], device: torch.device
+) -> ActivationStore | None:
+    """The store of a rank whose stage executes `line`; None where every tensor is kept as it is, which is autograd's own way.
+
+    Host memory is limited to the rank's share of the node that the config describes.
+    """
+    policies = config.activations
+    if all(policy == "keep" for policy in dataclasses.asdict(policies).values()):
+        return None
+    limit = round(config.cluster.host_memory_bytes / min(config.cluster.gpus_per_node, layout.world))
+    arena = HostArena(pinned=device.type == "cuda", limit_bytes=limit)
+    return ActivationStore(policies, OffloadEngine(device, arena), peak_offloaded(line))
+
+
+def host_traffic(store: ActivationStore | None) -> dict[str, int]:
+    """A step's metrics of this rank's offloading, counted anew from here; empty where nothing can be offloaded.
+
+    offloaded_bytes: copied to the host. host_bytes_peak: the most in host buffers at once, since the start.
+    """
+    if store is None:
+        return {}
+    engine = store.engine
+    metrics = {"offloaded_bytes": engine.bytes_out, "host_bytes_peak": engine.arena.peak_bytes}
+    engine.reset_counters()
+    return metrics
+
+
+def non_finite_tiles(
+    store: ActivationStore | None, world: Communicator, device: torch.device
+) -> dict[str, int]:
+    """Tiles with a value that is not finite that FP8 storage has met in the run, by name, over all ranks.
+
+    Every rank must call it: one sum over the world where there is a store. Waits for the device.
+    """
+    if store is None:
+        return {}
+    names = [field.name for field in dataclasses.fields(ActivationsConfig)]
+    mine = store.non_finite_tiles()
+    counts = torch.tensor([mine.get(name, 0) for name in names], dtype=torch.int64, device=device)
+    world.all_reduce(counts)
+    return {name: count for name, count in zip(names, counts.tolist(), strict=True) if count}

@@ -1,0 +1,137 @@
+"""Refuse at start-up what this machine's host memory cannot hold, with the numbers, before any tensor is made.
+
+Counted is what the plan counts: optimizer states that live in host memory (on a CPU device they all do) and the most
+bytes of activations that are offloaded at once, of every rank on this machine. They are compared with the node of the config
+(`cluster.host_memory_bytes`) and with what the machine has available at this moment. Everything is computed from the
+config, so no rank has to ask another; and the step is simulated only where something is offloaded.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+from collections import Counter
+from collections.abc import Mapping
+from pathlib import Path
+
+import torch
+
+from k2train.config.errors import ConfigError
+from k2train.config.schema import Config
+from k2train.estimate.states import stage_states
+from k2train.layout.layout import Layout
+from k2train.planner.assemble import assemble, schedule_spec
+from k2train.schedule.simulate import simulate
+from k2train.trainer.worlds import WorldKind
+
+MICROBATCHES_PER_STAGE = 4
+"""So many for each stage reach the most that is offloaded at once, which is early in the steady phase."""
+
+
+@dataclasses.dataclass(frozen=True)
+class HostNeed:
+    """Bytes that the ranks of one machine keep in its host memory."""
+
+    activations: int
+    optimizer: int
+    num_ranks: int
+
+    @property
+    def total(self) -> int:
+        return self.activations + self.optimizer
+
+
+@dataclasses.dataclass(frozen=True)
+class HostRoom:
+    """Bytes of one machine: what the config says a node has, and what is available now."""
+
+    cluster: int
+    available: int
+
+
+def check_host_memory(
+    config: Config, layout: Layout, kind: WorldKind, device: torch.device, environment: Mapping[str, str]
+) -> None:
+    """Raise ConfigError where this machine cannot hold what its ranks will keep in host memory.
+
+    Every process calls it with its launcher's environment; it communicates with nobody.
+    """
+    need = host_need(config, layout, ranks_here(layout, kind, environment), device)
+    room = HostRoom(round(config.cluster.host_memory_bytes), available_bytes())
+    movable = config.optim.states == "host" and device.type != "cpu"
+    refuse_too_little(need, room, movable)
+
+
+def refuse_too_little(need: HostNeed, room: HostRoom, movable: bool) -> None:
+    """Raise ConfigError for more bytes than either limit. movable: whether the states could live on the device instead."""
+    if need.total <= min(room.cluster, room.available):
+        return
+    if need.total > room.cluster:
+        field, limit = "cluster.host_memory_bytes", room.cluster
+    else:
+        field, limit = "host memory", room.available
+    remedies = ["set optim.states=device"] if movable else []
+    if need.activations:
+        remedies.append("offload less (activations=recompute_fp8 or activations=none)")
+    raise ConfigError(field, _gb(limit),
+                      f"{need.num_ranks} rank(s) on this machine keep {_gb(need.total)} in host memory: {_gb(need.activations)} "
+                      f"of offloaded activations and {_gb(need.optimizer)} of optimizer states; the config gives a node "
+                      f"{_gb(room.cluster)}, and {_gb(room.available)} are available",
+                      "; or ".join([*remedies, "use more nodes (layout.nodes)"]))  # fmt: skip
+
+
+def host_need(config: Config, layout: Layout, ranks: range, device: torch.device) -> HostNeed:
+    """What these ranks keep in host memory."""
+    by_stage = Counter(rank // layout.dp for rank in ranks)
+    optimizer = 0
+    if config.optim.states == "host" or device.type == "cpu":
+        optimizer = sum(states_bytes(config, layout, stage, count) for stage, count in by_stage.items())
+    peaks = offload_peaks(config, layout)
+    activations = sum(peaks[stage] * count for stage, count in by_stage.items())
+    return HostNeed(activations, optimizer, len(ranks))
+
+
+def states_bytes(config: Config, layout: Layout, stage: int, num_ranks: int) -> int:
+    """Optimizer states of some ranks of a stage: of the fullest, but no more than the whole stage has."""
+    pieces = [layout.virtual_stages[index] for index in layout.virtual_stages_of(stage)]
+    owners = (layout.dp, layout.edp)
+    states = stage_states(pieces, config.model, config.optim, config.train.dtype, layout.ep, owners)
+    return min(num_ranks * states.optimizer_bytes, round(layout.dp * states.optimizer_mean_bytes))
+
+
+def offload_peaks(config: Config, layout: Layout) -> tuple[int, ...]:
+    """The most bytes a rank of each stage has offloaded at once; a short step is simulated, if anything is offloaded."""
+    train = config.train
+    tokens = train.seq_len * train.microbatch_size * layout.dp
+    num_microbatches = min(train.global_batch_tokens // tokens, MICROBATCHES_PER_STAGE * layout.pp)
+    if not schedule_spec(config, num_microbatches).offload:
+        return (0,) * layout.pp
+    short = dataclasses.replace(train, global_batch_tokens=num_microbatches * tokens)
+    assembly = assemble(dataclasses.replace(config, train=short))
+    return tuple(simulate(assembly.schedule, assembly.costs).peak_host_bytes)
+
+
+def ranks_here(layout: Layout, kind: WorldKind, environment: Mapping[str, str]) -> range:
+    """The ranks on this machine: all of them where they are threads, else as many as the launcher started here."""
+    if kind != "processes":
+        return range(layout.world)
+    rank, local = (int(environment.get(name, "0")) for name in ("RANK", "LOCAL_RANK"))
+    first = rank - local
+    return range(first, min(first + int(environment.get("LOCAL_WORLD_SIZE", "1")), layout.world))
+
+
+def available_bytes(meminfo: Path = Path("/proc/meminfo")) -> int:
+    """Memory that programs can still have on this machine; where the system does not say, all that it has."""
+    try:
+        lines = meminfo.read_text(encoding="ascii").splitlines()
+    except OSError:
+        lines = []
+    for line in lines:
+        name, _, rest = line.partition(":")
+        if name == "MemAvailable":
+            return int(rest.split()[0]) * 1024
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+
+
+def _gb(num_bytes: int) -> str:
+    return f"{num_bytes / 1e9:.3f} GB"

@@ -1,0 +1,61 @@
+"""What both tests of FP8 storage compare with, handed to tests as functions: a loop over tiles, and the error bound."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+import torch
+
+TILE = 128
+
+
+def _looped(x_RW: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Codes (R, W) uint8 and scales (R, N) FP32 of finite rows: torch's own cast, one tile after the other."""
+    codes_RW = torch.empty(x_RW.shape, dtype=torch.uint8)
+    scales = []
+    for row in range(x_RW.shape[0]):
+        for start in range(0, x_RW.shape[1], TILE):
+            tile = x_RW[row, start : start + TILE].float()
+            scale = (tile.abs().max() / 448).clamp(min=2.0**-126)
+            scales.append(scale)
+            scaled = (tile / scale).clamp(-448, 448)
+            codes_RW[row, start : start + TILE] = scaled.to(torch.float8_e4m3fn).view(torch.uint8)
+    return codes_RW, torch.tensor(scales).view(x_RW.shape[0], -(-x_RW.shape[1] // TILE))
+
+
+def _spread(scales_RN: torch.Tensor, width: int) -> torch.Tensor:
+    """The scale of every element (R, W)."""
+    return scales_RN.repeat_interleave(TILE, dim=1)[:, :width]
+
+
+def _bound(x_RW: torch.Tensor, scales_RN: torch.Tensor) -> torch.Tensor:
+    """The largest error of each element (R, W), float64.
+
+    E4M3 has 3 fraction bits: a number in [2^e, 2^(e+1)), e >= -6, is at most half of 2^(e-3) away from the nearest
+    code, which is 2^-4 of it at most. Below 2^-6 codes are 2^-9 apart, half of it 2^-10, times the scale. Three FP32
+    roundings (a float64's, the division's, the product's) move the value, at most 2 |x| or 2^-6 scales where it
+    matters, by 2^-24 of it each; 2^-18 of the bound covers them. The cast back to a dtype with machine epsilon eps
+    adds eps / 2 of the value, and below the dtype's normal numbers half its smallest subnormal (FP32's for float64,
+    whose product is FP32 too).
+    """
+    size_RW = x_RW.double().abs()
+    steps_RW = _spread(scales_RN, x_RW.shape[1]).double() * 2.0**-10
+    error_RW = torch.maximum(size_RW * 2.0**-4, steps_RW) * (1 + 2.0**-18)
+    info = torch.finfo(torch.float32 if x_RW.dtype == torch.float64 else x_RW.dtype)
+    return error_RW + (size_RW + error_RW) * info.eps / 2 + info.tiny * info.eps / 2
+
+
+@pytest.fixture(scope="session")
+def looped() -> Callable[[torch.Tensor], tuple[torch.Tensor, torch.Tensor]]:
+    return _looped
+
+
+@pytest.fixture(scope="session")
+def spread() -> Callable[[torch.Tensor, int], torch.Tensor]:
+    return _spread
+
+
+@pytest.fixture(scope="session")
+def bound() -> Callable[[torch.Tensor, torch.Tensor], torch.Tensor]:
+    return _bound

@@ -1,0 +1,100 @@
+"""What a rank holds between forward and backward, action by action, against the simulator's curve for the same list."""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+
+import pytest
+
+from k2train.config.compose import load_config
+from k2train.model.context import Statistics
+from k2train.parallel.groups import build_groups
+from k2train.parallel.threads import run_threads
+from k2train.planner.assemble import Assembly, assemble
+from k2train.planner.memory import level_at
+from k2train.schedule.actions import COMPUTE, Kind, Pair, parts
+from k2train.schedule.costs import Costs
+from k2train.schedule.simulate import simulate
+from k2train.trainer.build import build_layouts, build_run, choose_device, open_corpus
+from k2train.trainer.step import run_schedule
+
+
+class Meter:
+    """Stands where a recorder stands: notes what is held whenever a compute step is about to begin, and at the end."""
+
+    def __init__(self, run) -> None:
+        self.run = run
+        self.levels: list[int] = []
+
+    def wait(self, message):
+        return message.wait()
+
+    def watch(self, steps):
+        for step in steps:
+            if isinstance(step, Pair) or step.kind in COMPUTE:
+                self.note()
+            yield step
+        self.note()
+
+    def note(self) -> None:
+        self.levels.append(self.run.activations.device_bytes + self.run.training.queue.num_bytes())
+
+
+def measured(config) -> list[list[int]]:
+    """The levels of every stage in one step."""
+    layout, schedule = build_layouts(config)
+    corpus = open_corpus(config)
+
+    def run_rank(world):
+        run = build_run(config, layout, schedule, corpus, build_groups(layout.grid, world), world.device)
+        meter = Meter(run)
+        run_schedule(run, 0, Statistics(), meter)
+        return meter.levels
+
+    return run_threads(layout.world, run_rank, choose_device(config))
+
+
+def planned(assembly: Assembly) -> list[list[int]]:
+    """The simulator's levels at the same moments: copies take no time, as on a CPU, and no layer is at work.
+
+    A step that starts the moment its predecessor ends has already taken its forward's bytes then, so they are left out.
+    """
+    still = dict.fromkeys(
+        ("forward_transient_bytes", "backward_transient_bytes", "offload_seconds", "reload_seconds"), 0
+    )
+    costs = tuple(dataclasses.replace(cost, **still) for cost in assembly.costs.virtual_stages)
+    simulation = simulate(assembly.schedule, Costs(costs), record=True)
+    soon = 1e-9 * simulation.makespan_seconds  # ends are sums in another order than the curve's times
+    curves = []
+    for stage, curve in enumerate(simulation.memory):
+        steps = [step for step in simulation.steps() if step[0] == stage]
+        levels = [0]
+        for (_, _, _, end), following in itertools.zip_longest(steps, steps[1:]):
+            taken = 0
+            if following is not None and following[2] <= end + soon:
+                forwards = [action for action in parts(following[1]) if action.kind is Kind.F]
+                taken = sum(
+                    costs[f.virtual_stage].activation_bytes + costs[f.virtual_stage].offload_bytes
+                    for f in forwards
+                )
+            levels.append(level_at(curve, end + soon) - taken)
+        curves.append(levels)
+    return curves
+
+
+@pytest.mark.parametrize("activations", ["recompute", "recompute_fp8", "recompute_offload", "offload", "k2"])
+@pytest.mark.parametrize(
+    ("schedule", "pp", "vpp"), [("k2", 2, 2), ("1f1b", 3, 1), ("interleaved_1f1b", 2, 2)]
+)
+def test_memory_follows_the_simulators_curve(words, activations, schedule, pp, vpp):
+    """Within 5 % of the curve's peak at every step of the list, and the peak itself within 5 %."""
+    config = load_config([*words, f"activations={activations}", f"schedule={schedule}", f"layout.pp={pp}", f"layout.vpp={vpp}",
+                          "model.num_hidden_layers=6", "train.microbatch_size=1"])  # fmt: skip
+    for mine, plan in zip(measured(config), planned(assemble(config)), strict=True):
+        assert len(mine) == len(plan)
+        peak = max(plan)
+        assert peak > 0
+        assert max(mine) == pytest.approx(peak, rel=0.05)
+        for level, expected in zip(mine, plan, strict=True):
+            assert abs(level - expected) <= 0.05 * peak, (mine, plan)
