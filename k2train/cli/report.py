@@ -1,4 +1,4 @@
-"""`k2train report`: a finished or running run again, from its metrics.jsonl."""
+"""`k2train report`: a finished or running run again, from its metrics.jsonl; `k2train report memory` is in report_memory."""
 
 from __future__ import annotations
 
@@ -16,7 +16,8 @@ from k2train.config.help import render_help
 from k2train.telemetry.metrics import read_metrics
 from k2train.telemetry.plot import draw_loss_curve
 
-USAGE = "k2train report run_dir=DIR [rows=N]"
+USAGE = """k2train report run_dir=DIR [rows=N]
+       k2train report memory [key=value ...]   bytes of every saved activation of a config"""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -28,7 +29,11 @@ class ReportConfig:
 
 
 def run(args: list[str]) -> int:
-    """Print a table of the run's steps and draw its loss curve anew."""
+    """Print a table of the run's steps and draw its loss curve anew; with the word memory first, report_memory."""
+    if args[:1] == ["memory"]:
+        from k2train.cli.report_memory import run as report_memory
+
+        return report_memory(args[1:])
     if any(word in ("-h", "--help") for word in args):
         print(render_help(ReportConfig, "Show a run again.", USAGE))
         return 0

@@ -1,0 +1,61 @@
+"""`k2train report memory`: bytes of every saved activation under the chosen policies, predicted beside measured."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+from rich.console import Console
+from rich.table import Table
+
+from k2train.config.compose import config_dir, group_options, load_config
+from k2train.config.help import render_help
+from k2train.config.schema import Config
+from k2train.planner.tables import new_table
+from k2train.trainer.memory_report import MemoryReport, NameBytes, measure_memory
+
+USAGE = "k2train report memory [group=name ...] [key=value ...]"
+WIDTH = 110
+COLUMNS = ("computed", "planned", "predicted_device", "measured_device", "predicted_host", "measured_host")
+
+
+def run(args: list[str]) -> int:
+    """Measure the config's layers and print a table for each kind."""
+    if any(word in ("-h", "--help") for word in args):
+        print(
+            render_help(
+                Config, "Show what lives between forward and backward.", USAGE, group_options(config_dir())
+            )
+        )
+        return 0
+    from k2train.trainer.build import check_supported, choose_device
+
+    config: Config = load_config(args)
+    check_supported(config)
+    report = measure_memory(config, choose_device(config))
+    console = Console(width=None if Console().is_terminal else WIDTH)
+    for kind, rows in report.layers.items():
+        console.print(memory_table(kind, report, rows))
+    console.print(
+        f"largest difference between predicted and measured: {100 * report.largest_difference:.2f} % of a name's bytes",
+        highlight=False,
+    )
+    return 0
+
+
+def memory_table(what: str, report: MemoryReport, rows: Iterable[NameBytes]) -> Table:
+    """One layer's names, largest first in the config's order, and their sums."""
+    at = "the config's widths" if report.divisor == 1 else f"1/{report.divisor} of the widths"
+    title = f"{what}, bytes a token: computed and kept as configured; plan against run at {at}"
+    headings = ["name", "policy", "computed", "kept", "device: plan", "run", "host: plan", "run"]
+    table = new_table(title, headings, text_columns=2)
+    rows = list(rows)
+    for row in rows:
+        table.add_row(row.name, row.policy, *(_number(getattr(row, column)) for column in COLUMNS))
+    sums = [sum(getattr(row, column) for row in rows) for column in COLUMNS]
+    table.add_section()
+    table.add_row("all names", "", *map(_number, sums), style="bold")
+    return table
+
+
+def _number(value: float) -> str:
+    return f"{value:,.0f}"

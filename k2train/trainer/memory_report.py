@@ -1,0 +1,185 @@
+"""Bytes of every saved tensor, predicted beside measured: what `k2train report memory` prints.
+
+Measured means: one microbatch forward through one dense and one MoE layer of the config, with the store that training uses and
+the offload executed, and then the tensors counted that are really held, here and on the host. A model whose layers are too
+large for that is measured at a fraction of its widths (hidden, latents, feed-forwards, number of heads; head sizes, experts and
+choices stay), and the prediction beside it is for the same widths.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections import defaultdict
+from collections.abc import Mapping
+
+import torch
+
+from k2train.activations.arena import HostArena
+from k2train.activations.offload import OffloadEngine
+from k2train.activations.store import ActivationStore
+from k2train.config.model import ModelConfig
+from k2train.config.schema import Config
+from k2train.config.sections import ActivationsConfig
+from k2train.estimate.activations import SavedTensor, saved_tensors
+from k2train.estimate.layer_ops import Workload, workload
+from k2train.layout.tensors import layer_tensors
+from k2train.model.context import MicrobatchContext
+from k2train.model.model import build_model, forward
+from k2train.model.pieces import whole_model
+from k2train.ops.dtypes import DTYPES
+from k2train.ops.weight_grad import PlainGradients
+
+MAX_ELEMENTS = 1 << 27
+"""Parameters of the layers that are measured, at most."""
+MAX_TOKENS = 256
+VOCABULARY = 256
+
+
+@dataclasses.dataclass(frozen=True)
+class NameBytes:
+    """One name of one layer. Bytes a token."""
+
+    name: str
+    policy: str
+    computed: float
+    """As computed, at the config's own widths."""
+    planned: float
+    """Kept, wherever that is, at the config's own widths."""
+    predicted_device: float
+    measured_device: float
+    predicted_host: float
+    measured_host: float
+
+    @property
+    def difference(self) -> float:
+        """Measured against predicted, relative."""
+        pairs = ((self.measured_device, self.predicted_device), (self.measured_host, self.predicted_host))
+        return max(abs(mine - plan) / plan if plan else float(mine != 0) for mine, plan in pairs)
+
+
+@dataclasses.dataclass(frozen=True)
+class MemoryReport:
+    """`divisor` of the widths at which was measured; the names of each kind of layer, "MoE layer" and "dense layer"."""
+
+    divisor: int
+    tokens: int
+    layers: Mapping[str, tuple[NameBytes, ...]]
+
+    @property
+    def largest_difference(self) -> float:
+        return max(row.difference for rows in self.layers.values() for row in rows)
+
+
+def measure_memory(config: Config, device: torch.device) -> MemoryReport:
+    """Run the layers and count. Raises ConfigError for policies that cannot be."""
+    kinds = layer_kinds(config.model)
+    divisor = smallest_divisor(config.model)
+    small = two_layers(narrowed(config.model, divisor), kinds)
+    here = microbatch(config, small)
+    measured = measured_bytes(small, here, config.activations, device)
+    whole = workload(config.model, config.train, config.layout.ep)
+    layers = {}
+    for layer, kind in enumerate(kinds):
+        moe = kind == "MoE layer"
+        planned = {tensor.name: tensor for tensor in saved_tensors(whole, config.activations, moe)}
+        layers[kind] = tuple(
+            row(tensor, planned[tensor.name], measured.get((layer, tensor.name), (0, 0)), here, whole)
+            for tensor in saved_tensors(here, config.activations, moe)
+        )
+    return MemoryReport(divisor, here.tokens, layers)
+
+
+def layer_kinds(model: ModelConfig) -> list[str]:
+    """The kinds of layer a model has, dense first."""
+    kinds = ["dense layer"] if model.first_k_dense_replace else []
+    return [*kinds, "MoE layer"] if model.num_moe_layers else kinds
+
+
+def smallest_divisor(model: ModelConfig) -> int:
+    """The smallest power of two by which widths must be divided for the layers to fit MAX_ELEMENTS."""
+    divisor = 1
+    while num_elements(narrowed(model, divisor)) > MAX_ELEMENTS:
+        divisor *= 2
+    return divisor
+
+
+def num_elements(model: ModelConfig) -> int:
+    """Parameters of a dense and a MoE layer."""
+    layers = {0, model.num_hidden_layers - 1}
+    return sum(spec.num_elements for layer in layers for spec in layer_tensors(model, layer))
+
+
+def narrowed(model: ModelConfig, divisor: int) -> ModelConfig:
+    """The model with its widths and heads divided, at least 1 each."""
+    names = [
+        "hidden_size",
+        "intermediate_size",
+        "moe_intermediate_size",
+        "kv_lora_rank",
+        "num_attention_heads",
+    ]
+    names += ["q_lora_rank"] * (model.q_lora_rank is not None)
+    return dataclasses.replace(model, **{name: max(getattr(model, name) // divisor, 1) for name in names})
+
+
+def two_layers(model: ModelConfig, kinds: list[str]) -> ModelConfig:
+    """One layer of each kind, and a small vocabulary."""
+    return dataclasses.replace(
+        model,
+        num_hidden_layers=len(kinds),
+        first_k_dense_replace=kinds.count("dense layer"),
+        vocab_size=VOCABULARY,
+    )
+
+
+def microbatch(config: Config, model: ModelConfig) -> Workload:
+    """One sequence of the config's, cut to MAX_TOKENS, on a rank that holds all experts."""
+    train = dataclasses.replace(
+        config.train, seq_len=min(config.train.seq_len, MAX_TOKENS), microbatch_size=1
+    )
+    return workload(model, train, ep=1)
+
+
+def measured_bytes(
+    model: ModelConfig, here: Workload, policies: ActivationsConfig, device: torch.device
+) -> dict[tuple[int | None, str], tuple[int, int]]:
+    """Bytes of every (layer, name) on the device and on the host, after a forward and its offload."""
+    engine = OffloadEngine(device, HostArena(pinned=device.type == "cuda"))
+    store = ActivationStore(policies, engine)
+    built = build_model(model, whole_model(model), DTYPES[here.dtype], device)
+    for parameter in {piece.parameter for piece in built.pieces()}:
+        torch.nn.init.normal_(parameter, std=model.initializer_range)
+    tokens_BS1 = torch.randint(VOCABULARY, (1, here.tokens + 1), device=device)
+    context = MicrobatchContext(
+        1,
+        PlainGradients(),
+        targets=tokens_BS1[:, 1:],
+        balance_loss_scale=float(here.balance_loss),
+        saved=store.microbatch(),
+    )
+    # The records hold what the backward would need; they must live until everything is counted.
+    _, records = forward(built, (tokens_BS1[:, :-1],), context)
+    context.saved.offload()
+    found: dict[tuple[int | None, str], tuple[int, int]] = defaultdict(lambda: (0, 0))
+    for entry in store.entries():
+        place = entry.origin.layer, entry.origin.name
+        on_device, on_host = found[place]
+        found[place] = on_device + entry.device_bytes, on_host + entry.host_bytes
+    context.saved.drop()
+    records.clear()
+    return found
+
+
+def row(
+    tensor: SavedTensor, planned: SavedTensor, measured: tuple[int, int], here: Workload, whole: Workload
+) -> NameBytes:
+    return NameBytes(
+        tensor.name,
+        tensor.policy,
+        planned.full_bytes / whole.tokens,
+        planned.stored_bytes / whole.tokens,
+        tensor.device_bytes / here.tokens,
+        measured[0] / here.tokens,
+        tensor.host_bytes / here.tokens,
+        measured[1] / here.tokens,
+    )
