@@ -79,7 +79,9 @@ class GroupedWeightGrad:
         return (self.x, self.dy, self.offsets)
 
     def accumulate(self, sink: GradientSink) -> None:
-        if isinstance(sink, BufferedSink) and not _fast_weight_grad(self.x, self.dy):
+        # On a CPU a loop that adds into the buffer beats one product that first needs a buffer of its own.
+        loop = self.x.device.type == "cpu" or not _fast_weight_grad(self.x, self.dy)
+        if isinstance(sink, BufferedSink) and loop:
             _add_products(sink.buffer(self.weight), self.dy, self.x, self.offsets)
         else:
             sink.add(self.weight, grouped_weight_grad(self.dy, self.x, self.offsets))
