@@ -124,16 +124,15 @@ def _future_mask(rows: int, wide: torch.dtype, device: torch.device) -> torch.Te
 
 def _scores(
     tile: _Tile,
-    scaled_q_GRK: torch.Tensor,
+    q_GRK: torch.Tensor,
     k_GEK: torch.Tensor,
+    scale: float,
     future_RR: torch.Tensor,
     scratch: torch.Tensor,
 ) -> torch.Tensor:
-    """Logits of a tile (G, R, end) in `scratch`, minus infinity after each row's own position.
-
-    The scale comes with the queries: a tile of them is smaller than its scores.
-    """
-    scores_GRE = torch.bmm(scaled_q_GRK, k_GEK.transpose(1, 2), out=tile.scores(scratch))
+    """Scaled logits of a tile (G, R, end) in `scratch`, minus infinity after each row's own position."""
+    scores_GRE = tile.scores(scratch)
+    scores_GRE.baddbmm_(q_GRK, k_GEK.transpose(1, 2), beta=0, alpha=scale)
     rows = tile.end - tile.start
     scores_GRE[:, :, tile.start :].add_(future_RR[:rows, :rows])
     return scores_GRE
@@ -151,12 +150,17 @@ def _softmax_gradient(dp_GRE: torch.Tensor, p_GRE: torch.Tensor) -> torch.Tensor
     return torch._softmax_backward_data(dp_GRE, p_GRE, -1, p_GRE.dtype)
 
 
-def _add_product(total_GEF: torch.Tensor, a_GER: torch.Tensor, b_GRF: torch.Tensor, is_first: bool) -> None:
-    """total (+)= a b: the tile that sees every key comes first, and sets what the others add to."""
+def _add_product(
+    total_GEF: torch.Tensor, a_GER: torch.Tensor, b_GRF: torch.Tensor, factor: float, is_first: bool
+) -> None:
+    """total (+)= factor a b. The tile that sees every key comes first and sets what the others add to.
+
+    Those see fewer keys, so their part of total has gaps, over which a CPU's product would go matrix by matrix.
+    """
     if is_first:
-        torch.bmm(a_GER, b_GRF, out=total_GEF)
+        total_GEF.baddbmm_(a_GER, b_GRF, beta=0, alpha=factor)
     else:
-        total_GEF.baddbmm_(a_GER, b_GRF)
+        total_GEF.add_(torch.bmm(a_GER, b_GRF), alpha=factor)
 
 
 class _CausalAttention(torch.autograd.Function):
@@ -178,7 +182,7 @@ class _CausalAttention(torch.autograd.Function):
         scratch = q.new_empty(tiling.elements, dtype=wide)
         for tile in tiling:
             k_t, v_t = tile.keys(k).to(wide), tile.keys(v).to(wide)
-            scores = _scores(tile, tile.rows(q).to(wide) * scale, k_t, future_RR, scratch)
+            scores = _scores(tile, tile.rows(q).to(wide), k_t, scale, future_RR, scratch)
             max_t = max_BH[tile.sequences, tile.heads]
             torch.maximum(max_t, scores.flatten(1).amax(1).view(max_t.shape), out=max_t)
             out_t = torch.bmm(_softmax(scores), v_t).unflatten(0, max_t.shape)
@@ -200,12 +204,12 @@ class _CausalAttention(torch.autograd.Function):
         scratch_p, scratch_ds = (q.new_empty(tiling.elements, dtype=wide) for _ in range(2))
         for tile in tiling:
             is_first = tile.end == tiling.length
-            q_t, do_t = tile.rows(q).to(wide) * ctx.scale, tile.rows(do_BHSV).to(wide)
+            q_t, do_t = tile.rows(q).to(wide), tile.rows(do_BHSV).to(wide)
             k_t, v_t = tile.keys(k).to(wide), tile.keys(v).to(wide)
-            p = _softmax(_scores(tile, q_t, k_t, future_RR, scratch_p))
-            _add_product(tile.keys(dv), p.transpose(1, 2), do_t, is_first)
+            p = _softmax(_scores(tile, q_t, k_t, ctx.scale, future_RR, scratch_p))
+            _add_product(tile.keys(dv), p.transpose(1, 2), do_t, 1.0, is_first)
             dp = torch.bmm(do_t, v_t.transpose(1, 2), out=tile.scores(scratch_ds))
             ds = _softmax_gradient(dp, p)
             torch.mul(torch.bmm(ds, k_t), ctx.scale, out=tile.rows(dq))
-            _add_product(tile.keys(dk), ds.transpose(1, 2), q_t, is_first)
+            _add_product(tile.keys(dk), ds.transpose(1, 2), q_t, ctx.scale, is_first)
         return dq.to(q.dtype), dk.to(k.dtype), dv.to(v.dtype), None, None
