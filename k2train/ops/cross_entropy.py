@@ -16,10 +16,7 @@ import torch.nn.functional as F
 
 from k2train.ops.weight_grad import accumulation_dtype, add_product_into
 
-CUDA_CHUNK_ELEMENTS = 2**25
-# A chunk of 1 MiB in FP32 stays in a core's cache, through all passes over it; fewer rows make poor products.
-CPU_CHUNK_ELEMENTS = 2**18
-CPU_CHUNK_ROWS = 128
+CHUNK_ELEMENTS = 2**25
 IGNORED_TARGET = -100
 
 
@@ -29,7 +26,7 @@ def linear_cross_entropy(
     targets_T: torch.Tensor,
     scale: float = 1.0,
     weight_grad_VD: torch.Tensor | None = None,
-    chunk_elements: int | None = None,
+    chunk_elements: int = CHUNK_ELEMENTS,
 ) -> torch.Tensor:
     """scale * sum over tokens of -log softmax(hidden W^T)[target], a scalar in FP32 (FP64 for float64).
 
@@ -37,13 +34,7 @@ def linear_cross_entropy(
     added there during the forward and the weight gets none from autograd: for a loss that is the root of the graph.
     chunk_elements bounds the logits alive at once (one token's at least).
     """
-    if chunk_elements is None:
-        chunk_elements = CUDA_CHUNK_ELEMENTS if hidden_TD.is_cuda else _cpu_chunk_elements(weight_VD.shape[0])
     return _LinearCrossEntropy.apply(hidden_TD, weight_VD, targets_T, scale, weight_grad_VD, chunk_elements)
-
-
-def _cpu_chunk_elements(vocab_size: int) -> int:
-    return max(CPU_CHUNK_ELEMENTS, CPU_CHUNK_ROWS * vocab_size)
 
 
 def _chunk_loss(
