@@ -59,27 +59,19 @@ def causal_attention_reference(
 
 
 @dataclasses.dataclass(frozen=True)
-class _Tile:
-    """Rows start:end of some heads of some sequences, against keys :end. G is their number of (sequence, head)s."""
+class _Group:
+    """Some heads of some sequences, whose tiles are its rows cut. G is how many (sequence, head)s there are."""
 
     sequences: slice
     heads: slice
-    start: int
-    end: int
 
-    def rows(self, t_BHSF: torch.Tensor) -> torch.Tensor:
-        """The tile's rows (G, R, F)."""
-        return t_BHSF[self.sequences, self.heads, self.start : self.end].flatten(0, 1)
+    def of(self, t_BHSF: torch.Tensor) -> torch.Tensor:
+        """The group's part (sequences, heads, S, F)."""
+        return t_BHSF[self.sequences, self.heads]
 
-    def keys(self, t_BHSF: torch.Tensor) -> torch.Tensor:
-        """The positions its rows may look at (G, end, F)."""
-        return t_BHSF[self.sequences, self.heads, : self.end].flatten(0, 1)
-
-    def scores(self, scratch: torch.Tensor) -> torch.Tensor:
-        """Room for its scores (G, R, end)."""
-        groups = (self.sequences.stop - self.sequences.start) * (self.heads.stop - self.heads.start)
-        rows = self.end - self.start
-        return scratch[: groups * rows * self.end].view(groups, rows, self.end)
+    def wide(self, t_BHSF: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+        """The group's part (G, S, F) in the type of the arithmetic; a view where that is the tensor's own."""
+        return self.of(t_BHSF).flatten(0, 1).to(dtype)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -98,13 +90,16 @@ class _Tiling:
         """Scores of the largest tile."""
         return self.sequences * self.heads * self.rows * self.length
 
-    def __iter__(self) -> Iterator[_Tile]:
+    def groups(self) -> Iterator[_Group]:
         for sequence in range(0, self.batch, self.sequences):
             sequences = slice(sequence, min(sequence + self.sequences, self.batch))
             for head in range(0, self.num_heads, self.heads):
-                heads = slice(head, min(head + self.heads, self.num_heads))
-                for start in reversed(range(0, self.length, self.rows)):
-                    yield _Tile(sequences, heads, start, min(start + self.rows, self.length))
+                yield _Group(sequences, slice(head, min(head + self.heads, self.num_heads)))
+
+    def row_ranges(self) -> Iterator[tuple[int, int]]:
+        """(first row, rows) of a group's tiles, the last ones first."""
+        for start in reversed(range(0, self.length, self.rows)):
+            yield start, min(self.rows, self.length - start)
 
 
 def _tiling(q_BHSK: torch.Tensor, tile_elements: int) -> _Tiling:
@@ -122,19 +117,26 @@ def _future_mask(rows: int, wide: torch.dtype, device: torch.device) -> torch.Te
     return torch.full((rows, rows), float("-inf"), dtype=wide, device=device).triu_(1)
 
 
+def _room(scratch: torch.Tensor, groups: int, rows: int, end: int) -> torch.Tensor:
+    """(G, R, end) of scratch for a tile's scores."""
+    return scratch[: groups * rows * end].view(groups, rows, end)
+
+
 def _scores(
-    tile: _Tile,
     q_GRK: torch.Tensor,
-    k_GEK: torch.Tensor,
+    k_GKE: torch.Tensor,
     scale: float,
     future_RR: torch.Tensor,
     scratch: torch.Tensor,
 ) -> torch.Tensor:
-    """Scaled logits of a tile (G, R, end) in `scratch`, minus infinity after each row's own position."""
-    scores_GRE = tile.scores(scratch)
-    scores_GRE.baddbmm_(q_GRK, k_GEK.transpose(1, 2), beta=0, alpha=scale)
-    rows = tile.end - tile.start
-    scores_GRE[:, :, tile.start :].add_(future_RR[:rows, :rows])
+    """Scaled logits of a tile (G, R, E) in `scratch`, minus infinity after each row's own position.
+
+    The keys E end with the tile's last row.
+    """
+    groups, rows, _ = q_GRK.shape
+    end = k_GKE.shape[2]
+    scores_GRE = _room(scratch, groups, rows, end).baddbmm_(q_GRK, k_GKE, beta=0, alpha=scale)
+    scores_GRE.narrow(2, end - rows, rows).add_(future_RR[:rows, :rows])
     return scores_GRE
 
 
@@ -150,17 +152,16 @@ def _softmax_gradient(dp_GRE: torch.Tensor, p_GRE: torch.Tensor) -> torch.Tensor
     return torch._softmax_backward_data(dp_GRE, p_GRE, -1, p_GRE.dtype)
 
 
-def _add_product(
-    total_GEF: torch.Tensor, a_GER: torch.Tensor, b_GRF: torch.Tensor, factor: float, is_first: bool
-) -> None:
-    """total (+)= factor a b. The tile that sees every key comes first and sets what the others add to.
+def _add_product(total_GSF: torch.Tensor, a_GER: torch.Tensor, b_GRF: torch.Tensor, factor: float) -> None:
+    """total[:, :E] (+)= factor a b. The tile that sees every key comes first and sets what the others add to.
 
     Those see fewer keys, so their part of total has gaps, over which a CPU's product would go matrix by matrix.
     """
-    if is_first:
-        total_GEF.baddbmm_(a_GER, b_GRF, beta=0, alpha=factor)
+    end = a_GER.shape[1]
+    if end == total_GSF.shape[1]:
+        total_GSF.baddbmm_(a_GER, b_GRF, beta=0, alpha=factor)
     else:
-        total_GEF.add_(torch.bmm(a_GER, b_GRF), alpha=factor)
+        total_GSF.narrow(1, 0, end).add_(torch.bmm(a_GER, b_GRF), alpha=factor)
 
 
 class _CausalAttention(torch.autograd.Function):
@@ -176,17 +177,20 @@ class _CausalAttention(torch.autograd.Function):
         batch, heads, length, _ = q.shape
         wide = accumulation_dtype(q.dtype)
         out_BSHV = v.new_empty(batch, length, heads, v.shape[-1])
-        max_BH = torch.full((batch, heads), float("-inf"), dtype=wide, device=q.device)
+        max_BH = torch.empty(batch, heads, dtype=wide, device=q.device)
         tiling = _tiling(q, tile_elements)
         future_RR = _future_mask(tiling.rows, wide, q.device)
         scratch = q.new_empty(tiling.elements, dtype=wide)
-        for tile in tiling:
-            k_t, v_t = tile.keys(k).to(wide), tile.keys(v).to(wide)
-            scores = _scores(tile, tile.rows(q).to(wide), k_t, scale, future_RR, scratch)
-            max_t = max_BH[tile.sequences, tile.heads]
-            torch.maximum(max_t, scores.flatten(1).amax(1).view(max_t.shape), out=max_t)
-            out_t = torch.bmm(_softmax(scores), v_t).unflatten(0, max_t.shape)
-            out_BSHV[tile.sequences, tile.start : tile.end, tile.heads] = out_t.transpose(1, 2)
+        for group in tiling.groups():
+            q_g, k_g, v_g = (group.wide(t, wide) for t in (q, k, v))
+            k_g, out_g, max_g = k_g.transpose(1, 2), group.of(out_BSHV.transpose(1, 2)), []
+            for start, rows in tiling.row_ranges():
+                k_t = k_g.narrow(2, 0, start + rows)
+                scores = _scores(q_g.narrow(1, start, rows), k_t, scale, future_RR, scratch)
+                max_g.append(scores.flatten(1).amax(1))
+                out_t = torch.bmm(_softmax(scores), v_g.narrow(1, 0, start + rows))
+                out_g.narrow(2, start, rows).copy_(out_t.view(*out_g.shape[:2], rows, -1))
+            group.of(max_BH).copy_(torch.stack(max_g).amax(0).view(out_g.shape[:2]))
         max_H = max_BH.amax(0)
         ctx.mark_non_differentiable(max_H)
         return out_BSHV, max_H
@@ -202,14 +206,17 @@ class _CausalAttention(torch.autograd.Function):
         tiling = _tiling(q, ctx.tile_elements)
         future_RR = _future_mask(tiling.rows, wide, q.device)
         scratch_p, scratch_ds = (q.new_empty(tiling.elements, dtype=wide) for _ in range(2))
-        for tile in tiling:
-            is_first = tile.end == tiling.length
-            q_t, do_t = tile.rows(q).to(wide), tile.rows(do_BHSV).to(wide)
-            k_t, v_t = tile.keys(k).to(wide), tile.keys(v).to(wide)
-            p = _softmax(_scores(tile, q_t, k_t, ctx.scale, future_RR, scratch_p))
-            _add_product(tile.keys(dv), p.transpose(1, 2), do_t, 1.0, is_first)
-            dp = torch.bmm(do_t, v_t.transpose(1, 2), out=tile.scores(scratch_ds))
-            ds = _softmax_gradient(dp, p)
-            torch.mul(torch.bmm(ds, k_t), ctx.scale, out=tile.rows(dq))
-            _add_product(tile.keys(dk), ds.transpose(1, 2), q_t, ctx.scale, is_first)
+        for group in tiling.groups():
+            q_g, k_g, v_g, do_g, dq_g, dk_g, dv_g = (
+                group.wide(t, wide) for t in (q, k, v, do_BHSV, dq, dk, dv)
+            )
+            for start, rows in tiling.row_ranges():
+                q_t, do_t = q_g.narrow(1, start, rows), do_g.narrow(1, start, rows)
+                k_t, v_t = k_g.narrow(1, 0, start + rows), v_g.narrow(1, 0, start + rows)
+                p = _softmax(_scores(q_t, k_t.transpose(1, 2), ctx.scale, future_RR, scratch_p))
+                _add_product(dv_g, p.transpose(1, 2), do_t, 1.0)
+                room = _room(scratch_ds, *p.shape)
+                ds = _softmax_gradient(torch.bmm(do_t, v_t.transpose(1, 2), out=room), p)
+                torch.mul(torch.bmm(ds, k_t), ctx.scale, out=dq_g.narrow(1, start, rows))
+                _add_product(dk_g, ds.transpose(1, 2), q_t, ctx.scale)
         return dq.to(q.dtype), dk.to(k.dtype), dv.to(v.dtype), None, None
