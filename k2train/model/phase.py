@@ -89,7 +89,7 @@ class ComputePhase(abc.ABC):
         with torch.enable_grad(), context.saved.saving(self.layer, self.otherwise):
             entered = _enter(inputs)
             outputs = self.compute(entered, context, slot)
-        record = ComputeRecord([_edge(t) for t in entered], [_edge(t) for t in outputs], own_queue)
+        record = ComputeRecord([_entry(t) for t in entered], [_edge(t) for t in outputs], own_queue)
         return tuple(t.detach() for t in outputs), record
 
     def backward(self, record: ComputeRecord, grad_outputs: Grads, context: MicrobatchContext) -> Grads:
@@ -128,6 +128,12 @@ def _grad(roots: list[tuple[GradientEdge, torch.Tensor]], wanted: list[Any]) -> 
 
 def _edge(tensor: torch.Tensor) -> GradientEdge | None:
     return get_gradient_edge(tensor) if tensor.requires_grad else None
+
+
+def _entry(tensor: torch.Tensor) -> GradientEdge | None:
+    """The edge of a tensor that _Enter made. The graph behind it holds its node, so the edge need not."""
+    node = tensor.grad_fn
+    return None if node is None else GradientEdge(node, tensor.output_nr)
 
 
 class _Enter(torch.autograd.Function):

@@ -79,7 +79,9 @@ class GroupedWeightGrad:
         return (self.x, self.dy, self.offsets)
 
     def accumulate(self, sink: GradientSink) -> None:
-        if isinstance(sink, BufferedSink) and not _fast_weight_grad(self.x, self.dy):
+        # On a CPU a loop that adds into the buffer beats one product that first needs a buffer of its own.
+        loop = self.x.device.type == "cpu" or not _fast_weight_grad(self.x, self.dy)
+        if isinstance(sink, BufferedSink) and loop:
             _add_products(sink.buffer(self.weight), self.dy, self.x, self.offsets)
         else:
             sink.add(self.weight, grouped_weight_grad(self.dy, self.x, self.offsets))
@@ -104,9 +106,14 @@ def _fast_weight_grad(x_MI: torch.Tensor, dy_MO: torch.Tensor) -> bool:
 def _add_products(
     buffer_LOI: torch.Tensor, dy_MO: torch.Tensor, x_MI: torch.Tensor, offsets_L: torch.Tensor
 ) -> None:
-    for expert, (start, end) in enumerate(_ranges(offsets_L)):
-        if end > start:
-            add_product_into(buffer_LOI[expert], dy_MO[start:end], x_MI[start:end])
+    ends = offsets_L.tolist()
+    sizes = [end - start for start, end in zip([0, *ends[:-1]], ends, strict=True)]
+    parts = zip(
+        buffer_LOI.unbind(0), dy_MO[: ends[-1]].split(sizes), x_MI[: ends[-1]].split(sizes), strict=True
+    )
+    for buffer_OI, dy_RO, x_RI in parts:
+        if len(x_RI):
+            add_product_into(buffer_OI, dy_RO, x_RI)
 
 
 def grouped_linear(

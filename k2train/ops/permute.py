@@ -93,6 +93,11 @@ class _ScaleRows(torch.autograd.Function):
     def backward(ctx: Any, *grads: torch.Tensor) -> Any:
         y_ND, w_N = ctx.saved_tensors
         (dout_ND,) = grads
+        if dout_ND.dtype == w_N.dtype and all(ctx.needs_input_grad):
+            # Both products in one buffer: the first is no longer needed when its rows are summed.
+            product_ND = dout_ND * y_ND
+            dw_N = product_ND.sum(1)
+            return torch.mul(dout_ND, w_N.unsqueeze(1), out=product_ND), dw_N
         dy_ND = (dout_ND * w_N.unsqueeze(1)).to(y_ND.dtype) if ctx.needs_input_grad[0] else None
         dw_N = (dout_ND.to(w_N.dtype) * y_ND).sum(1) if ctx.needs_input_grad[1] else None
         return dy_ND, dw_N

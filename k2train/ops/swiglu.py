@@ -39,11 +39,40 @@ class _SwiGLU(torch.autograd.Function):
         gate_NF, up_NF = gate_up_NF2.chunk(2, dim=-1)
         grad_NF2 = torch.empty_like(gate_up_NF2)
         dgate_NF, dup_NF = grad_NF2.chunk(2, dim=-1)
-        # One exponential serves both: silu = gate s and silu' = s + silu (1 - s).
-        wide = accumulation_dtype(gate_NF.dtype)
-        sigmoid_NF = torch.sigmoid(gate_NF.to(wide))
-        silu_NF = sigmoid_NF * gate_NF
-        torch.mul(grads[0], silu_NF, out=dup_NF)
-        slope_NF = torch.addcmul(sigmoid_NF, silu_NF, sigmoid_NF, value=-1).add_(silu_NF)
-        torch.mul(slope_NF.mul_(up_NF), grads[0], out=dgate_NF)
+        if gate_NF.dtype == accumulation_dtype(gate_NF.dtype):
+            _gradients(grads[0], gate_NF, up_NF, dgate_NF, dup_NF)
+        else:
+            _wide_gradients(grads[0], gate_NF, up_NF, dgate_NF, dup_NF)
         return grad_NF2
+
+
+def _gradients(
+    dy_NF: torch.Tensor,
+    gate_NF: torch.Tensor,
+    up_NF: torch.Tensor,
+    dgate_NF: torch.Tensor,
+    dup_NF: torch.Tensor,
+) -> None:
+    """Both gradients in four passes and one temporary: what costs on a CPU is memory, not the second exponential."""
+    scratch_NF = F.silu(gate_NF)
+    torch.mul(dy_NF, scratch_NF, out=dup_NF)
+    torch.mul(dy_NF, up_NF, out=scratch_NF)
+    torch.ops.aten.silu_backward.grad_input(scratch_NF, gate_NF, grad_input=dgate_NF)
+
+
+def _wide_gradients(
+    dy_NF: torch.Tensor,
+    gate_NF: torch.Tensor,
+    up_NF: torch.Tensor,
+    dgate_NF: torch.Tensor,
+    dup_NF: torch.Tensor,
+) -> None:
+    """The same for types narrower than FP32, rounded once at the end.
+
+    One exponential serves both: silu = gate s and silu' = s + silu (1 - s).
+    """
+    sigmoid_NF = torch.sigmoid(gate_NF.to(accumulation_dtype(gate_NF.dtype)))
+    silu_NF = sigmoid_NF * gate_NF
+    torch.mul(dy_NF, silu_NF, out=dup_NF)
+    slope_NF = torch.addcmul(sigmoid_NF, silu_NF, sigmoid_NF, value=-1).add_(silu_NF)
+    torch.mul(slope_NF.mul_(up_NF), dy_NF, out=dgate_NF)

@@ -13,7 +13,13 @@ from k2train.config.model import YarnConfig
 from k2train.ops.cross_entropy import linear_cross_entropy
 from k2train.ops.norm import inverse_rms, rms_norm, rms_norm_reference
 from k2train.ops.permute import gather_rows, gather_slots, scale_rows, sort_slots, sum_slots
-from k2train.ops.rotary import rotary_keys, rotary_queries, rotary_tables, softmax_scale
+from k2train.ops.rotary import (
+    rotary_keys,
+    rotary_queries,
+    rotary_tables,
+    rotate_reference,
+    softmax_scale,
+)
 from k2train.ops.routing import attach_loss, chosen_weights, sequence_balance_loss
 from k2train.ops.swiglu import swiglu, swiglu_reference
 
@@ -162,3 +168,42 @@ def test_softmax_scale_follows_yarn():
     assert softmax_scale(dataclasses.replace(model, rope_scaling=None)) == pytest.approx(192**-0.5)
     no_all_dim = YarnConfig(factor=32.0, original_max_position_embeddings=64)
     assert softmax_scale(dataclasses.replace(model, rope_scaling=no_all_dim)) == pytest.approx(192**-0.5)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+@pytest.mark.parametrize("nope", [2, 3])
+def test_a_pair_turned_as_a_complex_number_is_the_pair_turned_by_hand(dtype, nope):
+    """Even offsets take the complex product, odd ones the two halves; both round each of two products and their sum."""
+    q = torch.randn(2, 6, 3, nope + 8, dtype=dtype, requires_grad=True)
+    cos, sin = torch.rand(6, 4, dtype=dtype), torch.rand(6, 4, dtype=dtype)
+    rotated = rotary_queries(q, cos, sin)
+    expected = q.detach().transpose(1, 2).clone()
+    rotate_reference(expected[..., nope:], q.detach().transpose(1, 2)[..., nope:], cos, sin)
+    torch.testing.assert_close(rotated, expected)
+    dout = torch.randn_like(rotated)
+    (dq,) = torch.autograd.grad(rotated, q, dout)
+    back = dout.transpose(1, 2).clone()
+    rotate_reference(back[..., nope:], dout.transpose(1, 2)[..., nope:], cos[:, None], -sin[:, None])
+    torch.testing.assert_close(dq, back)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+def test_gradients_of_swiglu_are_those_of_its_reference(dtype):
+    """In bfloat16 the reference rounds at each of its three steps, a relative 2^-8 each; ours rounds once."""
+    gate_up, dy = leaf(9, 26, dtype=dtype), torch.randn(9, 13, dtype=dtype)
+    (got,) = torch.autograd.grad(swiglu(gate_up), gate_up, dy)
+    (want,) = torch.autograd.grad(swiglu_reference(gate_up), gate_up, dy)
+    tolerance = 3 * 2**-8 if dtype == torch.bfloat16 else 1e-5
+    torch.testing.assert_close(got, want, rtol=tolerance, atol=tolerance)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+def test_gradients_of_scaled_rows_are_those_of_the_plain_product(dtype):
+    """The weights are FP32 beside bfloat16 rows. Sums of 24 products of bfloat16 numbers, each exact in FP32."""
+    rows, dy = leaf(5, 24, dtype=dtype), torch.randn(5, 24, dtype=dtype)
+    weights = leaf(5, dtype=torch.float64 if dtype == torch.float64 else torch.float32)
+    got = torch.autograd.grad(scale_rows(rows, weights), (rows, weights), dy)
+    plain = (rows.to(weights.dtype) * weights.unsqueeze(1)).to(dtype)
+    for one, other in zip(got, torch.autograd.grad(plain, (rows, weights), dy), strict=True):
+        assert one.dtype == other.dtype
+        torch.testing.assert_close(one, other)
