@@ -183,7 +183,8 @@ class _CausalAttention(torch.autograd.Function):
         scratch = q.new_empty(tiling.elements, dtype=wide)
         for group in tiling.groups():
             q_g, k_g, v_g = (group.wide(t, wide) for t in (q, k, v))
-            k_g, out_g, max_g = k_g.transpose(1, 2), group.of(out_BSHV.transpose(1, 2)), []
+            k_g, out_g = k_g.transpose(1, 2), group.of(out_BSHV.transpose(1, 2))
+            max_g: list[torch.Tensor] = []
             for start, rows in tiling.row_ranges():
                 k_t = k_g.narrow(2, 0, start + rows)
                 scores = _scores(q_g.narrow(1, start, rows), k_t, scale, future_RR, scratch)
