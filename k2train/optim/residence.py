@@ -21,13 +21,8 @@ from typing import Protocol, TypeVar
 
 import torch
 
+from k2train.layout.staging import NUM_SLOTS
 from k2train.optim.lanes import Copies, Moment, copies_for
-
-# One slot being filled, one being updated, one being emptied.
-NUM_SLOTS = 3
-# Entries of an elementwise state that travel at once: 64 MB in FP32. A multiple of every vector width, so that cutting
-# an update here leaves each entry in the vectorised part (or the tail) it would be in uncut: bit for bit the same.
-CHUNK_ELEMENTS = 1 << 24
 
 T = TypeVar("T")
 
