@@ -36,8 +36,8 @@ class HostMemoryError(ConfigError):
             "smaller microbatches in flight",
         )
 
-    def __reduce__(self) -> tuple[type[HostMemoryError], tuple[object, ...]]:
-        return type(self), (self.asked_bytes, self.used_bytes, self.limit_bytes)
+    def _arguments(self) -> tuple[object, ...]:
+        return self.asked_bytes, self.used_bytes, self.limit_bytes
 
 
 class HostPages(Protocol):

@@ -16,3 +16,6 @@ class CheckpointError(ConfigError):
     def __init__(self, path: Path | str, rule: str, remedy: str = "") -> None:
         self.path = Path(path)
         super().__init__("checkpoint", path, rule, remedy)
+
+    def _arguments(self) -> tuple[object, ...]:
+        return self.path, self.rule, self.remedy

@@ -40,9 +40,9 @@ REQUIRED = (
     Package("matplotlib", "pictures"),
 )
 OPTIONAL = (
-    Package("triton", "GPU kernels", "gpu"),
-    Package("transformer-engine", "fused attention that returns max logits", "gpu"),
-    Package("deepspeed", "CPU Adam for host-resident states", "deepspeed"),
+    Package("triton", "FP8 storage of activations on CUDA; without it, plain torch", "gpu"),
+    Package("transformer-engine", "nothing yet; meant for fused attention that returns max logits", "gpu"),
+    Package("deepspeed", "optim.host_adam=deepspeed: AdamW on states in host memory", "deepspeed"),
     Package("wandb", "Weights & Biases metrics", "wandb"),
     Package("hydra-submitit-launcher", "sweeps on Slurm", "slurm"),
     Package("transformers", "the model oracle of the tests", "dev"),

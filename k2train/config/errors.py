@@ -28,9 +28,13 @@ class ConfigError(Exception):
         self.local = False
         super().__init__(self._text())
 
-    def __reduce__(self) -> tuple[type[ConfigError], tuple[object, ...]]:
+    def __reduce__(self) -> tuple[type[ConfigError], tuple[object, ...], dict[str, object]]:
         # exceptions are rebuilt from their message, which would lose the fields on the way back from a worker process
-        return type(self), (self.field, self.value, self.rule, self.remedy)
+        return type(self), self._arguments(), {"local": self.local}
+
+    def _arguments(self) -> tuple[object, ...]:
+        """What `__init__` was given; a subclass that takes something else says so here."""
+        return self.field, self.value, self.rule, self.remedy
 
     def _text(self) -> str:
         lines = [f"{self.field}={_short(self.value)}: {self.rule}"]

@@ -132,6 +132,9 @@ class ClusterConfig:
     )
     reserved_device_bytes: float = key("device memory taken by the driver, libraries and fragmentation", unit="bytes",
                                        default=0.0, minimum=0)  # fmt: skip
+    # docs/optimizer.md: 50 M parameters in 50 ms on one core, seven FP32 numbers read or written for each.
+    host_update_bytes_per_second: float = key("host memory that one rank's AdamW reads and writes, where its states live "
+                                              "there", unit="bytes/s", default=28.0e9, above=0)  # fmt: skip
 
     def __post_init__(self) -> None:
         check_ranges("cluster", self)

@@ -8,7 +8,9 @@ Source: docs/design.md, "MuonClip with ZeRO-1"; K2 report, section 2.4.2.
 
 from __future__ import annotations
 
+import dataclasses
 import math
+from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
@@ -18,13 +20,15 @@ from k2train.config.sections import Dtype
 from k2train.estimate.work import ELEMENT_BYTES, accumulation_bytes
 from k2train.layout.layout import VirtualStage
 from k2train.layout.ownership import assign_owners, newton_schulz_cost, row_ranges
+from k2train.layout.staging import NUM_SLOTS, largest_batch, slot_elements
 from k2train.layout.tensors import layer_tensors
 
 
 @dataclass(frozen=True)
 class Matrix:
-    """A parameter of a stage, once for every copy of a model piece on it."""
+    """A parameter of a stage, once for every copy of a model piece on it. piece: which of the stage's pieces has it."""
 
+    piece: int
     shape: tuple[int, ...]
     muon: bool
 
@@ -47,8 +51,12 @@ class StageStates:
     """Masters, momentum and moments of the rank that owns most."""
     optimizer_mean_bytes: float
     """The same, on average over the stage's ranks."""
-    owned_elements: int
-    """Parameters of that fullest owner."""
+    staging_bytes: int
+    """Device memory that the states pass through where they live on the host, on the rank that needs most."""
+    muon_elements: int
+    """Parameters that Muon updates, on the rank with most of them."""
+    adamw_elements: int
+    """Parameters that AdamW updates, on the rank with most of them."""
     newton_schulz_flops: float
     """Of the rank with most to orthogonalise."""
 
@@ -78,40 +86,60 @@ def stage_states(
         gradient_bytes=sum(numbers) * width,
         optimizer_bytes=round(sum(load.states for load in worst)) * width,
         optimizer_mean_bytes=width * sum(_mean_states(loads) for loads in (dense_loads, expert_loads)),
-        owned_elements=sum(load.elements for load in worst),
+        staging_bytes=NUM_SLOTS * width * max(load.slot for load in worst),
+        muon_elements=sum(load.muon for load in worst),
+        adamw_elements=sum(load.adamw for load in worst),
         newton_schulz_flops=sum(load.flops for load in worst),
     )
 
 
 @dataclass(frozen=True)
 class _Load:
-    """What one owner has."""
+    """What one owner has. slot: entries of one of its staging slots."""
 
-    elements: int = 0
-    states: int = 0
-    flops: float = 0.0
+    muon: int
+    adamw: int
+    states: int
+    flops: float
+    slot: int
 
 
 def _loads(matrices: Sequence[Matrix], num_owners: int, steps: int) -> list[_Load]:
     """The load of every owner: Muon's matrices whole, by Newton-Schulz cost; the rest in rows."""
     whole = [matrix for matrix in matrices if matrix.muon]
     costs = [newton_schulz_cost(matrix.shape, steps) for matrix in whole]
-    elements, states, flops = [0] * num_owners, [0] * num_owners, [0.0] * num_owners
+    owned: list[Counter[tuple[int, tuple[int, ...]]]] = [Counter() for _ in range(num_owners)]
+    rows: list[Counter[int]] = [Counter() for _ in range(num_owners)]
+    flops = [0.0] * num_owners
     for matrix, cost, owner in zip(whole, costs, assign_owners(costs, num_owners), strict=True):
-        elements[owner] += matrix.num_elements
-        states[owner] += 2 * matrix.num_elements  # master, momentum
+        owned[owner][matrix.piece, matrix.shape] += 1
         flops[owner] += cost
     for matrix in matrices:
         if not matrix.muon:
             row = math.prod(matrix.shape[1:])
             for owner, (start, stop) in enumerate(row_ranges(matrix.shape[0], num_owners)):
-                elements[owner] += (stop - start) * row
-                states[owner] += 3 * (stop - start) * row  # master, two moments
-    return [_Load(*load) for load in zip(elements, states, flops, strict=True)]
+                rows[owner][matrix.piece] += (stop - start) * row
+    return [_load(*load) for load in zip(owned, rows, flops, strict=True)]
+
+
+def _load(owned: Counter[tuple[int, tuple[int, ...]]], rows: Counter[int], flops: float) -> _Load:
+    """owned: how many matrices of each piece and shape. rows: entries of each piece that AdamW updates."""
+    stretches = Counter(rows)  # a piece's bucket has one stretch for an owner
+    for (piece, shape), count in owned.items():
+        stretches[piece] += count * math.prod(shape)
+    adamw = rows.total()
+    muon = stretches.total() - adamw
+    batch = largest_batch((shape, count) for (_, shape), count in owned.items())
+    states = 2 * muon + 3 * adamw  # master and momentum; master and two moments
+    slot = slot_elements(max(stretches.values(), default=0), batch)
+    return _Load(muon, adamw, states, flops, slot)
+
+
+_NAMES = tuple(field.name for field in dataclasses.fields(_Load))
 
 
 def _worst(loads: Sequence[_Load]) -> _Load:
-    return _Load(*(max(getattr(load, name) for load in loads) for name in ("elements", "states", "flops")))
+    return _Load(*(max(getattr(load, name) for load in loads) for name in _NAMES))
 
 
 def _mean_states(loads: Sequence[_Load]) -> float:
@@ -119,27 +147,27 @@ def _mean_states(loads: Sequence[_Load]) -> float:
 
 
 def _dense(pieces: Iterable[VirtualStage], model: ModelConfig, muon: bool) -> Iterable[Matrix]:
-    for piece in pieces:
+    for index, piece in enumerate(pieces):
         if piece.embedding:
-            yield Matrix((model.vocab_size, model.hidden_size), False)
+            yield Matrix(index, (model.vocab_size, model.hidden_size), False)
         for layer in piece.layers:
             for spec in layer_tensors(model, layer):
                 if spec.trained and spec.expert is None:
-                    yield Matrix(spec.shape, muon and spec.role == "matrix")
+                    yield Matrix(index, spec.shape, muon and spec.role == "matrix")
         if piece.head:
-            yield Matrix((model.hidden_size,), False)
-            yield Matrix((model.vocab_size, model.hidden_size), False)
+            yield Matrix(index, (model.hidden_size,), False)
+            yield Matrix(index, (model.vocab_size, model.hidden_size), False)
 
 
 def _local_experts(
     pieces: Iterable[VirtualStage], model: ModelConfig, muon: bool, ep: int
 ) -> Iterable[Matrix]:
     """Every ep rank holds as many experts of the same shapes, so the first one's stand for all."""
-    for piece in pieces:
+    for index, piece in enumerate(pieces):
         for layer in piece.layers:
             if model.is_moe(layer):
                 up = (model.moe_intermediate_size, model.hidden_size)
                 for _ in range(model.n_routed_experts // ep):
-                    yield Matrix(up, muon)
-                    yield Matrix(up, muon)
-                    yield Matrix(up[::-1], muon)
+                    yield Matrix(index, up, muon)
+                    yield Matrix(index, up, muon)
+                    yield Matrix(index, up[::-1], muon)

@@ -53,14 +53,34 @@ def update_seconds(
 
 
 def _owner_seconds(states: StageStates, optim: OptimConfig, machine: Machine) -> float:
-    """Newton-Schulz and the elementwise update of the fullest owner; host states cross the bus both ways at once."""
+    """Newton-Schulz and the elementwise update of the fullest owner."""
     products = machine.seconds(states.newton_schulz_flops, 0.0, "matmul")
-    # Gradient read, states read and written, the compute type's copy written.
-    moved = states.owned_elements * (accumulation_bytes(machine.dtype) + ELEMENT_BYTES[machine.dtype])
-    memory = machine.seconds(0.0, moved + 2.0 * states.optimizer_bytes, "elementwise")
-    if optim.states == "device":
-        return products + memory
-    return max(products + memory, Network(machine.cluster).host_copy(states.optimizer_bytes))
+    if optim.states == "host":
+        return _host_seconds(states, products, machine)
+    num_elements = states.muon_elements + states.adamw_elements
+    return products + _elementwise_seconds(num_elements, states.optimizer_bytes, machine)
+
+
+def _host_seconds(states: StageStates, products: float, machine: Machine) -> float:
+    """The update of states in host memory (docs/decisions/0008-host-states.md), the masters' way to the device included.
+
+    Muon's masters and momentum cross the bus in and out at once, beside Newton-Schulz; AdamW's gradients cross it
+    outwards and the host updates its rows meanwhile. What takes longest counts. Then every master crosses inwards once
+    more, for the all-gather.
+    """
+    network, width = Network(machine.cluster), accumulation_bytes(machine.dtype)
+    muon, adamw = states.muon_elements, states.adamw_elements
+    device = products + _elementwise_seconds(muon, 2 * width * muon, machine)
+    outwards = network.host_copy(width * (2 * muon + adamw))
+    # The gradient is read, master and moments are read and written.
+    host = 7 * width * adamw / machine.cluster.host_update_bytes_per_second
+    return max(device, outwards, host) + network.host_copy(width * (muon + adamw))
+
+
+def _elementwise_seconds(num_elements: int, state_bytes: int, machine: Machine) -> float:
+    """Gradient read, states read and written, the compute type's copy written, on the device."""
+    moved = num_elements * (accumulation_bytes(machine.dtype) + ELEMENT_BYTES[machine.dtype])
+    return machine.seconds(0.0, moved + 2.0 * state_bytes, "elementwise")
 
 
 def step_flops(model: ModelConfig, seq_len: int, tokens: int) -> float:

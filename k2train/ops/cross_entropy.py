@@ -16,8 +16,16 @@ import torch.nn.functional as F
 
 from k2train.ops.weight_grad import accumulation_dtype, add_product_into
 
-CHUNK_ELEMENTS = 2**25
 IGNORED_TARGET = -100
+
+
+def default_chunk_elements(device: torch.device) -> int:
+    """Logits alive at once where nobody says otherwise.
+
+    Every chunk reads and writes the FP32 gradient sum of the whole weight (9.4 GB for K2), so a device with memory to
+    spare takes 2**28, which is what the plan assumes; on a CPU the logits of 2**25 are 128 MB and weights are small.
+    """
+    return 2**28 if device.type == "cuda" else 2**25
 
 
 def linear_cross_entropy(
@@ -26,14 +34,15 @@ def linear_cross_entropy(
     targets_T: torch.Tensor,
     scale: float = 1.0,
     weight_grad_VD: torch.Tensor | None = None,
-    chunk_elements: int = CHUNK_ELEMENTS,
+    chunk_elements: int | None = None,
 ) -> torch.Tensor:
     """scale * sum over tokens of -log softmax(hidden W^T)[target], a scalar in FP32 (FP64 for float64).
 
     Targets of -100 count nothing. With weight_grad_VD (FP32 or FP64) the weight's gradient of the returned value is
     added there during the forward and the weight gets none from autograd: for a loss that is the root of the graph.
-    chunk_elements bounds the logits alive at once (one token's at least).
+    chunk_elements bounds the logits alive at once (one token's at least); by default `default_chunk_elements`.
     """
+    chunk_elements = chunk_elements or default_chunk_elements(hidden_TD.device)
     return _LinearCrossEntropy.apply(hidden_TD, weight_VD, targets_T, scale, weight_grad_VD, chunk_elements)
 
 

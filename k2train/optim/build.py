@@ -8,6 +8,7 @@ from typing import Literal
 from k2train.config.errors import ConfigError
 from k2train.config.model import ModelConfig
 from k2train.config.optim import OptimConfig
+from k2train.layout.staging import CHUNK_ELEMENTS, slot_elements
 from k2train.layout.tensors import TensorSpec
 from k2train.model.pieces import Piece
 from k2train.ops.dtypes import DTYPES
@@ -16,7 +17,7 @@ from k2train.optim.buckets import Bucket
 from k2train.optim.muon import MuonRule
 from k2train.optim.optimizer import Optimizer
 from k2train.optim.qk_clip_step import QkClipper
-from k2train.optim.residence import CHUNK_ELEMENTS, OnDevice, OnHost, Residence
+from k2train.optim.residence import OnDevice, OnHost, Residence
 from k2train.optim.shares import BucketPlan, Method, Replication, plan_buckets
 from k2train.optim.states import muon_batches
 from k2train.parallel.groups import Groups
@@ -58,11 +59,10 @@ def build_residence(states: Literal["device", "host"], buckets: Sequence[Bucket]
     like = buckets[0].flat
     if states == "device":
         return OnDevice(like)
-    batches = [2 * batch.num_elements for bucket in buckets for batch in muon_batches(bucket)]
-    largest = max(bucket.own_gradient.numel() for bucket in buckets)
+    batches = [batch.num_elements for bucket in buckets for batch in muon_batches(bucket)]
+    stretch = max(bucket.own_gradient.numel() for bucket in buckets)
     rows = max(share_elements(bucket, "adamw") for bucket in buckets)
-    slot = max([min(largest, CHUNK_ELEMENTS), *batches])
-    return OnHost(like, slot, min(rows, CHUNK_ELEMENTS))
+    return OnHost(like, slot_elements(stretch, max(batches, default=0)), min(rows, CHUNK_ELEMENTS))
 
 
 def share_elements(bucket: Bucket, method: Method) -> int:

@@ -21,13 +21,10 @@ from typing import Protocol, TypeVar
 
 import torch
 
+from k2train.activations.host_memory import PinnedMemory
+from k2train.config.errors import ConfigError
+from k2train.layout.staging import NUM_SLOTS
 from k2train.optim.lanes import Copies, Moment, copies_for
-
-# One slot being filled, one being updated, one being emptied.
-NUM_SLOTS = 3
-# Entries of an elementwise state that travel at once: 64 MB in FP32. A multiple of every vector width, so that cutting
-# an update here leaves each entry in the vectorised part (or the tail) it would be in uncut: bit for bit the same.
-CHUNK_ELEMENTS = 1 << 24
 
 T = TypeVar("T")
 
@@ -122,6 +119,7 @@ class OnHost:
         # New device memory may be what a computation under way has just given back.
         self._slots = [_Buffer(like.new_empty(slot_elements), self._copies.now()) for _ in range(NUM_SLOTS)]
         self._turns = itertools.cycle(self._slots)
+        self._pages: list[PinnedMemory] = []  # tensors of pinned states are views of these
         self._pieces = [self.new_state(piece_elements) for _ in range(2)]
         self._inward, self._outward, self._gradients = (self._copies.lane() for _ in range(3))
         self._stored: Moment = None
@@ -132,7 +130,18 @@ class OnHost:
         return [slot.memory for slot in self._slots]
 
     def new_state(self, num_elements: int) -> torch.Tensor:
-        return torch.zeros(num_elements, dtype=self._like.dtype, pin_memory=self._like.is_cuda)
+        """Raises ConfigError where the system locks no more memory."""
+        if not self._like.is_cuda or num_elements == 0:
+            return torch.zeros(num_elements, dtype=self._like.dtype)
+        # torch's own pinned allocator would round up to a power of two; new pages are zero.
+        num_bytes = num_elements * self._like.element_size()
+        try:
+            pages = PinnedMemory(num_bytes)
+        except (OSError, RuntimeError) as error:
+            raise ConfigError("optim.states", "host", f"the system locks no {num_bytes:,} bytes of host memory: {error}",
+                              "set optim.states=device, use more nodes, or raise the limit on locked memory") from error  # fmt: skip
+        self._pages.append(pages)
+        return pages.bytes.view(self._like.dtype)
 
     def stream(self, batches: Sequence[tuple[torch.Tensor, ...]]) -> Iterator[tuple[torch.Tensor, ...]]:
         for staged in _one_ahead(map(self._load, batches)):

@@ -15,14 +15,12 @@ from typing import NamedTuple
 
 import torch
 
+from k2train.layout.staging import matrices_at_once
 from k2train.optim.adam import AdamStates, AdamW
 from k2train.optim.buckets import Bucket
 from k2train.optim.muon import MuonRule, muon_update
 from k2train.optim.residence import Residence
 from k2train.optim.shares import Share
-
-# Entries in one batched Newton-Schulz: bounds its temporaries (about 5 of them) to some hundred megabytes.
-MAX_BATCH_ELEMENTS = 1 << 26
 
 
 class OwnedTensor(NamedTuple):
@@ -127,12 +125,12 @@ class OwnedStates:
 
 
 def muon_batches(bucket: Bucket) -> list[MuonBatch]:
-    """The matrices that this rank owns in a bucket: neighbours of one shape, at most MAX_BATCH_ELEMENTS together."""
+    """The matrices that this rank owns in a bucket: neighbours of one shape, as many as go together."""
     shares = [share for share in bucket.owned if share.method == "muon"]
     batches = []
     for (n, m), same in itertools.groupby(shares, key=lambda share: share.shape):
         matrices = list(same)
-        size = max(1, MAX_BATCH_ELEMENTS // (n * m))
+        size = matrices_at_once((n, m))
         for first in range(0, len(matrices), size):
             count = min(size, len(matrices) - first)
             batches.append(MuonBatch(matrices[first].offset, (count, n, m)))

@@ -34,6 +34,7 @@ class StageMemory:
     parameters: int
     gradients: int
     optimizer_on_device: int
+    """The states, or the slots that they pass through where they live on the host."""
     activations: int
     """Saved between forward and backward, on their way to or from the host included."""
     transient: int
@@ -98,7 +99,7 @@ def stage_memories(
             stage=stage,
             parameters=of_stage.parameter_bytes,
             gradients=of_stage.gradient_bytes,
-            optimizer_on_device=0 if on_host else of_stage.optimizer_bytes,
+            optimizer_on_device=of_stage.staging_bytes if on_host else of_stage.optimizer_bytes,
             activations=kinds[stage][0],
             transient=kinds[stage][1],
             weight_queue=kinds[stage][2],

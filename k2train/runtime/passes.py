@@ -1,8 +1,8 @@
 """One microbatch through the phases of one virtual stage, as generators that pause where something else may run.
 
 A pause comes after each compute phase and between the start and the finish of each communication phase. Driving one
-generator to its end is a plain forward or backward; driving two in turn is a PAIR, in which one's all-to-all is under way
-while the other computes (K2 report, Figure 7).
+generator to its end is a plain forward or backward; driving two in the order of `schedule.pair_order` is a PAIR, in which
+one's all-to-all is under way while the other computes (K2 report, Figure 7).
 """
 
 from __future__ import annotations
@@ -62,16 +62,10 @@ def finish(steps: Generator[None, None, Any]) -> Any:
 
 
 def alternate(
-    forward: Generator[None, None, Tensors], backward: Generator[None, None, Grads]
+    forward: Generator[None, None, Tensors], backward: Generator[None, None, Grads], order: Sequence[int]
 ) -> tuple[Tensors, Grads]:
-    """Drive both to their ends, a step of each in turn, the forward first; their return values."""
-    results: dict[int, Any] = {}
-    running = {0: forward, 1: backward}
-    while running:
-        for name, steps in list(running.items()):
-            try:
-                next(steps)
-            except StopIteration as end:
-                results[name] = end.value
-                del running[name]
-    return results[0], results[1]
+    """Drive both to their ends; their return values. order: whose next phase is issued, 0 for the forward; all of both."""
+    steps = (forward, backward)
+    for chain in order:
+        next(steps[chain])
+    return finish(forward), finish(backward)

@@ -23,6 +23,7 @@ from k2train.model.context import MicrobatchContext
 from k2train.model.phase import Phase, Tensors
 from k2train.ops.weight_grad import GradientSink, Key, WeightGradQueue
 from k2train.runtime.passes import alternate, backward_steps, finish, forward_steps
+from k2train.schedule.overlap import pair_order
 
 
 class Arrival(Protocol):
@@ -171,7 +172,8 @@ class PipelineStage:
             step.weight_gradients_done(virtual_stage)
 
     def pair(self, forward: Key, backward: Key) -> None:
-        outputs, grads = alternate(self._forward_steps(forward), self._backward_steps(backward))
+        order = pair_order(*(len(self.models[key[0]].phases) for key in (forward, backward)))
+        outputs, grads = alternate(self._forward_steps(forward), self._backward_steps(backward), order)
         self._forward_done(forward, outputs)
         self._backward_done(backward, grads)
 

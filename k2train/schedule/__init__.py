@@ -20,7 +20,7 @@ from k2train.schedule.actions import Action, Kind, Pair, Step, parse_action, par
 from k2train.schedule.builders import build_schedule, compute_order
 from k2train.schedule.costs import Costs, Phase, Stream, VirtualStageCosts, uniform_costs, without
 from k2train.schedule.errors import ScheduleError
-from k2train.schedule.overlap import interleave
+from k2train.schedule.overlap import pair_order
 from k2train.schedule.program import Schedule, parse_schedule
 from k2train.schedule.render import render_comparison, render_timeline, render_window
 from k2train.schedule.render_text import render_cells, render_text
@@ -50,7 +50,7 @@ __all__ = [
     "Waits",
     "build_schedule",
     "compute_order",
-    "interleave",
+    "pair_order",
     "parse_action",
     "parse_line",
     "parse_schedule",

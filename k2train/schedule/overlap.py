@@ -1,13 +1,15 @@
 """How the phases of one step lie on the compute stream and the expert-parallel channel.
 
-A forward or a backward alone runs its phases one after another. A pair has two such chains and two streams; whichever
-chain can start its next phase earliest goes first. With one layer on each side that is the report's Figure 7:
+A forward or a backward alone runs its phases one after another. A pair has two such chains and two streams. Its phases
+are issued one of each chain in turn, the forward first (`pair_order`), here and by the runtime alike; each stream runs
+what it was given in the order it was given, as soon as its input is there. With one layer on each side that is the
+report's Figure 7:
 
     compute   F attention | I experts  | F experts | I attention
     ep        I combine   | F dispatch | I dispatch| F combine
 
-Where both chains want the compute stream at the same moment, the one that has been ready longer goes first, then the one
-that did not run last, then the forward; so the order is a function of the costs alone.
+The order follows from the number of phases alone, so no measurement or estimate can make two ranks, or plan and run,
+disagree. docs/schedule.md compares it with choosing by readiness.
 Source: Kimi K2 report, Figure 7.
 """
 
@@ -49,29 +51,28 @@ class Overlap(NamedTuple):
     spans: tuple[Span, ...]
 
 
+def pair_order(num_forward: int, num_backward: int) -> tuple[int, ...]:
+    """The order in which the phases of a pair are issued: the chain of each, 0 for the forward, 1 for the backward.
+
+    One of each in turn, the forward first; what the longer chain has more comes at the end.
+    """
+    together = min(num_forward, num_backward)
+    return (0, 1) * together + (0,) * (num_forward - together) + (1,) * (num_backward - together)
+
+
 def overlap(chains: Sequence[Sequence[Phase]], compute_free: float = 0.0, ep_free: float = 0.0) -> Overlap:
     """Lay out one chain, or the two of a pair. compute_free, ep_free: when the streams are free, as offsets."""
     free = {Stream.COMPUTE: compute_free, Stream.EP: ep_free}
     ready = [0.0] * len(chains)
-    position = [0] * len(chains)
-    last = len(chains)
+    phases = [iter(chain) for chain in chains]
     busy = 0.0
     spans = []
-    while True:
-        choices = [
-            (max(ready[c], free[chain[position[c]].stream]), ready[c], c == last, c)
-            for c, chain in enumerate(chains)
-            if position[c] < len(chain)
-        ]
-        if not choices:
-            break
-        start, _, _, last = min(choices)
-        phase = chains[last][position[last]]
-        end = start + phase.seconds
-        position[last] += 1
-        ready[last] = free[phase.stream] = end
+    for c in (0,) * len(chains[0]) if len(chains) == 1 else pair_order(*map(len, chains)):
+        phase = next(phases[c])
+        start = max(ready[c], free[phase.stream])
+        ready[c] = free[phase.stream] = start + phase.seconds
         busy += phase.seconds if phase.stream is Stream.COMPUTE else 0.0
-        spans.append(Span(last, phase, start, end))
+        spans.append(Span(c, phase, start, ready[c]))
     compute_end = free[Stream.COMPUTE]
     exposed = max(0.0, compute_end - compute_free - busy)
     began = tuple(
@@ -80,8 +81,3 @@ def overlap(chains: Sequence[Sequence[Phase]], compute_free: float = 0.0, ep_fre
     starts = (span.start for span in spans if span.phase.stream is Stream.COMPUTE)
     first = min(starts, default=compute_free)
     return Overlap(began, tuple(ready), first, compute_end, free[Stream.EP], busy, exposed, tuple(spans))
-
-
-def interleave(chains: Sequence[Sequence[Phase]]) -> tuple[int, ...]:
-    """The order in which the phases of a pair are issued: the chain of each, 0 for the forward."""
-    return tuple(span.chain for span in overlap(chains).spans)

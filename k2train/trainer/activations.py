@@ -16,19 +16,20 @@ from k2train.layout.layout import Layout
 from k2train.parallel.communicator import Communicator
 from k2train.schedule.actions import Step
 from k2train.schedule.offload import peak_offloaded
+from k2train.trainer.host_memory import activation_share
 
 
 def build_activations(
-    config: Config, layout: Layout, line: Iterable[Step], device: torch.device
+    config: Config, layout: Layout, stage: int, line: Iterable[Step], device: torch.device
 ) -> ActivationStore | None:
     """The store of a rank whose stage executes `line`; None where every tensor is kept as it is, which is autograd's own way.
 
-    Host memory is limited to the rank's share of the node that the config describes.
+    Host memory is limited to `activation_share`, which was checked at start-up against what the plan needs.
     """
     policies = config.activations
     if all(policy == "keep" for policy in dataclasses.asdict(policies).values()):
         return None
-    limit = round(config.cluster.host_memory_bytes / min(config.cluster.gpus_per_node, layout.world))
+    limit = activation_share(config, layout, stage, device)
     arena = HostArena(pinned=device.type == "cuda", limit_bytes=limit)
     return ActivationStore(policies, OffloadEngine(device, arena), peak_offloaded(line))
 

@@ -137,7 +137,9 @@ def build_run(
         device=device,
         models=models,
         optimizer=optimizer,
-        activations=build_activations(config, layout, schedule.stages[groups.pp.rank], device),
+        activations=build_activations(
+            config, layout, groups.pp.rank, schedule.stages[groups.pp.rank], device
+        ),
         corpus=corpus,
         learning_rate=learning_rate,
         training=PipelineStage(models, routes, transport, optimizer.gradients),

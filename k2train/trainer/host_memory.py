@@ -11,7 +11,7 @@ from __future__ import annotations
 import dataclasses
 import os
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import torch
@@ -56,10 +56,14 @@ def check_host_memory(
 
     Every process calls it with its launcher's environment; it communicates with nobody.
     """
-    need = host_need(config, layout, ranks_here(layout, kind, environment), device)
+    ranks = ranks_here(layout, kind, environment)
+    peaks = offload_peaks(config, layout)
+    need = host_need(config, layout, ranks, device, peaks)
     room = HostRoom(round(config.cluster.host_memory_bytes), available_bytes())
     movable = config.optim.states == "host" and device.type != "cpu"
     refuse_too_little(need, room, movable)
+    for stage in sorted({rank // layout.dp for rank in ranks}):
+        refuse_small_share(stage, peaks[stage], activation_share(config, layout, stage, device))
 
 
 def refuse_too_little(need: HostNeed, room: HostRoom, movable: bool) -> None:
@@ -80,13 +84,41 @@ def refuse_too_little(need: HostNeed, room: HostRoom, movable: bool) -> None:
                       "; or ".join([*remedies, "use more nodes (layout.nodes)"]))  # fmt: skip
 
 
-def host_need(config: Config, layout: Layout, ranks: range, device: torch.device) -> HostNeed:
-    """What these ranks keep in host memory."""
+def refuse_small_share(stage: int, peak: int, share: int) -> None:
+    """Raise ConfigError where a rank of a stage offloads more at once than its share, though the node may have it."""
+    if peak > share:
+        raise ConfigError("cluster.host_memory_bytes", _gb(share),
+                          f"is one rank's share of a node without its optimizer states, and a rank of stage {stage} offloads "
+                          f"up to {_gb(peak)} of activations",
+                          "offload less (activations=recompute_fp8 or activations=none); or use more nodes (layout.nodes)")  # fmt: skip
+
+
+def activation_share(config: Config, layout: Layout, stage: int, device: torch.device) -> int:
+    """The host memory that a rank of a stage may fill with offloaded activations.
+
+    Its equal share of the node that the config describes, less its own optimizer states where they live there too. The
+    store is limited to this, and a plan that needs more is refused.
+    """
+    cluster = config.cluster
+    share = round(cluster.host_memory_bytes / min(cluster.gpus_per_node, layout.world))
+    states = states_bytes(config, layout, stage, 1) if states_in_host_memory(config, device) else 0
+    return max(0, share - states)
+
+
+def states_in_host_memory(config: Config, device: torch.device) -> bool:
+    """Whether optimizer states take host memory: asked for, or because the device is the host."""
+    return config.optim.states == "host" or device.type == "cpu"
+
+
+def host_need(
+    config: Config, layout: Layout, ranks: range, device: torch.device, peaks: Sequence[int] | None = None
+) -> HostNeed:
+    """What these ranks keep in host memory. peaks: the layout's `offload_peaks`, where they are known."""
     by_stage = Counter(rank // layout.dp for rank in ranks)
     optimizer = 0
-    if config.optim.states == "host" or device.type == "cpu":
+    if states_in_host_memory(config, device):
         optimizer = sum(states_bytes(config, layout, stage, count) for stage, count in by_stage.items())
-    peaks = offload_peaks(config, layout)
+    peaks = peaks or offload_peaks(config, layout)
     activations = sum(peaks[stage] * count for stage, count in by_stage.items())
     return HostNeed(activations, optimizer, len(ranks))
 

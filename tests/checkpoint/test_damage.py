@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import pickle
 import shutil
 import signal
 import subprocess
@@ -272,3 +273,20 @@ def test_a_writer_killed_in_the_middle_leaves_nothing_that_counts(tmp_path: Path
     write_checkpoint(target, TENSORS.items(), {"step": 2})
     assert sorted(path.name for path in root.iterdir()) == ["step-000001", "step-000002"]
     assert latest_checkpoint(root) == target
+
+
+def test_the_error_comes_back_whole_from_another_process(tmp_path: Path) -> None:
+    """Worker processes hand their exceptions over pickled."""
+    with pytest.raises(CheckpointError) as caught:
+        open_checkpoint(tmp_path / "none")
+    error = caught.value
+    error.local = True
+    back = pickle.loads(pickle.dumps(error))
+    assert isinstance(back, CheckpointError)
+    assert (str(back), back.path, back.rule, back.remedy, back.local) == (
+        str(error),
+        error.path,
+        error.rule,
+        error.remedy,
+        True,
+    )

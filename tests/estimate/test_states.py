@@ -75,14 +75,25 @@ def test_one_rank_needs_no_gradient_traffic_and_replicas_do(model, make_layout, 
     assert replicated.update < alone.update
 
 
-def test_host_states_wait_for_the_bus_where_it_is_slower(model, make_layout, cluster):
+@pytest.mark.parametrize("name", ["muonclip", "adamw"])
+def test_host_states_of_muon_cross_the_bus_and_of_adamw_only_gradients_do(model, make_layout, cluster, name):
+    """FP32: Muon's master and momentum out, 8 bytes; AdamW's gradient out, 4; then every master in for the gather, 4."""
     slow = dataclasses.replace(cluster, host_link_bytes_per_second=1e6, host_link_efficiency=1.0)
-    layout, optim = make_layout(), optim_of("muonclip", states="host")
+    layout, optim = make_layout(), optim_of(name, states="host")
     states = states_of(model, layout, 0, optim)
-    assert (
-        update_seconds(states, layout, optim, Machine(slow, "bfloat16")).update
-        == states.optimizer_bytes / 1e6
-    )
+    assert (states.muon_elements > 0) == (name == "muonclip")
+    crossed = 12 * states.muon_elements + 8 * states.adamw_elements
+    update = update_seconds(states, layout, optim, Machine(slow, "bfloat16")).update
+    assert update == pytest.approx(crossed / 1e6)
+
+
+def test_host_states_wait_for_the_host_where_it_is_slowest(model, make_layout, cluster):
+    """Seven FP32 numbers of an AdamW parameter are read or written; the link of the round cluster moves 2e10 bytes/s."""
+    slow = dataclasses.replace(cluster, host_update_bytes_per_second=1e6)
+    layout, optim = make_layout(), optim_of("adamw", states="host")
+    states = states_of(model, layout, 0, optim)
+    update = update_seconds(states, layout, optim, Machine(slow, "bfloat16")).update
+    assert update == pytest.approx(states.adamw_elements * (28 / 1e6 + 4 / 2e10))
 
 
 def test_mfu_is_one_when_devices_do_nothing_but_useful_work(model):

@@ -10,7 +10,8 @@ import torch.nn.functional as F
 
 from k2train.config.compose import load_config
 from k2train.config.model import YarnConfig
-from k2train.ops.cross_entropy import linear_cross_entropy
+from k2train.estimate.layer_costs import LOGITS_CHUNK_ELEMENTS
+from k2train.ops.cross_entropy import default_chunk_elements, linear_cross_entropy
 from k2train.ops.norm import inverse_rms, rms_norm, rms_norm_reference
 from k2train.ops.permute import gather_rows, gather_slots, scale_rows, sort_slots, sum_slots
 from k2train.ops.rotary import (
@@ -77,6 +78,11 @@ def test_gradcheck_of_linear_cross_entropy_with_ignored_targets(chunk_elements):
     torch.testing.assert_close(
         linear_cross_entropy(hidden, weight, targets, 0.3, None, chunk_elements), expected
     )
+
+
+def test_a_gpu_has_as_many_logits_alive_as_the_plan_assumes_and_a_cpu_an_eighth():
+    assert default_chunk_elements(torch.device("cuda", 1)) == LOGITS_CHUNK_ELEMENTS
+    assert default_chunk_elements(torch.device("cpu")) == LOGITS_CHUNK_ELEMENTS // 8
 
 
 def test_linear_cross_entropy_adds_the_weight_gradient_to_a_buffer_it_is_given():

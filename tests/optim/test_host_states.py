@@ -14,9 +14,10 @@ import torch
 from k2train.config.errors import ConfigError
 from k2train.config.optim import OptimConfig
 from k2train.layout.grid import RankGrid
+from k2train.layout.staging import CHUNK_ELEMENTS, MAX_BATCH_ELEMENTS, NUM_SLOTS
 from k2train.optim.adam import AdamRule, AdamStates, DeepSpeedAdamW, TorchAdamW, check_host_adam
-from k2train.optim.residence import CHUNK_ELEMENTS, NUM_SLOTS, OnHost
-from k2train.optim.states import MAX_BATCH_ELEMENTS, muon_batches
+from k2train.optim.residence import OnHost
+from k2train.optim.states import muon_batches
 from k2train.parallel.testing import run_distributed_test
 
 STEPS = 4

@@ -11,8 +11,9 @@ import dataclasses
 import pytest
 import torch
 
+from k2train.layout.staging import NUM_SLOTS
 from k2train.optim.lanes import ImmediateCopies
-from k2train.optim.residence import NUM_SLOTS, OnDevice, OnHost
+from k2train.optim.residence import OnDevice, OnHost
 
 
 @dataclasses.dataclass

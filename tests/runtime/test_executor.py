@@ -20,6 +20,7 @@ from k2train.runtime.passes import alternate, backward_steps, finish, forward_st
 from k2train.runtime.stage import PipelineStage, Route, StepInputs
 from k2train.schedule import Schedule, ScheduleSpec, build_schedule, validate
 from k2train.schedule.actions import parse_line
+from k2train.schedule.overlap import pair_order
 from k2train.trainer.build import build_routes
 
 
@@ -111,6 +112,7 @@ def test_a_pair_computes_one_microbatch_while_the_others_rows_are_under_way() ->
     (x,), (dy,) = alternate(
         forward_steps(phases("x", log), (torch.zeros(1),), CONTEXT, []),
         backward_steps(phases("y", log), (torch.ones(1),), CONTEXT, records),
+        pair_order(3, 3),
     )
     assert log == [
         "x.a forward",
@@ -132,6 +134,7 @@ def test_a_pair_of_unequal_lengths_runs_both_to_their_ends() -> None:
     (x,), (dy,) = alternate(
         forward_steps([Compute("x", log)], (torch.zeros(1),), CONTEXT, []),
         backward_steps(phases("y", log), (torch.ones(1),), CONTEXT, records),
+        pair_order(1, 3),
     )
     assert (x.item(), dy.item()) == (1, 12)
 

@@ -17,11 +17,14 @@ from k2train.trainer.build import build_layouts
 from k2train.trainer.host_memory import (
     HostNeed,
     HostRoom,
+    activation_share,
     available_bytes,
     check_host_memory,
     host_need,
+    offload_peaks,
     ranks_here,
     refuse_too_little,
+    states_bytes,
 )
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda", 0)
@@ -140,6 +143,37 @@ def test_a_run_that_does_not_fit_its_node_is_refused_before_it_starts(
     assert "cluster.host_memory_bytes" in error
     assert "of optimizer states" in error
     assert not (tmp_path / "run").exists()
+
+
+def test_a_ranks_share_of_a_node_is_what_its_optimizer_states_leave() -> None:
+    """Four ranks; on a GPU with states on the device the whole share is the activations'."""
+    config = load_config(["experiment=laptop", "activations=k2", "train.global_batch_tokens=131072"])
+    layout, _ = build_layouts(config)
+    share = round(config.cluster.host_memory_bytes / layout.world)
+    for stage in range(layout.pp):
+        states = states_bytes(config, layout, stage, 1)
+        assert activation_share(config, layout, stage, CPU) == share - states < share
+        assert activation_share(config, layout, stage, CUDA) == share
+
+
+def test_activations_that_overflow_a_ranks_share_are_refused_at_start_up_and_not_in_mid_step() -> None:
+    """Stage 0 has more in flight than stage 1: one node holds both on average and stage 0's share does not hold its own.
+
+    With so much for a node that the sum just fits, the store's limit on stage 0 is below what the step offloads there.
+    """
+    words = ["experiment=laptop", "activations=k2", "train.global_batch_tokens=131072", "optim.states=device"]
+    config = load_config(words)
+    layout, _ = build_layouts(config)
+    peaks = offload_peaks(config, layout)
+    assert peaks[0] > peaks[1]
+    node = layout.dp * sum(peaks)
+    config = load_config([*words, f"cluster.host_memory_bytes={node}"])
+    with pytest.raises(ConfigError, match="a rank of stage 0 offloads") as refused:
+        check_host_memory(config, layout, "threads", CUDA, {})
+    assert refused.value.field == "cluster.host_memory_bytes"
+    assert activation_share(config, layout, 0, CUDA) < peaks[0]
+    enough = load_config([*words, f"cluster.host_memory_bytes={layout.world * peaks[0]}"])
+    check_host_memory(enough, layout, "threads", CUDA, {})
 
 
 def test_a_machine_without_room_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
