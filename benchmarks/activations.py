@@ -60,7 +60,9 @@ class Side:
         self.config, self.batch, self.gradients = config, batch, gradients
         self.schedule: Schedule = build_layouts(config)[1]
         device = batch.device
-        self.engine = OffloadEngine(device, HostArena(pinned=device.type == "cuda"), timed=device.type == "cuda")
+        self.engine = OffloadEngine(
+            device, HostArena(pinned=device.type == "cuda"), timed=device.type == "cuda"
+        )
         self.store = ActivationStore(config.activations, self.engine)
         # As in training: where every tensor is kept, autograd keeps it, and no store is in its way.
         self.keeps_everything = preset == BASE
@@ -97,7 +99,9 @@ class Side:
                 saved=self.store.microbatch(virtual_stage) if use_store else KeepEverything(),
             )  # fmt: skip
 
-        return StepInputs(lambda microbatch: microbatches[microbatch][:, :-1], make_context, len(microbatches))
+        return StepInputs(
+            lambda microbatch: microbatches[microbatch][:, :-1], make_context, len(microbatches)
+        )
 
 
 class Peak:
@@ -190,7 +194,9 @@ def hidden_share(side: Side) -> float | None:
 
 def print_table(results: Mapping[str, Result], rounds: int) -> None:
     print(f"medians of {rounds} rounds; time beside `{BASE}`, round by round")
-    print(f"{'activations':18s}{'tokens/s':>10s}{'time':>8s}{'device, peak':>15s}{'host, peak':>13s}{'hidden':>9s}")
+    print(
+        f"{'activations':18s}{'tokens/s':>10s}{'time':>8s}{'device, peak':>15s}{'host, peak':>13s}{'hidden':>9s}"
+    )
     for preset, row in results.items():
         hidden = "-" if row.hidden is None else f"{row.hidden:.1%}"
         print(f"{preset:18s}{row.tokens_per_second:10,.0f}{row.ratio:8.3f}{row.device_bytes / 1e6:12.1f} MB"

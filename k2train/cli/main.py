@@ -18,7 +18,7 @@ from k2train.config.errors import ConfigError, nearest
 COMMANDS = {
     "train": "train a model; a run directory that holds a checkpoint is resumed",
     "plan": "predict memory, step time and exposed communication, without a GPU",
-    "report": "show a run again: its metrics, its loss curve; `report memory`: bytes of every saved activation",
+    "report": "show a run again: its metrics, its loss curve",
     "data": "build and inspect corpora",
     "import-hf": "turn a Hugging Face model directory into a checkpoint",
     "export-hf": "turn a checkpoint into a Hugging Face model directory",

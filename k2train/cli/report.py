@@ -8,7 +8,6 @@ from pathlib import Path
 from rich.console import Console
 from rich.table import Table
 
-from k2train.cli import report_memory
 from k2train.config.compose import parse_overrides
 from k2train.config.convert import from_dict
 from k2train.config.errors import ConfigError
@@ -36,10 +35,8 @@ def run(args: list[str]) -> int:
 
         return report_memory(args[1:])
     if any(word in ("-h", "--help") for word in args):
-        print(render_help(ReportConfig, "Show a run again, or the memory of its activations.", USAGE))
+        print(render_help(ReportConfig, "Show a run again.", USAGE))
         return 0
-    if args[:1] == [MEMORY]:
-        return report_memory.run(args[1:])
     report = from_dict(
         ReportConfig, {override.key_or_group: override.value() for override in parse_overrides(args)}
     )

@@ -71,7 +71,7 @@ def model_parameters(model: ModelConfig) -> ModelParameters:
 
 def layer_parameters(model: ModelConfig, layer: int) -> LayerParameters:
     """Count one layer."""
-    tensors = [spec for spec in layer_tensors(model, layer, experts=(0,)) if spec.trained]
+    tensors = [spec for spec in layer_tensors(model, layer) if spec.trained]
     dense = sum(spec.num_elements for spec in tensors if spec.expert is None)
     first = sum(spec.num_elements for spec in tensors if spec.expert == 0)
     return LayerParameters(dense, first, model.n_routed_experts if model.is_moe(layer) else 0)

@@ -1,16 +1,16 @@
-"""What a layer saves for its backward, name by name: as the plan predicts it and as a real forward leaves it.
+"""Bytes of every saved tensor, predicted beside measured: what `k2train report memory` prints.
 
-One microbatch goes through one layer of each kind the model has, with the run's own operations, store and offload engine and
-all experts on this rank. What then lies in the store, on the device and on the host, is set beside the estimate for the same
-shapes. K2's layers do not fit a laptop, so a model too large is measured at a fraction of its widths, and the prediction for
-the run's own shapes stands beside it.
+Measured means: one microbatch forward through one dense and one MoE layer of the config, with the store that training uses and
+the offload executed, and then the tensors counted that are really held, here and on the host. A model whose layers are too
+large for that is measured at a fraction of its widths (hidden, latents, feed-forwards, number of heads; head sizes, experts and
+choices stay), and the prediction beside it is for the same widths.
 """
 
 from __future__ import annotations
 
 import dataclasses
-import math
-from collections import Counter
+from collections import defaultdict
+from collections.abc import Mapping
 
 import torch
 
@@ -19,161 +19,167 @@ from k2train.activations.offload import OffloadEngine
 from k2train.activations.store import ActivationStore
 from k2train.config.model import ModelConfig
 from k2train.config.schema import Config
-from k2train.config.sections import TrainConfig
-from k2train.estimate.activations import SavedTensor, check_policies, saved_tensors
-from k2train.estimate.layer_ops import workload
-from k2train.estimate.shrink import sample_layers, shrink
+from k2train.config.sections import ActivationsConfig
+from k2train.estimate.activations import SavedTensor, saved_tensors
+from k2train.estimate.layer_ops import Workload, workload
+from k2train.layout.tensors import layer_tensors
 from k2train.model.context import MicrobatchContext
 from k2train.model.model import build_model, forward
-from k2train.model.pieces import ModelPart
+from k2train.model.pieces import whole_model
 from k2train.ops.dtypes import DTYPES
-from k2train.ops.weight_grad import PlainGradients, WeightGradQueue
+from k2train.ops.weight_grad import PlainGradients
 
-MEASURED_TOKENS = 256
-"""The measured microbatch is one sequence of so many tokens, or of the run's length where that is shorter."""
-PARAMETER_LIMIT_BYTES = 2**28
-"""The most that the parameters of the measured layers may take; larger models are narrowed."""
+MAX_ELEMENTS = 1 << 27
+"""Parameters of the layers that are measured, at most."""
+MAX_TOKENS = 256
+VOCABULARY = 256
 
 
 @dataclasses.dataclass(frozen=True)
-class NameRow:
-    """One saved activation of one layer, bytes of a microbatch."""
+class NameBytes:
+    """One name of one layer. Bytes a token."""
 
-    predicted: SavedTensor
-    """For the measured shapes."""
-    device_bytes: int
-    """Measured on the device."""
-    host_bytes: int
-    """Measured in host memory."""
-    full_size: SavedTensor
-    """Predicted for the run's own microbatch, widths and expert-parallel degree."""
+    name: str
+    policy: str
+    computed: float
+    """As computed, at the config's own widths."""
+    planned: float
+    """Kept, wherever that is, at the config's own widths."""
+    predicted_device: float
+    measured_device: float
+    predicted_host: float
+    measured_host: float
 
     @property
     def difference(self) -> float:
-        """The larger of both places' |measured - predicted| / predicted; infinite where nothing was predicted."""
-        pairs = (
-            (self.predicted.device_bytes, self.device_bytes),
-            (self.predicted.host_bytes, self.host_bytes),
-        )
-        return max(_relative(predicted, measured) for predicted, measured in pairs)
-
-
-@dataclasses.dataclass(frozen=True)
-class LayerMemory:
-    """Every name of one layer, in the order of `ActivationsConfig`."""
-
-    moe: bool
-    rows: tuple[NameRow, ...]
+        """Measured against predicted, relative."""
+        pairs = ((self.measured_device, self.predicted_device), (self.measured_host, self.predicted_host))
+        return max(abs(mine - plan) / plan if plan else float(mine != 0) for mine, plan in pairs)
 
 
 @dataclasses.dataclass(frozen=True)
 class MemoryReport:
-    """One layer of each kind the model has, the MoE layer first. divisor: of the measured model's widths."""
+    """`divisor` of the widths at which was measured; the names of each kind of layer, "MoE layer" and "dense layer"."""
 
-    layers: tuple[LayerMemory, ...]
     divisor: int
-    measured_tokens: int
-    full_tokens: int
-    device: torch.device
+    tokens: int
+    layers: Mapping[str, tuple[NameBytes, ...]]
 
     @property
-    def difference(self) -> float:
-        """The largest of all names."""
-        return max(row.difference for layer in self.layers for row in layer.rows)
+    def largest_difference(self) -> float:
+        return max(row.difference for rows in self.layers.values() for row in rows)
 
 
-def memory_report(config: Config) -> MemoryReport:
-    """Predict and measure. Raises ConfigError for policies that cannot be, and for a model that no width makes small enough."""
-    check_policies(config.activations)
-    layers, train = sample_layers(config.model), measured_train(config.train)
-    narrow, divisor = shrink(config.model, layers, train.dtype, PARAMETER_LIMIT_BYTES)
-    device = measuring_device(config)
-    measured = measure(dataclasses.replace(config, model=narrow, train=train), layers, device)
-    small, full = workload(narrow, train, 1), workload(config.model, config.train, config.layout.ep)
-    tables = []
-    for layer in reversed(layers):
-        moe = config.model.is_moe(layer)
-        predictions = (saved_tensors(w, config.activations, moe) for w in (small, full))
-        found = measured[layer]
-        rows = tuple(
-            NameRow(here, *found.pop(here.name, (0, 0)), there)
-            for here, there in zip(*predictions, strict=True)
+def measure_memory(config: Config, device: torch.device) -> MemoryReport:
+    """Run the layers and count. Raises ConfigError for policies that cannot be."""
+    kinds = layer_kinds(config.model)
+    divisor = smallest_divisor(config.model)
+    small = two_layers(narrowed(config.model, divisor), kinds)
+    here = microbatch(config, small)
+    measured = measured_bytes(small, here, config.activations, device)
+    whole = workload(config.model, config.train, config.layout.ep)
+    layers = {}
+    for layer, kind in enumerate(kinds):
+        moe = kind == "MoE layer"
+        planned = {tensor.name: tensor for tensor in saved_tensors(whole, config.activations, moe)}
+        layers[kind] = tuple(
+            row(tensor, planned[tensor.name], measured.get((layer, tensor.name), (0, 0)), here, whole)
+            for tensor in saved_tensors(here, config.activations, moe)
         )
-        assert not found, f"layer {layer} stores names the estimate does not know: {sorted(found)}"
-        tables.append(LayerMemory(moe, rows))
-    return MemoryReport(tuple(tables), divisor, small.tokens, full.tokens, device)
+    return MemoryReport(divisor, here.tokens, layers)
 
 
-def measured_train(train: TrainConfig) -> TrainConfig:
-    """The run's section with one short sequence as its microbatch."""
-    tokens = min(train.seq_len, MEASURED_TOKENS)
-    return dataclasses.replace(train, seq_len=tokens, microbatch_size=1, global_batch_tokens=tokens)
+def layer_kinds(model: ModelConfig) -> list[str]:
+    """The kinds of layer a model has, dense first."""
+    kinds = ["dense layer"] if model.first_k_dense_replace else []
+    return [*kinds, "MoE layer"] if model.num_moe_layers else kinds
 
 
-def measuring_device(config: Config) -> torch.device:
-    """A GPU where there is one and train.device allows it. Bytes are the same everywhere, so a config for GPUs can be
-    measured without."""
-    gpu = torch.cuda.is_available() and config.train.device != "cpu"
-    return torch.device("cuda", torch.cuda.current_device()) if gpu else torch.device("cpu")
+def smallest_divisor(model: ModelConfig) -> int:
+    """The smallest power of two by which widths must be divided for the layers to fit MAX_ELEMENTS."""
+    divisor = 1
+    while num_elements(narrowed(model, divisor)) > MAX_ELEMENTS:
+        divisor *= 2
+    return divisor
 
 
-def measure(
-    config: Config, layers: tuple[int, ...], device: torch.device
-) -> dict[int, dict[str, tuple[int, int]]]:
-    """Forward one microbatch through `layers` (neighbours), send out what is to be offloaded, and read the store.
+def num_elements(model: ModelConfig) -> int:
+    """Parameters of a dense and a MoE layer."""
+    layers = {0, model.num_hidden_layers - 1}
+    return sum(spec.num_elements for layer in layers for spec in layer_tensors(model, layer))
 
-    For every layer and name: bytes on the device, bytes in host memory. Names of which nothing is stored are left out.
-    """
-    model, train = config.model, config.train
-    part = ModelPart(layers, embedding=False, head=False, local_experts=tuple(range(model.n_routed_experts)))
-    built = build_model(model, part, DTYPES[train.dtype], device)
-    built.initialise(train.seed)
-    arena = HostArena(pinned=device.type == "cuda")
-    store = ActivationStore(config.activations, OffloadEngine(device, arena))
+
+def narrowed(model: ModelConfig, divisor: int) -> ModelConfig:
+    """The model with its widths and heads divided, at least 1 each."""
+    names = [
+        "hidden_size",
+        "intermediate_size",
+        "moe_intermediate_size",
+        "kv_lora_rank",
+        "num_attention_heads",
+    ]
+    names += ["q_lora_rank"] * (model.q_lora_rank is not None)
+    return dataclasses.replace(model, **{name: max(getattr(model, name) // divisor, 1) for name in names})
+
+
+def two_layers(model: ModelConfig, kinds: list[str]) -> ModelConfig:
+    """One layer of each kind, and a small vocabulary."""
+    return dataclasses.replace(
+        model,
+        num_hidden_layers=len(kinds),
+        first_k_dense_replace=kinds.count("dense layer"),
+        vocab_size=VOCABULARY,
+    )
+
+
+def microbatch(config: Config, model: ModelConfig) -> Workload:
+    """One sequence of the config's, cut to MAX_TOKENS, on a rank that holds all experts."""
+    train = dataclasses.replace(
+        config.train, seq_len=min(config.train.seq_len, MAX_TOKENS), microbatch_size=1
+    )
+    return workload(model, train, ep=1)
+
+
+def measured_bytes(
+    model: ModelConfig, here: Workload, policies: ActivationsConfig, device: torch.device
+) -> dict[tuple[int | None, str], tuple[int, int]]:
+    """Bytes of every (layer, name) on the device and on the host, after a forward and its offload."""
+    engine = OffloadEngine(device, HostArena(pinned=device.type == "cuda"))
+    store = ActivationStore(policies, engine)
+    built = build_model(model, whole_model(model), DTYPES[here.dtype], device)
+    for parameter in {piece.parameter for piece in built.pieces()}:
+        torch.nn.init.normal_(parameter, std=model.initializer_range)
+    tokens_BS1 = torch.randint(VOCABULARY, (1, here.tokens + 1), device=device)
     context = MicrobatchContext(
-        num_sequences=train.microbatch_size,
-        gradients=PlainGradients(),
-        weight_grads=WeightGradQueue(),
-        balance_loss_scale=train.balance_loss_alpha,
+        1,
+        PlainGradients(),
+        targets=tokens_BS1[:, 1:],
+        balance_loss_scale=float(here.balance_loss),
         saved=store.microbatch(),
     )
-    # The records are autograd's graphs: what they hold is what is stored.
-    _, records = forward(built, (residual_stream(model, train, device),), context)
+    # The records hold what the backward would need; they must live until everything is counted.
+    _, records = forward(built, (tokens_BS1[:, :-1],), context)
     context.saved.offload()
-    found = stored_bytes(store)
-    assert sum(host for _, host in found_bytes(found)) == store.engine.in_flight_bytes
-    del records
-    context.saved.drop()
-    return found
-
-
-def residual_stream(model: ModelConfig, train: TrainConfig, device: torch.device) -> torch.Tensor:
-    """What a layer above might have sent (T, D): noise, the same for the same seed."""
-    generator = torch.Generator().manual_seed(train.seed)
-    x_TD = torch.randn(train.seq_len * train.microbatch_size, model.hidden_size, generator=generator)
-    return x_TD.to(device, DTYPES[train.dtype])
-
-
-def stored_bytes(store: ActivationStore) -> dict[int, dict[str, tuple[int, int]]]:
-    """What the store holds now, by layer and name: (on the device, in host memory)."""
-    device: Counter[tuple[int, str]] = Counter()
-    host: Counter[tuple[int, str]] = Counter()
-    found: dict[int, dict[str, tuple[int, int]]] = {}
+    found: dict[tuple[int | None, str], tuple[int, int]] = defaultdict(lambda: (0, 0))
     for entry in store.entries():
-        assert entry.origin.layer is not None, "the ends of the model are not measured"
-        where = entry.origin.layer, entry.origin.name
-        device[where] += entry.device_bytes
-        host[where] += entry.host_bytes
-        found.setdefault(where[0], {})[where[1]] = (device[where], host[where])
+        place = entry.origin.layer, entry.origin.name
+        on_device, on_host = found[place]
+        found[place] = on_device + entry.device_bytes, on_host + entry.host_bytes
+    context.saved.drop()
+    records.clear()
     return found
 
 
-def found_bytes(found: dict[int, dict[str, tuple[int, int]]]) -> list[tuple[int, int]]:
-    """The bytes alone."""
-    return [both for names in found.values() for both in names.values()]
-
-
-def _relative(predicted: int, measured: int) -> float:
-    if predicted == measured:
-        return 0.0
-    return abs(measured - predicted) / predicted if predicted else math.inf
+def row(
+    tensor: SavedTensor, planned: SavedTensor, measured: tuple[int, int], here: Workload, whole: Workload
+) -> NameBytes:
+    return NameBytes(
+        tensor.name,
+        tensor.policy,
+        planned.full_bytes / whole.tokens,
+        planned.stored_bytes / whole.tokens,
+        tensor.device_bytes / here.tokens,
+        measured[0] / here.tokens,
+        tensor.host_bytes / here.tokens,
+        measured[1] / here.tokens,
+    )
