@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
+import torch
 from rich.console import Console
 from rich.table import Table
 
 from k2train.config.compose import config_dir, group_options, load_config
 from k2train.config.help import render_help
 from k2train.config.schema import Config
+from k2train.estimate.activations import check_policies
 from k2train.planner.tables import new_table
 from k2train.trainer.memory_report import MemoryReport, NameBytes, measure_memory
 
@@ -27,11 +29,11 @@ def run(args: list[str]) -> int:
             )
         )
         return 0
-    from k2train.trainer.build import check_supported, choose_device
-
     config: Config = load_config(args)
-    check_supported(config)
-    report = measure_memory(config, choose_device(config))
+    check_policies(config.activations)
+    # Bytes are the same wherever they are measured, so a config made for GPUs can be looked at without one.
+    device = torch.device("cuda" if torch.cuda.is_available() and config.train.device != "cpu" else "cpu")
+    report = measure_memory(config, device)
     console = Console(width=None if Console().is_terminal else WIDTH)
     for kind, rows in report.layers.items():
         console.print(memory_table(kind, report, rows))

@@ -59,3 +59,8 @@ def test_the_command_prints_both_layers_and_says_how_far_off_it_is(capsys):
 def test_policies_that_cannot_be_are_refused(capsys):
     assert main(["report", "memory", "activations.routing=recompute"]) == 2
     assert "activations.routing=recompute" in capsys.readouterr().err
+
+
+def test_a_config_made_for_gpus_can_be_looked_at_without_one(capsys):
+    assert main(["report", "memory", "experiment=k2"]) == 0
+    assert "1/16 of the widths" in capsys.readouterr().out
