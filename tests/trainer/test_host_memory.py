@@ -89,7 +89,7 @@ def test_all_ranks_of_a_stage_own_what_the_stage_has_and_not_the_fullest_rank_ti
     config = load_config(["experiment=laptop", "train.dtype=float32"])
     layout, _ = build_layouts(config)
     whole = host_need(config, layout, range(layout.world), CPU)
-    one_rank = load_config(["experiment=tiny", "train.dtype=float32"])
+    one_rank = load_config(["experiment=laptop", "layout=single", "train.dtype=float32"])
     alone = host_need(one_rank, build_layouts(one_rank)[0], range(1), CPU)
     assert whole.optimizer == alone.optimizer
     assert (whole.num_ranks, alone.num_ranks) == (4, 1)
