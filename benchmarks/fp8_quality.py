@@ -35,7 +35,7 @@ def train(preset: str, run_dir: Path, options: argparse.Namespace) -> Losses:
     words = [
         "experiment=tiny", "layout=single", "world=single", f"activations={preset}", f"run_dir={run_dir}",
         f"train.steps={options.steps}", f"train.seed={options.seed}", f"train.eval_every_steps={options.every}",
-        f"train.eval_tokens={options.tokens}", f"train.final_eval_tokens={options.tokens}",
+        f"train.eval_tokens={options.tokens}", f"train.final_eval_tokens={options.final_tokens}",
         "train.checkpoint_every_steps=0", "telemetry.tensorboard=false", "telemetry.progress=none", *options.override,
     ]  # fmt: skip
     environment = {**os.environ, "OMP_NUM_THREADS": str(options.threads)}
@@ -87,8 +87,9 @@ def draw(base: Losses, other: Losses, path: Path) -> None:
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--steps", type=int, default=300, help="optimizer steps of each run")
-    parser.add_argument("--every", type=int, default=25, help="steps between evaluations")
-    parser.add_argument("--tokens", type=int, default=32768, help="held-out tokens of an evaluation")
+    parser.add_argument("--every", type=int, default=50, help="steps between evaluations")
+    parser.add_argument("--tokens", type=int, default=65536, help="held-out tokens of an evaluation")
+    parser.add_argument("--final-tokens", type=int, default=262144, help="held-out tokens of the last one")
     parser.add_argument("--seed", type=int, default=0, help="of weights and data order, in both runs")
     parser.add_argument("--threads", type=int, default=1, help="CPU threads")
     parser.add_argument("--picture", type=Path, default=Path("docs/pictures/fp8_quality.png"))
