@@ -1,9 +1,12 @@
 """What several rooms' tests start from, built without Hydra."""
 
 import pytest
+import torch
 
 from k2train.config.model import ModelConfig
 from k2train.config.sections import ClusterConfig
+from k2train.model.model import Model, build_model
+from k2train.model.pieces import whole_model
 
 
 @pytest.fixture
@@ -26,3 +29,29 @@ def round_cluster():
         host_link_efficiency=0.5, kernel_latency_seconds=0.0, intranode_latency_seconds=0.0, internode_latency_seconds=0.0,
         device_memory_bytes=8e10, host_memory_bytes=1e12,
     )  # fmt: skip
+
+
+def lively_model(config: ModelConfig, dtype: torch.dtype = torch.float32, seed: int = 0) -> Model:
+    """A whole model whose weights make routing and attention matter.
+
+    Matrices get deviation 1.25 / sqrt(inputs), so that every product keeps its input's scale and logits spread over
+    several units; norms vary around 1; correction biases are as large as the scores' spread, so they change the choice.
+    """
+    model = build_model(config, whole_model(config), dtype=dtype)
+    generator = torch.Generator().manual_seed(seed)
+    for piece in model.pieces():
+        tensor = piece.tensor
+        values = torch.randn(tensor.shape, generator=generator)
+        if not piece.trained:
+            values = values * 0.2
+        elif tensor.dim() == 1:
+            values = 1 + 0.3 * values
+        else:
+            values = values * 1.25 / tensor.shape[1] ** 0.5
+        tensor.copy_(values)
+    return model
+
+
+@pytest.fixture
+def make_model():
+    return lively_model

@@ -15,11 +15,8 @@ from collections.abc import Callable, Sequence
 
 import torch
 
-from k2train.config.sections import Policy
+from k2train.config.sections import FP8_POLICIES, OFFLOAD_POLICIES, Policy
 from k2train.ops.fp8 import Fp8Tensor, dequantise, quantise
-
-FP8: tuple[Policy, ...] = ("fp8", "fp8_offload")
-OFFLOADED: tuple[Policy, ...] = ("offload", "fp8_offload")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -108,15 +105,14 @@ class Entry:
     @property
     def offloads(self) -> bool:
         """Whether it has something to be offloaded."""
-        return self.origin.policy in OFFLOADED and bool(self.payload)
+        return self.origin.policy in OFFLOAD_POLICIES and bool(self.payload)
 
     def store(self, part: torch.Tensor, non_finite_tiles: torch.Tensor | None) -> None:
-        """Keep what the policy says, if that has not been done. part: any tensor of the storage."""
-        if self._stored:
-            return
+        """Keep what the policy says. Once. part: any tensor of the storage."""
+        assert not self._stored, f"{self.origin.name} stored twice"
         self._stored = True
         whole = self.where.view(part.detach())
-        if self.origin.policy in FP8:
+        if self.origin.policy in FP8_POLICIES:
             self._fp8 = quantise(whole, non_finite_tiles)
             self.payload = self._fp8.tensors
         elif self.origin.policy != "recompute":

@@ -15,9 +15,9 @@ from typing import Any
 
 import torch
 
-from k2train.activations.entries import FP8, Entry, Geometry, Origin, Recipe, Slot
+from k2train.activations.entries import Entry, Geometry, Origin, Recipe, Slot
 from k2train.activations.offload import Offloaded, OffloadEngine
-from k2train.config.sections import ActivationsConfig, Policy
+from k2train.config.sections import FP8_POLICIES, OFFLOAD_POLICIES, ActivationsConfig, Policy
 from k2train.model.saved import Made
 
 
@@ -70,7 +70,7 @@ class ActivationStore:
 
     def non_finite_counter(self, origin: Origin, device: torch.device) -> torch.Tensor | None:
         """Where FP8 storage counts tiles with a value that is not finite, read by `non_finite_tiles`; None without FP8."""
-        if origin.policy not in FP8:
+        if origin.policy not in FP8_POLICIES:
             return None
         if origin.name not in self._non_finite:
             self._non_finite[origin.name] = torch.zeros((), dtype=torch.int64, device=device)
@@ -122,8 +122,9 @@ class MicrobatchStore:
         unnamed: list[_Unnamed] = []
 
         def pack(tensor: torch.Tensor) -> Slot | _Unnamed:
-            if self._entry(tensor) is not None:
-                return self._slot(tensor)
+            entry = self._entry(tensor)
+            if entry is not None:
+                return self._keep(entry, tensor)
             unnamed.append(_Unnamed(tensor))
             return unnamed[-1]
 
@@ -154,7 +155,8 @@ class MicrobatchStore:
         if self._offloaded is not None:
             self._offloaded.reload()
             for entry in self.entries():
-                entry.returns()
+                if entry.host_bytes:
+                    entry.returns()
 
     def drop(self) -> None:
         """Forget an interrupted microbatch; its host buffers are free again."""
@@ -196,7 +198,12 @@ class MicrobatchStore:
     def _slot(self, tensor: torch.Tensor) -> Slot:
         entry = self._entry(tensor)
         assert entry is not None, f"a saved tensor of shape {tuple(tensor.shape)} has no name"
-        entry.store(tensor, self._parent.non_finite_counter(entry.origin, tensor.device))
+        return self._keep(entry, tensor)
+
+    def _keep(self, entry: Entry, tensor: torch.Tensor) -> Slot:
+        """The tensor as its user keeps it; the entry is stored with its first."""
+        if not entry.stored:
+            entry.store(tensor, self._parent.non_finite_counter(entry.origin, tensor.device))
         return Slot(entry, Geometry.of(tensor))
 
 
@@ -221,4 +228,4 @@ class _Unnamed:
 
 def _extra_policy(policy: Policy) -> Policy:
     """Extras are never rounded or rebuilt: they stay, or go to the host with the rest."""
-    return "offload" if policy in ("offload", "fp8_offload") else "keep"
+    return "offload" if policy in OFFLOAD_POLICIES else "keep"

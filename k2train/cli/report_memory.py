@@ -45,7 +45,7 @@ def run(args: list[str]) -> int:
 
 
 def memory_table(what: str, report: MemoryReport, rows: Iterable[NameBytes]) -> Table:
-    """One layer's names, largest first in the config's order, and their sums."""
+    """One layer's names, in the config's order, and their sums."""
     at = "the config's widths" if report.divisor == 1 else f"1/{report.divisor} of the widths"
     title = f"{what}, bytes a token: computed and kept as configured; plan against run at {at}"
     headings = ["name", "policy", "computed", "kept", "device: plan", "run", "host: plan", "run"]

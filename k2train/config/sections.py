@@ -10,6 +10,8 @@ from k2train.config.fields import check_ranges, key
 
 ScheduleKind = Literal["k2", "gpipe", "1f1b", "interleaved_1f1b", "zb_h1", "dualpipe", "dualpipe_v"]
 Policy = Literal["keep", "fp8", "recompute", "offload", "fp8_offload"]
+FP8_POLICIES: tuple[Policy, ...] = ("fp8", "fp8_offload")
+OFFLOAD_POLICIES: tuple[Policy, ...] = ("offload", "fp8_offload")
 Dtype = Literal["bfloat16", "float32", "float64"]
 DispatchCopies = Literal["per_expert", "per_rank", "per_node"]
 
@@ -91,6 +93,11 @@ class ActivationsConfig:
     shared_swiglu_output: Policy = key("input of the shared experts' down-projection", default="keep")
     mlp_swiglu_input: Policy = key("gate and up projections of a dense layer", default="keep")
     mlp_swiglu_output: Policy = key("input of a dense layer's down-projection", default="keep")
+
+    @property
+    def offloads(self) -> bool:
+        """Whether any name goes to host memory."""
+        return any(policy in OFFLOAD_POLICIES for policy in dataclasses.asdict(self).values())
 
 
 @dataclasses.dataclass(frozen=True)

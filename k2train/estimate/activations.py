@@ -10,14 +10,12 @@ from __future__ import annotations
 from dataclasses import dataclass, fields
 
 from k2train.config.errors import ConfigError
-from k2train.config.sections import ActivationsConfig, Policy
+from k2train.config.sections import FP8_POLICIES, OFFLOAD_POLICIES, ActivationsConfig, Policy
 from k2train.estimate.layer_ops import Workload
 from k2train.estimate.work import accumulation_bytes
 
 FP8_TILE = 128
 """Numbers that share a scale."""
-_FP8 = ("fp8", "fp8_offload")
-_OFFLOADED = ("offload", "fp8_offload")
 NOT_REBUILDABLE = {
     "layer_input": "it comes from the previous layer or stage",
     "expert_input": "it comes from other ranks, by an all-to-all",
@@ -42,16 +40,16 @@ class SavedTensor:
     @property
     def device_bytes(self) -> int:
         """On the device between forward and backward."""
-        return 0 if self.policy in _OFFLOADED else self.stored_bytes
+        return 0 if self.policy in OFFLOAD_POLICIES else self.stored_bytes
 
     @property
     def host_bytes(self) -> int:
         """In host memory between forward and backward."""
-        return self.stored_bytes if self.policy in _OFFLOADED else 0
+        return self.stored_bytes if self.policy in OFFLOAD_POLICIES else 0
 
     @property
     def is_fp8(self) -> bool:
-        return self.policy in _FP8
+        return self.policy in FP8_POLICIES
 
 
 def check_policies(policies: ActivationsConfig) -> None:
@@ -62,7 +60,7 @@ def check_policies(policies: ActivationsConfig) -> None:
             raise ConfigError(
                 f"activations.{name}", "recompute", f"cannot be rebuilt: {why}", f"use {allowed}"
             )
-    if policies.routing in _FP8:
+    if policies.routing in FP8_POLICIES:
         raise ConfigError("activations.routing", policies.routing, "holds indices, which FP8 would destroy",
                           "use keep or offload")  # fmt: skip
 
@@ -90,7 +88,7 @@ def _saved(
     stored = full = numbers * w.element_bytes
     if policy == "recompute":
         stored = 0
-    elif policy in _FP8:
+    elif policy in FP8_POLICIES:
         stored = sum(rows * (width + 4 * -(-width // FP8_TILE)) for rows, width in shapes)
     return SavedTensor(name, policy, numbers, full + extra_bytes, stored + extra_bytes)
 

@@ -71,8 +71,7 @@ def schedule_spec(config: Config, microbatches: int) -> ScheduleSpec:
     section = {
         field.name: getattr(config.schedule, field.name) for field in dataclasses.fields(ScheduleConfig)
     }
-    policies = dataclasses.asdict(config.activations).values()
-    offload = any(policy in ("offload", "fp8_offload") for policy in policies)
+    offload = config.activations.offloads
     return ScheduleSpec(config.layout.pp, microbatches, vpp=config.layout.vpp, offload=offload, **section)
 
 

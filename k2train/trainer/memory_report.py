@@ -173,6 +173,7 @@ def measured_bytes(
 def row(
     tensor: SavedTensor, planned: SavedTensor, measured: tuple[int, int], here: Workload, whole: Workload
 ) -> NameBytes:
+    """A name's line. tensor, here: as measured; planned, whole: as configured; measured: bytes on the device, on the host."""
     return NameBytes(
         tensor.name,
         tensor.policy,

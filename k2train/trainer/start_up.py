@@ -97,10 +97,7 @@ def feature_table(run: Run) -> Table:
 
 def describe_offload(run: Run) -> list[tuple[str, str]]:
     """How much of the schedule goes through host memory; nothing where no policy offloads."""
-    if not any(
-        getattr(run.config.activations, f.name) in ("offload", "fp8_offload")
-        for f in dataclasses.fields(ActivationsConfig)
-    ):
+    if not run.config.activations.offloads:
         return []
     steps = [step for line in run.schedule.stages for step in line if isinstance(step, Action)]
     moved = sum(action.kind is Kind.OFFLOAD for action in steps)

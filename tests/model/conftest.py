@@ -8,8 +8,7 @@ import pytest
 import torch
 
 from k2train.config.model import ModelConfig, YarnConfig
-from k2train.model.model import Model, build_model
-from k2train.model.pieces import whole_model
+from k2train.model.model import Model
 
 K2 = ModelConfig(
     vocab_size=96, hidden_size=64, num_hidden_layers=3, first_k_dense_replace=1, intermediate_size=96,
@@ -44,32 +43,6 @@ FAMILIES = {"k2": K2, "deepseek_v3": DEEPSEEK_V3, "moonlight": MOONLIGHT, "odd":
 @pytest.fixture(params=sorted(FAMILIES))
 def family(request: pytest.FixtureRequest) -> ModelConfig:
     return FAMILIES[request.param]
-
-
-def lively_model(config: ModelConfig, dtype: torch.dtype, seed: int) -> Model:
-    """A whole model whose weights make routing and attention matter.
-
-    Matrices get deviation 1.25 / sqrt(inputs), so that every product keeps its input's scale and logits spread over
-    several units; norms vary around 1; correction biases are as large as the scores' spread, so they change the choice.
-    """
-    model = build_model(config, whole_model(config), dtype=dtype)
-    generator = torch.Generator().manual_seed(seed)
-    for piece in model.pieces():
-        tensor = piece.tensor
-        values = torch.randn(tensor.shape, generator=generator)
-        if not piece.trained:
-            values = values * 0.2
-        elif tensor.dim() == 1:
-            values = 1 + 0.3 * values
-        else:
-            values = values * 1.25 / tensor.shape[1] ** 0.5
-        tensor.copy_(values)
-    return model
-
-
-@pytest.fixture
-def make_model():
-    return lively_model
 
 
 @pytest.fixture

@@ -15,8 +15,7 @@ from k2train.activations.store import ActivationStore, MicrobatchStore
 from k2train.config.model import ModelConfig, YarnConfig
 from k2train.config.sections import ActivationsConfig
 from k2train.model.context import MicrobatchContext
-from k2train.model.model import Model, backward, build_model, forward
-from k2train.model.pieces import whole_model
+from k2train.model.model import Model, backward, forward
 from k2train.ops.weight_grad import PlainGradients, WeightGradQueue
 
 K2 = ModelConfig(
@@ -42,22 +41,6 @@ def family(request: pytest.FixtureRequest) -> ModelConfig:
 @pytest.fixture
 def k2() -> ModelConfig:
     return K2
-
-
-def lively_model(config: ModelConfig, dtype: torch.dtype = torch.float32) -> Model:
-    """Weights that keep their input's scale, norms that vary around 1."""
-    model = build_model(config, whole_model(config), dtype=dtype)
-    generator = torch.Generator().manual_seed(0)
-    for piece in model.pieces():
-        values = torch.randn(piece.tensor.shape, generator=generator)
-        if not piece.trained:
-            values = values * 0.2
-        elif values.dim() == 1:
-            values = 1 + 0.3 * values
-        else:
-            values = values * 1.25 / values.shape[1] ** 0.5
-        piece.tensor.copy_(values)
-    return model
 
 
 class Noting:
@@ -147,8 +130,3 @@ def begin():
         return Microbatch(model, context, loss, records, store)
 
     return make
-
-
-@pytest.fixture
-def make_model():
-    return lively_model
