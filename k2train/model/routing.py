@@ -7,8 +7,6 @@ B sequences, D hidden.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 import torch
 
 from k2train.config.model import ModelConfig
@@ -86,10 +84,13 @@ def update_correction_bias(bias_E: torch.Tensor, loads_E: torch.Tensor, rate: fl
     bias_E.add_(torch.sign(loads_E.mean() - loads_E).to(bias_E), alpha=rate)
 
 
-def load_violation(loads: Sequence[torch.Tensor]) -> float:
-    """Largest load over mean load, minus 1, of the worst layer (MaxVio, arXiv 2408.15664); 0 is even, 0 without loads."""
-    if not loads:
-        return 0.0
-    loads_LE = torch.stack([load.to(torch.float64) for load in loads])
+def load_violation(loads_LE: torch.Tensor) -> torch.Tensor:
+    """Largest load over mean load, minus 1, of the worst layer (MaxVio, arXiv 2408.15664): a scalar, with no host sync.
+
+    0 is even; 0 without layers or loads.
+    """
+    if not len(loads_LE):
+        return torch.zeros((), dtype=torch.float64, device=loads_LE.device)
+    loads_LE = loads_LE.to(torch.float64)
     mean_L = loads_LE.mean(1).clamp_min(1e-9)
-    return float((loads_LE.amax(1) / mean_L - 1).amax().clamp_min(0.0))
+    return (loads_LE.amax(1) / mean_L - 1).amax().clamp_min(0.0)

@@ -1,7 +1,8 @@
 """MuonClip with ZeRO-1: one step from summed gradients to updated parameters.
 
     reduce-scatter   every bucket, so that owners hold whole summed matrices
-    norm and clip    one scalar summed over the world: every share has one owner, so each is counted once
+    agree            one sum over the world, of the squared norm (every share has one owner, so each is counted once), and
+                     one maximum, of the logits; whatever else a step has to sum or compare rides along
     update           Muon or AdamW on the FP32 masters
     QK-Clip          on the masters of the heads whose logits grew past tau
     all-gather       updated values in the compute type, into every replica's parameters
@@ -13,7 +14,6 @@ Source: Kimi K2 report, section 2.1; docs/design.md, "MuonClip with ZeRO-1".
 from __future__ import annotations
 
 import dataclasses
-import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 
 import torch
@@ -50,6 +50,17 @@ class StepResult:
     num_orthogonalised: int
 
 
+@dataclasses.dataclass(frozen=True)
+class Riders:
+    """A rank's numbers that travel with the step's own: FP64 vectors on the device, in place the sums and maxima of the world.
+
+    Every rank gives vectors of the same lengths.
+    """
+
+    sums: torch.Tensor
+    maxima: torch.Tensor
+
+
 class Optimizer:
     """Owns masters and states of this rank's shares; `gradients` is where the backward pass puts its gradients."""
 
@@ -80,25 +91,24 @@ class Optimizer:
         clip_norm: float | None = None,
         gradient_scale: float = 1.0,
         finish: bool = True,
+        riders: Riders | None = None,
     ) -> StepResult:
         """Update every parameter from the gradients summed since the last step, and forget the gradients.
 
         max_logits: layer -> (H,) largest pre-softmax logits of this rank's microbatches, for the layers of this rank.
         clip_norm: largest global gradient norm; None never clips. gradient_scale: multiplies the summed gradients first,
         for losses that were not already divided by the number of tokens. finish: False leaves the all-gathers running; then
-        `finish_gather` must be called before the parameters are read or gradients added.
-        With a non-finite norm nothing is updated and the result says so.
-        Collectives, in this order, for every rank of the world: a reduce-scatter for each bucket not begun yet, a sum and a
-        max over the world, an all-gather for each bucket. Waits for the device to read norm and logits.
+        `finish_gather` must be called before the parameters are read or gradients added. riders: see there.
+        With a non-finite norm, or a sum among the riders that is not finite, nothing is updated and the result says so.
+        Collectives, in this order, for every rank of the world: a reduce-scatter for each bucket not begun yet, a maximum and
+        a sum over the world, an all-gather for each bucket. Waits for the device to read norm and logits.
         """
         for bucket in self._buckets:
             bucket.start_reduce()
-        for bucket in self._buckets:
-            bucket.finish_reduce()
-        norm = self._gradient_norm() * gradient_scale
-        logits = self._qk_clip.reduce(max_logits or {}, self._world)
+        norm, finite, logits = self._agree(max_logits or {}, riders)
+        norm *= gradient_scale
         clip_scale = 1.0 if clip_norm is None else min(1.0, clip_norm / (norm + 1e-6))
-        if not math.isfinite(norm):
+        if not finite:
             self.gradients.zero()
             return StepResult(norm, 1.0, 0, logits.max_logit, False, 0)
         orthogonalised = self._update(lr, gradient_scale * clip_scale)
@@ -181,15 +191,33 @@ class Optimizer:
         for states in self._states:
             states.read_parameters()
 
-    def _gradient_norm(self) -> float:
-        """L2 norm of the summed gradients of the whole model. A sum over the world; waits for the device."""
+    def _agree(
+        self, max_logits: Mapping[int, torch.Tensor], riders: Riders | None
+    ) -> tuple[float, bool, ReducedLogits]:
+        """The whole model's gradient norm, whether it and the riders' sums are finite, and its logits. A maximum and a sum
+        over the world; waits for the reduce-scatters and for the device."""
+        nothing = self._buckets[0].flat.new_zeros(0, dtype=torch.float64)
+        riders = riders or Riders(nothing, nothing)
+        logits_LH = self._qk_clip.of_rank(max_logits)
+        maxima = torch.cat([logits_LH.flatten().double(), riders.maxima])
+        comparing = self._world.start_all_reduce(maxima, "max")
+        for bucket in self._buckets:
+            bucket.finish_reduce()
+        sums = torch.cat([self._squared_norm(), riders.sums])
+        self._world.all_reduce(sums)
+        comparing.wait()
+        riders.sums.copy_(sums[1:])
+        riders.maxima.copy_(maxima[logits_LH.numel() :])
+        norm, finite = torch.stack([sums[0].sqrt(), sums.isfinite().all()]).tolist()
+        return norm, bool(finite), self._qk_clip.decide(maxima[: logits_LH.numel()].view_as(logits_LH))
+
+    def _squared_norm(self) -> torch.Tensor:
+        """The square of the L2 norm of the gradients this rank owns (1,), FP64."""
         shares = [share.in_bucket(bucket.own_gradient) for bucket in self._buckets for share in bucket.owned]
         # Share by share and then in FP64: whole matrices give the same term under every layout.
         norms = [torch.linalg.vector_norm(share).double() for share in shares]
         zero = self._buckets[0].flat.new_zeros((), dtype=torch.float64)
-        total = torch.stack([zero, *norms]).square().sum().reshape(1)
-        self._world.all_reduce(total)
-        return float(total.sqrt().item())
+        return torch.stack([zero, *norms]).square().sum().reshape(1)
 
     def _update(self, lr: float, scale: float) -> int:
         for bucket in self._buckets:

@@ -1,4 +1,4 @@
-"""QK-Clip across ranks: which named tensors it touches, and one maximum over the world for all layers together."""
+"""QK-Clip across ranks: which named tensors it touches, and all layers' logits as one tensor for a maximum over the world."""
 
 from __future__ import annotations
 
@@ -11,7 +11,6 @@ import torch
 from k2train.config.model import ModelConfig
 from k2train.layout.tensors import TensorSpec
 from k2train.optim.qk_clip import HeadRows, clip_key_rows, clip_query_rows, head_rows, qk_clip_scale
-from k2train.parallel.communicator import Communicator
 
 _ROLES: dict[str, Literal["query", "key"]] = {
     "self_attn.q_b_proj.weight": "query",
@@ -22,7 +21,7 @@ _ROLES: dict[str, Literal["query", "key"]] = {
 
 @dataclasses.dataclass(frozen=True)
 class ReducedLogits:
-    """Largest logits of the whole batch. gamma: (layers, H), None where nothing is clipped."""
+    """Largest logits of the whole batch. gamma: (layers, H), None where tau is."""
 
     gamma: torch.Tensor | None
     clipped_heads: int
@@ -54,8 +53,8 @@ class QkClipper:
         """Tensors of this rank that QK-Clip may scale."""
         return len(self._targets)
 
-    def reduce(self, max_logits: Mapping[int, torch.Tensor], world: Communicator) -> ReducedLogits:
-        """The maximum over all ranks, and gamma. One max all-reduce over the world; waits for the device.
+    def of_rank(self, max_logits: Mapping[int, torch.Tensor]) -> torch.Tensor:
+        """This rank's part (layers, H) of a maximum over the world: minus infinity for layers that live elsewhere.
 
         Raises ValueError where this rank holds the attention of a layer it gives no logits for: a clip asked for would
         silently not happen.
@@ -63,15 +62,18 @@ class QkClipper:
         missing = {layer for layer, _ in self._targets.values()} - set(max_logits)
         if self._tau is not None and missing:
             raise ValueError(f"QK-Clip is on, but max logits are missing for layers {sorted(missing)}")
-        logits = self._like.new_full(self._shape, -torch.inf)
+        logits_LH = self._like.new_full(self._shape, -torch.inf)
         for layer, max_logit_H in max_logits.items():
-            logits[layer] = max_logit_H
-        world.all_reduce(logits, op="max")
-        largest = logits.max().item()
+            logits_LH[layer] = max_logit_H
+        return logits_LH
+
+    def decide(self, logits_LH: torch.Tensor) -> ReducedLogits:
+        """gamma of the whole batch's maxima. Local; waits for the device."""
+        largest = logits_LH.max().item()
         if self._tau is None:
             return ReducedLogits(None, 0, largest)
-        gamma = qk_clip_scale(logits, self._tau)
-        return ReducedLogits(gamma, int((gamma != 1).sum().item()), largest)
+        gamma_LH = qk_clip_scale(logits_LH, self._tau)
+        return ReducedLogits(gamma_LH, int((gamma_LH != 1).sum().item()), largest)
 
     def apply(self, masters: Iterable[tuple[str, torch.Tensor]], logits: ReducedLogits) -> None:
         """Scale the given masters in place where they are query or key projections, on whatever device. Local."""

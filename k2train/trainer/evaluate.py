@@ -13,7 +13,7 @@ from k2train.schedule import Action, Kind, Schedule
 from k2train.schedule.p2p import receive_of, sends_of
 from k2train.trainer.build import Run
 from k2train.trainer.compression import bits_per_byte
-from k2train.trainer.step import reduce_losses
+from k2train.trainer.totals import losses_of_rank
 
 # The target that the loss leaves out (torch's default ignore_index).
 IGNORED = -100
@@ -47,8 +47,11 @@ def evaluate(run: Run, max_tokens: int) -> Evaluation | None:
     run.optimizer.finish_gather()
     statistics = Statistics()
     forward_only(run, local_microbatches(run, batch), statistics, 1.0 / (num_sequences * seq_len))
-    loss, _ = reduce_losses(run, statistics)
-    return Evaluation(loss, num_sequences, num_sequences * seq_len, run.corpus.num_bytes(batch[:, 1:]))
+    losses = losses_of_rank(statistics, run.device)
+    run.groups.world.all_reduce(losses)
+    return Evaluation(
+        losses[0].item(), num_sequences, num_sequences * seq_len, run.corpus.num_bytes(batch[:, 1:])
+    )
 
 
 def local_microbatches(run: Run, batch: torch.Tensor) -> list[torch.Tensor]:

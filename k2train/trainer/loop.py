@@ -163,22 +163,14 @@ def run_steps(run: Run, run_dir: Path, done: int, stop: StopRequest, garbage: Ga
     stopped_by: str | None = None
     with open_outputs(run, run_dir, done) as outputs:
         while done < config.train.steps and stopped_by is None:
-            take_step(run, done, outputs)
+            signal_number = take_step(run, done, outputs, stop)
             done += 1
             garbage.after_step(done)
-            stopped_by = agree_to_stop(run, stop)
+            stopped_by = signal.Signals(signal_number).name if signal_number else None
             if stopped_by is not None or checkpoint_due(config, done):
                 save(run, run_dir, done)
         run.optimizer.finish_gather()
     return Outcome(run_dir, done, stopped_by if done < config.train.steps else None)
-
-
-def agree_to_stop(run: Run, stop: StopRequest) -> str | None:
-    """The signal that any rank has received since the start, the same answer on every rank: one maximum over the world."""
-    number = signal.Signals[stop.name].value if stop.name is not None else 0
-    seen = torch.tensor([number], dtype=torch.int64, device=run.device)
-    run.groups.world.all_reduce(seen, "max")
-    return signal.Signals(int(seen.item())).name if seen.item() else None
 
 
 @contextlib.contextmanager
@@ -198,16 +190,19 @@ def open_outputs(run: Run, run_dir: Path, done: int) -> Iterator[Outputs]:
                 sink.close()
 
 
-def take_step(run: Run, index: int, outputs: Outputs) -> None:
-    """One step, its evaluation where one is due, and its line of metrics."""
+def take_step(run: Run, index: int, outputs: Outputs, stop: StopRequest) -> int:
+    """One step, its evaluation where one is due, and its line of metrics.
+
+    Returns a signal by which some rank had been asked to stop before the step's end, the same on every rank, 0 for none.
+    """
     recorder = start_recorder(run, index)
     began = time.perf_counter()
-    step = train_step(run, index, recorder)
+    step = train_step(run, index, recorder, lambda: stop.number)
     seconds = time.perf_counter() - began
     if recorder is not None:
         write_recording(run, recorder, outputs.run_dir)
     line: dict[str, Any] = {
-        **dataclasses.asdict(step),
+        **step.reported(),
         "tokens_per_second": run.config.train.global_batch_tokens / seconds,
         "step_seconds": seconds,
         "peak_bytes": peak_bytes(run.device),
@@ -225,6 +220,7 @@ def take_step(run: Run, index: int, outputs: Outputs) -> None:
                                  f"{evaluation.bits_per_byte:.3f} bits per byte")  # fmt: skip
     outputs.write(line)
     outputs.progress.advance(1, f"loss {step.loss:.4f}  {line['tokens_per_second']:,.0f} tokens/s")
+    return step.stop_signal
 
 
 def checkpoint_due(config: Config, done: int) -> bool:

@@ -27,6 +27,11 @@ class StopRequest:
         for number, handler in self._previous.items():
             signal.signal(number, handler)
 
+    @property
+    def number(self) -> int:
+        """The number of the signal received, 0 for none."""
+        return 0 if self.name is None else signal.Signals[self.name].value
+
     def _handle(self, number: int, frame: FrameType | None) -> None:
         self.name = signal.Signals(number).name
         # The next one falls through to the default: somebody who asks twice means it.

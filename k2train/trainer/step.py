@@ -7,23 +7,23 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable
 
 import torch
 
 from k2train.model.context import MicrobatchContext, Statistics
-from k2train.model.routing import load_violation
 from k2train.model.saved import KeepEverything
 from k2train.runtime.executor import run_actions
 from k2train.runtime.recorder import Recorder
 from k2train.runtime.stage import StepInputs
 from k2train.schedule import Step
 from k2train.trainer.build import Run
+from k2train.trainer.totals import StepTotals
 
 
 @dataclasses.dataclass(frozen=True)
 class StepMetrics:
-    """What a step computed, the same on every rank."""
+    """What a step computed, the same on every rank. stop_signal: one by which a rank was asked to stop, 0 for none."""
 
     step: int
     tokens: int
@@ -34,14 +34,25 @@ class StepMetrics:
     max_logit: float
     clipped_heads: int
     load_violation: float
+    stop_signal: int
 
     @property
     def finite(self) -> bool:
-        return math.isfinite(self.loss) and math.isfinite(self.grad_norm)
+        return all(map(math.isfinite, (self.loss, self.balance_loss, self.grad_norm)))
+
+    def reported(self) -> dict[str, float]:
+        """Its part of a line of metrics.jsonl."""
+        values = dataclasses.asdict(self)
+        del values["stop_signal"]
+        return values
 
 
-def train_step(run: Run, index: int, recorder: Recorder | None = None) -> StepMetrics:
+def train_step(
+    run: Run, index: int, recorder: Recorder | None = None, stop_signal: Callable[[], int] = lambda: 0
+) -> StepMetrics:
     """Take step `index` (counted from 0). With a non-finite loss or gradient norm nothing is updated.
+
+    stop_signal: asked once, late in the step, for the number of a signal this rank has received, 0 for none.
 
     Every rank must call it: the collectives of the schedule, of the optimizer and of the statistics. The all-gather of
     updated parameters is still under way when it returns; the next pass over a virtual stage waits for its own.
@@ -49,15 +60,16 @@ def train_step(run: Run, index: int, recorder: Recorder | None = None) -> StepMe
     statistics = Statistics()
     run_schedule(run, index, statistics, recorder)
     lr = run.learning_rate.at(index)
-    loss, balance_loss = reduce_losses(run, statistics)
-    clip_norm = run.config.train.grad_clip_norm
-    # A loss that is not finite makes every gradient suspect, even where their norm happens to be finite.
-    scale = 1.0 if math.isfinite(loss) else math.nan
-    result = run.optimizer.step(lr, statistics.max_logits, clip_norm, gradient_scale=scale, finish=False)
-    loads = reduce_loads(run, statistics)
+    totals = StepTotals(run.config.model, statistics, stop_signal(), run.device)
+    # The losses are among the riders: one that is not finite makes every gradient suspect, and nothing is updated.
+    result = run.optimizer.step(
+        lr, statistics.max_logits, run.config.train.grad_clip_norm, finish=False, riders=totals.riders
+    )
+    loads = totals.loads()
     if result.finite:
         for model in run.models.values():
             model.update_correction_biases(loads, run.config.train.bias_update_rate)
+    loss, balance_loss, violation, stop = totals.read()
     return StepMetrics(
         step=index + 1,
         tokens=(index + 1) * run.config.train.global_batch_tokens,
@@ -67,7 +79,8 @@ def train_step(run: Run, index: int, recorder: Recorder | None = None) -> StepMe
         lr=lr,
         max_logit=result.max_logit,
         clipped_heads=result.clipped_heads,
-        load_violation=worst_violation(run, loads),
+        load_violation=violation,
+        stop_signal=stop,
     )
 
 
@@ -119,30 +132,3 @@ def local_batch(run: Run, index: int) -> torch.Tensor:
     share = sequences // run.groups.dp.size
     start = index * sequences + run.groups.dp.rank * share
     return run.corpus.batch("train", start, share).to(run.device)
-
-
-def reduce_losses(run: Run, statistics: Statistics) -> tuple[float, float]:
-    """Loss and balance loss of the global batch: one sum over the world, and the step's wait for the device."""
-    zero = torch.zeros((), dtype=torch.float64, device=run.device)
-    parts = [zero if part is None else part.double() for part in (statistics.loss, statistics.balance_loss)]
-    total = torch.stack(parts)
-    run.groups.world.all_reduce(total)
-    loss, balance_loss = total.tolist()
-    return loss, balance_loss
-
-
-def reduce_loads(run: Run, statistics: Statistics) -> dict[int, torch.Tensor]:
-    """Tokens of the global batch that chose each expert, for the MoE layers of this stage: one sum over the stage."""
-    layers = sorted(statistics.expert_loads)
-    if not layers:
-        return {}
-    loads_LE = torch.stack([statistics.expert_loads[layer] for layer in layers])
-    run.groups.dp.all_reduce(loads_LE)
-    return dict(zip(layers, loads_LE, strict=True))
-
-
-def worst_violation(run: Run, loads: Mapping[int, torch.Tensor]) -> float:
-    """The load violation of the worst layer of the whole model: one maximum over the world."""
-    worst = torch.tensor([load_violation(list(loads.values()))], dtype=torch.float64, device=run.device)
-    run.groups.world.all_reduce(worst, "max")
-    return float(worst.item())

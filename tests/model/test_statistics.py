@@ -147,13 +147,13 @@ def test_bias_updates_even_out_a_router_that_prefers_one_expert(families, make_m
         context = MicrobatchContext(1)
         with torch.no_grad():
             _, _, loads = router(normed, context, None)
-        violations.append(load_violation([loads]))
+        violations.append(load_violation(loads.unsqueeze(0)).item())
         update_correction_bias(router.bias, loads, 0.01)
     assert violations[0] > 2.0
     assert violations[-1] < 0.3
 
 
 def test_load_violation_is_that_of_the_worst_layer():
-    assert load_violation([]) == 0.0
-    assert load_violation([torch.tensor([4, 4]), torch.tensor([2, 6])]) == pytest.approx(0.5)
-    assert load_violation([torch.tensor([0, 0])]) == 0.0
+    assert load_violation(torch.empty(0, 4)) == 0.0
+    assert load_violation(torch.tensor([[4, 4], [2, 6]])).item() == pytest.approx(0.5)
+    assert load_violation(torch.tensor([[0, 0]])) == 0.0
