@@ -170,6 +170,8 @@ class TrainConfig:
                            unit="tokens", default=32768, minimum=0)  # fmt: skip
     final_eval_tokens: int = key("held-out tokens of the last evaluation; 0 switches it off", unit="tokens", default=262144,
                                  minimum=0)  # fmt: skip
+    eval_context: int = key("held-out tokens before every scored one, at least, but at a text's start: evaluation's windows "
+                            "of seq_len overlap by as many; 0 lays them end to end", unit="tokens", default=0, minimum=0)  # fmt: skip
     checkpoint_every_steps: int = key(
         "steps between checkpoints; 0 writes one at the end only", unit="steps", default=0, minimum=0
     )
@@ -177,12 +179,18 @@ class TrainConfig:
     timeout_seconds: float = key(
         "how long a collective may take before the run is given up", unit="seconds", default=600.0, above=0
     )
+    bind_cores: bool = key(
+        "on CPUs, give each process of a launcher its own share of the cores (Linux)", default=True
+    )
     init_from: str | None = key(
         "checkpoint directory whose weights start the run, written by import-hf or train", default=None
     )
 
     def __post_init__(self) -> None:
         check_ranges("train", self)
+        if self.eval_context >= self.seq_len:
+            raise ConfigError("train.eval_context", self.eval_context, f"a window has {self.seq_len} tokens (train.seq_len)",
+                              f"set it to {self.seq_len // 4}, or to anything from 0 to {self.seq_len - 1}")  # fmt: skip
 
 
 @dataclasses.dataclass(frozen=True)

@@ -83,18 +83,29 @@ class Corpus:
         """
         return self.tokenizer.num_bytes(tokens.reshape(-1).cpu().numpy())
 
+    def held_out_streams(self, num_samples: int, split: SplitName = "valid") -> list[torch.Tensor]:
+        """The tokens of batch(split, 0, num_samples) as one stream a corpus, at most one pass: int64 (n * seq_len + 1,) of
+        the n samples that are that corpus's, nothing for a corpus without any.
+
+        For the held-out splits, whose windows stand in the order of the text.
+        """
+        corpora, _ = self._blend.locate(0, min(num_samples, self.num_samples(split)))
+        streams = []
+        for corpus in range(len(self._sources)):
+            rows = [
+                self._row(corpus, split, index) for index in range(int(np.count_nonzero(corpora == corpus)))
+            ]
+            if rows:
+                streams.append(torch.cat([rows[0][:1], *(row[1:] for row in rows)]))
+        return streams
+
     def held_out_text(self, num_samples: int, split: SplitName = "valid") -> bytes:
         """The text of the targets of batch(split, 0, num_samples), corpus after corpus, at most one pass.
 
         It is what a compressor must be given to be compared with the loss over those samples.
         """
-        corpora, _ = self._blend.locate(0, min(num_samples, self.num_samples(split)))
-        parts = []
-        for corpus, source in enumerate(self._sources):
-            count = int(np.count_nonzero(corpora == corpus))
-            targets = [source.readers[split].sample(index)[1:].numpy() for index in range(count)]
-            parts.append(self.tokenizer.decode(np.concatenate(targets)) if targets else b"")
-        return b"".join(parts)
+        streams = self.held_out_streams(num_samples, split)
+        return b"".join(self.tokenizer.decode(stream[1:].numpy()) for stream in streams)
 
     def _row(self, corpus: int, split: SplitName, index: int) -> torch.Tensor:
         source = self._sources[corpus]

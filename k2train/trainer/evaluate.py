@@ -33,52 +33,80 @@ class Evaluation:
         return bits_per_byte(self.loss, self.num_tokens, self.num_bytes)
 
 
+@dataclasses.dataclass(frozen=True)
+class Windows:
+    """Held-out text cut for evaluation: inputs and targets (n, S), where targets that another window scores are IGNORED."""
+
+    inputs: torch.Tensor
+    targets: torch.Tensor
+
+    def split(self, size: int) -> list[Windows]:
+        parts = zip(self.inputs.split(size), self.targets.split(size), strict=True)
+        return [Windows(inputs, targets) for inputs, targets in parts]
+
+
 def evaluate(run: Run, max_tokens: int) -> Evaluation | None:
     """Mean loss over the first sequences of the validation split, at most `max_tokens` and at most one pass over it.
 
-    None where that is not one whole sequence. Every rank must call it: the messages and all-to-alls of forward passes,
-    and a sum over the world.
+    Every token of them is scored once, from train.eval_context tokens before it or more. None where there is not one whole
+    sequence. Every rank must call it: the messages and all-to-alls of forward passes, and a sum over the world.
     """
-    seq_len = run.config.train.seq_len
-    num_sequences = min(max_tokens // seq_len, run.corpus.num_samples("valid"))
+    train = run.config.train
+    num_sequences = min(max_tokens // train.seq_len, run.corpus.num_samples("valid"))
     if num_sequences == 0:
         return None
-    batch = run.corpus.batch("valid", 0, num_sequences)
+    streams = run.corpus.held_out_streams(num_sequences)
+    num_tokens = sum(len(stream) - 1 for stream in streams)
     run.optimizer.finish_gather()
     statistics = Statistics()
-    forward_only(run, local_microbatches(run, batch), statistics, 1.0 / (num_sequences * seq_len))
+    windows = cut(streams, train.seq_len, train.eval_context)
+    forward_only(run, local_microbatches(run, windows), statistics, 1.0 / num_tokens)
     losses = losses_of_rank(statistics, run.device)
     run.groups.world.all_reduce(losses)
-    return Evaluation(
-        losses[0].item(), num_sequences, num_sequences * seq_len, run.corpus.num_bytes(batch[:, 1:])
-    )
+    num_bytes = sum(run.corpus.num_bytes(stream[1:]) for stream in streams)
+    return Evaluation(losses[0].item(), num_sequences, num_tokens, num_bytes)
 
 
-def local_microbatches(run: Run, batch: torch.Tensor) -> list[torch.Tensor]:
-    """This data-parallel rank's microbatches of `batch` (n, S + 1), on the device.
+def cut(streams: list[torch.Tensor], seq_len: int, context: int) -> Windows:
+    """Windows of seq_len inputs over each stream, which has at least seq_len + 1 tokens; every target is scored once.
+
+    A stream's first window scores all its targets, each later one those that lie past the one before it, which are
+    its last. The last window ends with the stream.
+    """
+    inputs, targets = [], []
+    for stream in streams:
+        last, scored = len(stream) - 1 - seq_len, 0
+        for start in [*range(0, last, seq_len - context), last]:
+            window = stream[start + 1 : start + seq_len + 1].clone()
+            window[: scored - start] = IGNORED
+            scored = start + seq_len
+            inputs.append(stream[start : start + seq_len])
+            targets.append(window)
+    return Windows(torch.stack(inputs), torch.stack(targets))
+
+
+def local_microbatches(run: Run, windows: Windows) -> list[Windows]:
+    """This data-parallel rank's microbatches of the windows, on the device.
 
     Expert-parallel ranks exchange rows in step, so every rank needs equally many microbatches of equal size: missing
-    sequences are filled up, with targets that are ignored.
+    windows are filled up, with targets that are ignored.
     """
     size, dp = run.config.train.microbatch_size, run.groups.dp
-    missing = -len(batch) % (size * dp.size)
-    filler = batch[:1].expand(missing, -1).clone()
-    filler[:, 1:] = IGNORED
-    padded = torch.cat([batch, filler]).to(run.device)
-    return list(padded.split(size))[dp.rank :: dp.size]
+    missing = -len(windows.inputs) % (size * dp.size)
+    inputs = torch.cat([windows.inputs, windows.inputs[:1].expand(missing, -1)])
+    targets = torch.cat([windows.targets, torch.full_like(windows.targets[:1], IGNORED).expand(missing, -1)])
+    return Windows(inputs.to(run.device), targets.to(run.device)).split(size)[dp.rank :: dp.size]
 
 
-def forward_only(
-    run: Run, microbatches: list[torch.Tensor], statistics: Statistics, loss_scale: float
-) -> None:
+def forward_only(run: Run, microbatches: list[Windows], statistics: Statistics, loss_scale: float) -> None:
     """Forward passes without anything saved, in the order of `forward_actions`."""
 
     def make_context(virtual_stage: int, microbatch: int) -> MicrobatchContext:
         part = microbatches[microbatch]
-        return MicrobatchContext(num_sequences=len(part), key=(virtual_stage, microbatch), statistics=statistics,
-                                 loss_scale=loss_scale, targets=part[:, 1:])  # fmt: skip
+        return MicrobatchContext(num_sequences=len(part.inputs), key=(virtual_stage, microbatch), statistics=statistics,
+                                 loss_scale=loss_scale, targets=part.targets)  # fmt: skip
 
-    tokens = [part[:, :-1].clamp_min(0) for part in microbatches]
+    tokens = [part.inputs for part in microbatches]
     stage = run.evaluation
     with stage.step(StepInputs(tokens.__getitem__, make_context, len(microbatches))):
         run_actions(forward_actions(run.schedule, run.pp_rank, len(microbatches)), stage)

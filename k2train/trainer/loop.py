@@ -110,7 +110,7 @@ def train(config: Config, words: Sequence[str] = ()) -> Outcome:
             run = build_run(config, layout, ready.schedule, corpus, groups, world.device)
             return train_rank(run, stop, garbage, words)
 
-        return run_world(ready.kind, layout.world, ready.device, config.train.timeout_seconds, run_rank)
+        return run_world(ready.kind, layout.world, ready.device, config.train, run_rank)
 
 
 def train_rank(run: Run, stop: StopRequest, garbage: GarbageControl, words: Sequence[str]) -> Outcome:

@@ -6,6 +6,7 @@ the layout has one, and threads otherwise, which is how any layout runs on a lap
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import os
 from collections.abc import Callable, Mapping
@@ -15,10 +16,12 @@ import torch
 
 from k2train.config.errors import ConfigError
 from k2train.config.schema import Config
+from k2train.config.sections import TrainConfig
 from k2train.layout.layout import Layout
 from k2train.parallel.communicator import World
 from k2train.parallel.processes import process_world
 from k2train.parallel.threads import run_threads
+from k2train.trainer.cores import bound_to_cores
 
 T = TypeVar("T")
 WorldKind = Literal["single", "threads", "processes"]
@@ -80,10 +83,14 @@ def local_device(device: torch.device, environment: Mapping[str, str]) -> torch.
 
 
 def run_world(
-    kind: WorldKind, size: int, device: torch.device, timeout_seconds: float, fn: Callable[[World], T]
+    kind: WorldKind, size: int, device: torch.device, train: TrainConfig, fn: Callable[[World], T]
 ) -> T:
     """Run `fn` on every rank of the world; the result of this process's rank (of rank 0 for threads)."""
     if kind == "threads":
         return run_threads(size, fn, device)[0]
-    with process_world(kind, local_device(device, os.environ), timeout_seconds) as world:
+    bind = kind == "processes" and device.type == "cpu" and train.bind_cores
+    with (
+        bound_to_cores(os.environ) if bind else contextlib.nullcontext(),
+        process_world(kind, local_device(device, os.environ), train.timeout_seconds) as world,
+    ):
         return fn(world)
