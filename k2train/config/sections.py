@@ -170,8 +170,8 @@ class TrainConfig:
                            unit="tokens", default=32768, minimum=0)  # fmt: skip
     final_eval_tokens: int = key("held-out tokens of the last evaluation; 0 switches it off", unit="tokens", default=262144,
                                  minimum=0)  # fmt: skip
-    eval_context: int = key("held-out tokens before every scored one, at least, but at a text's start: evaluation's windows "
-                            "of seq_len overlap by as many; 0 lays them end to end", unit="tokens", default=0, minimum=0)  # fmt: skip
+    eval_overlap: float = key("share of an evaluation window that the window before it scored: what follows is scored "
+                              "with that much text before it; 0 lays windows end to end", default=0.0, minimum=0)  # fmt: skip
     checkpoint_every_steps: int = key(
         "steps between checkpoints; 0 writes one at the end only", unit="steps", default=0, minimum=0
     )
@@ -188,9 +188,9 @@ class TrainConfig:
 
     def __post_init__(self) -> None:
         check_ranges("train", self)
-        if self.eval_context >= self.seq_len:
-            raise ConfigError("train.eval_context", self.eval_context, f"a window has {self.seq_len} tokens (train.seq_len)",
-                              f"set it to {self.seq_len // 4}, or to anything from 0 to {self.seq_len - 1}")  # fmt: skip
+        if self.eval_overlap >= 1:
+            raise ConfigError("train.eval_overlap", self.eval_overlap, "a window must score some of its tokens",
+                              "give a share below 1, for example 0.25")  # fmt: skip
 
 
 @dataclasses.dataclass(frozen=True)

@@ -6,6 +6,7 @@ import dataclasses
 
 import torch
 
+from k2train.config.sections import TrainConfig
 from k2train.model.context import MicrobatchContext, Statistics
 from k2train.runtime.executor import run_actions
 from k2train.runtime.stage import StepInputs
@@ -48,7 +49,7 @@ class Windows:
 def evaluate(run: Run, max_tokens: int) -> Evaluation | None:
     """Mean loss over the first sequences of the validation split, at most `max_tokens` and at most one pass over it.
 
-    Every token of them is scored once, from train.eval_context tokens before it or more. None where there is not one whole
+    Every token of them is scored once, from train.eval_overlap of a window before it or more (but at the start of a text). None where there is not one whole
     sequence. Every rank must call it: the messages and all-to-alls of forward passes, and a sum over the world.
     """
     train = run.config.train
@@ -59,12 +60,17 @@ def evaluate(run: Run, max_tokens: int) -> Evaluation | None:
     num_tokens = sum(len(stream) - 1 for stream in streams)
     run.optimizer.finish_gather()
     statistics = Statistics()
-    windows = cut(streams, train.seq_len, train.eval_context)
+    windows = cut(streams, train.seq_len, overlap_tokens(train))
     forward_only(run, local_microbatches(run, windows), statistics, 1.0 / num_tokens)
     losses = losses_of_rank(statistics, run.device)
     run.groups.world.all_reduce(losses)
     num_bytes = sum(run.corpus.num_bytes(stream[1:]) for stream in streams)
     return Evaluation(losses[0].item(), num_sequences, num_tokens, num_bytes)
+
+
+def overlap_tokens(train: TrainConfig) -> int:
+    """Tokens that a window of evaluation shares with the one before it."""
+    return int(train.eval_overlap * train.seq_len)
 
 
 def cut(streams: list[torch.Tensor], seq_len: int, context: int) -> Windows:

@@ -15,6 +15,7 @@ from k2train.telemetry.metrics import read_metrics
 from k2train.telemetry.plot import draw_loss_curve
 from k2train.trainer.build import Run
 from k2train.trainer.compression import gzip_bits_per_byte
+from k2train.trainer.evaluate import overlap_tokens
 
 
 @dataclasses.dataclass(frozen=True)
@@ -50,10 +51,12 @@ def print_end(run: Run, outcome: Outcome, words: Sequence[str], console: Console
 
 def comparison(run: Run, bits_per_byte: float) -> str:
     """The model beside gzip -9 on the same held-out text."""
-    num_sequences = run.config.train.final_eval_tokens // run.config.train.seq_len
-    text = run.corpus.held_out_text(num_sequences)
+    train = run.config.train
+    text = run.corpus.held_out_text(train.final_eval_tokens // train.seq_len)
     gzip = gzip_bits_per_byte(text)
-    return f"held-out text ({len(text):,} bytes): {bits_per_byte:.3f} bits per byte; gzip -9 needs {gzip:.3f}"
+    overlap = overlap_tokens(train)
+    seen = f" with {overlap} to {train.seq_len - 1} tokens before each" if overlap else ""
+    return f"held-out text ({len(text):,} bytes): {bits_per_byte:.3f} bits per byte{seen}; gzip -9 needs {gzip:.3f}"
 
 
 def resume_command(run_dir: Path, words: Sequence[str], environment: Mapping[str, str]) -> str:
