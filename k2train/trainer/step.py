@@ -54,7 +54,7 @@ def train_step(
 
     stop_signal: asked once, late in the step, for the number of a signal this rank has received, 0 for none.
 
-    Every rank must call it: the collectives of the schedule, of the optimizer and of the statistics. The all-gather of
+    Every rank must call it: the collectives of the schedule and of the optimizer, on whose sum and maximum the statistics ride. The all-gather of
     updated parameters is still under way when it returns; the next pass over a virtual stage waits for its own.
     """
     statistics = Statistics()

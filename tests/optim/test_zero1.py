@@ -13,6 +13,7 @@ import pytest
 import torch
 
 from k2train.layout.grid import RankGrid
+from k2train.optim.optimizer import Riders
 from k2train.parallel.testing import run_distributed_test
 
 GRIDS = [(1, 2), (2, 1), (2, 2), (3, 1), (1, 3), (3, 2), (1, 6)]
@@ -191,3 +192,32 @@ def test_early_reduction_and_late_gather_change_nothing(make_rank) -> None:
     )  # fmt: skip
     for a, b in zip(plain, overlapped, strict=True):
         assert all(torch.equal(a[name], b[name]) for name in a)
+
+
+def test_riders_come_back_as_the_worlds_sums_and_maxima(make_rank, optim_config) -> None:
+    def ride(world) -> tuple[list[float], list[float], bool]:
+        rank = make_rank(world, RankGrid(1, 2, 2), optim_config)
+        rank.feed(0)
+        riders = Riders(
+            sums=torch.tensor([1.0, 2.0**world.rank], dtype=torch.float64),
+            maxima=torch.tensor([float(world.rank), -float(world.rank), 7.0], dtype=torch.float64),
+        )
+        max_logits = {layer: torch.zeros(3) for layer in range(3)}
+        result = rank.optimizer.step(0.01, max_logits, riders=riders)
+        return riders.sums.tolist(), riders.maxima.tolist(), result.finite
+
+    assert run_distributed_test(ride, 4, "threads") == [([4.0, 15.0], [3.0, 0.0, 7.0], True)] * 4
+
+
+@pytest.mark.parametrize("value", [torch.nan, torch.inf])
+def test_one_ranks_sum_that_is_not_finite_stops_every_ranks_update(make_rank, optim_config, value) -> None:
+    def ride(world) -> tuple[bool, bool]:
+        rank = make_rank(world, RankGrid(1, 2, 1), optim_config)
+        before = rank.weights()
+        rank.feed(0)
+        sums = torch.tensor([value if world.rank else 1.0], dtype=torch.float64)
+        max_logits = {layer: torch.zeros(3) for layer in range(3)}
+        result = rank.optimizer.step(0.01, max_logits, riders=Riders(sums, sums.new_zeros(0)))
+        return result.finite, all(torch.equal(before[name], t) for name, t in rank.weights().items())
+
+    assert run_distributed_test(ride, 2, "threads") == [(False, True)] * 2
