@@ -4,7 +4,7 @@ Both sides hold the same weights and get the same batch, and must give the same 
 transformers runs with its fastest settings for the shape, found first by trying every experts and attention
 implementation it has for this device. A pair is one timing of each side, in turns, so that a noisy machine disturbs
 both alike; the figure to trust is the median of the pairs' ratios. The first row is the default: k2_tiny with the
-microbatch that `make train` takes. Processor time is printed too, since a shared machine disturbs it less than the
+microbatch of `experiment=tiny`. Processor time is printed too, since a shared machine disturbs it less than the
 wall clock; with several threads it also counts threads that wait for each other.
 
     python benchmarks/model.py
@@ -68,7 +68,7 @@ class Result:
 
 
 def shapes() -> dict[str, Shape]:
-    """What is compared: k2_tiny as `make train` runs it, in larger microbatches and longer sequences, and a wider
+    """What is compared: k2_tiny as `experiment=tiny` runs it, in larger microbatches and longer sequences, and a wider
     model with more, smaller experts. Names end in sequences x tokens where those are not the recipe's."""
     run = load_config([])
     tiny, batch, seq_len = run.model, run.train.microbatch_size, run.train.seq_len
@@ -198,7 +198,7 @@ def compare(name: str, shape: Shape, options: argparse.Namespace) -> Result:
 
 
 def print_table(results: list[Result], pairs: int) -> None:
-    print(f"\nmedians of {pairs} pairs; the first row is what `make train` runs")
+    print(f"\nmedians of {pairs} pairs; the first row is what `experiment=tiny` runs")
     header = f"{'model/batch':26s}{'ours tok/s':>12s}{'theirs tok/s':>14s}{'ratio':>8s}{'cpu ratio':>11s}"
     print(f"{header}  transformers' experts/attention")
     for row in results:

@@ -7,13 +7,13 @@ from types import FrameType, TracebackType
 
 
 class StopRequest:
-    """Within this context, the first SIGTERM or SIGINT sets `name` instead of ending the program.
+    """Within this context, the first SIGTERM or SIGINT sets `number`, 0 before, instead of ending the program.
 
     Only the main thread may enter it (a rule of Python's signal module).
     """
 
     def __init__(self) -> None:
-        self.name: str | None = None
+        self.number = 0
         self._previous: dict[signal.Signals, signal._HANDLER] = {}
 
     def __enter__(self) -> StopRequest:
@@ -27,12 +27,7 @@ class StopRequest:
         for number, handler in self._previous.items():
             signal.signal(number, handler)
 
-    @property
-    def number(self) -> int:
-        """The number of the signal received, 0 for none."""
-        return 0 if self.name is None else signal.Signals[self.name].value
-
     def _handle(self, number: int, frame: FrameType | None) -> None:
-        self.name = signal.Signals(number).name
+        self.number = number
         # The next one falls through to the default: somebody who asks twice means it.
         signal.signal(signal.SIGINT, signal.default_int_handler)

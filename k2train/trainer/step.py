@@ -54,8 +54,9 @@ def train_step(
 
     stop_signal: asked once, late in the step, for the number of a signal this rank has received, 0 for none.
 
-    Every rank must call it: the collectives of the schedule and of the optimizer, on whose sum and maximum the statistics ride. The all-gather of
-    updated parameters is still under way when it returns; the next pass over a virtual stage waits for its own.
+    Every rank must call it: the collectives of the schedule and of the optimizer, on whose sum and maximum the
+    statistics ride. The all-gather of updated parameters is still under way when it returns; the next pass over a virtual
+    stage waits for its own.
     """
     statistics = Statistics()
     run_schedule(run, index, statistics, recorder)

@@ -34,15 +34,18 @@ class StepTotals:
 
     def loads(self) -> dict[int, torch.Tensor]:
         """Tokens of the global batch that chose each expert (E,), by MoE layer of the whole model."""
-        return dict(zip(self._layers, self.riders.sums[2:].view(self._shape), strict=True))
+        return dict(zip(self._layers, self._loads, strict=True))
 
     def read(self) -> tuple[float, float, float, int]:
         """Loss, balance loss, the load violation of the worst layer, the stop signal. Waits for the device."""
-        violation = load_violation(self.riders.sums[2:].view(self._shape))
-        loss, balance_loss, worst, stop_signal = torch.cat(
-            [self.riders.sums[:2], violation.view(1), self.riders.maxima]
-        ).tolist()
-        return loss, balance_loss, worst, int(stop_signal)
+        worst = load_violation(self._loads).view(1)
+        numbers = torch.cat([self.riders.sums[:2], worst, self.riders.maxima])
+        loss, balance_loss, violation, stop_signal = numbers.tolist()
+        return loss, balance_loss, violation, int(stop_signal)
+
+    @property
+    def _loads(self) -> torch.Tensor:
+        return self.riders.sums[2:].view(self._shape)
 
 
 def losses_of_rank(statistics: Statistics, device: torch.device) -> torch.Tensor:
