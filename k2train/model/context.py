@@ -8,7 +8,7 @@ import torch
 
 from k2train.model.dispatcher import Route
 from k2train.model.saved import KeepEverything, SavedActivations
-from k2train.ops.weight_grad import GradientSink, Key, WeightGradQueue
+from k2train.ops.weight_grad import AtOnce, GradientSink, Key, WeightGradQueue, WeightGradSlot
 
 
 class Statistics:
@@ -46,7 +46,7 @@ class MicrobatchContext:
 
     num_sequences: sequences in the microbatch; tokens are flattened, so phases cut them again for attention.
     gradients: where gradients end; None in evaluation, when nothing is saved for a backward.
-    weight_grads: the queue of put-off weight gradients; None accumulates them at the end of each phase's backward.
+    weight_grads: the queue of put-off weight gradients; None takes each at once, within its phase's backward.
     key: (virtual_stage, microbatch), the queue's key.
     loss_scale: factor on the summed token losses, 1 / tokens of the global batch for a mean.
     balance_loss_scale: factor on the mean over the microbatch's sequences of the balance loss, summed over layers;
@@ -70,3 +70,10 @@ class MicrobatchContext:
     @property
     def training(self) -> bool:
         return self.gradients is not None
+
+    def slot(self) -> WeightGradSlot:
+        """Where this microbatch's weight gradients go in training."""
+        if self.weight_grads is not None:
+            return self.weight_grads.slot(self.key)
+        assert self.gradients is not None, "weight gradients of a context that has none"
+        return AtOnce(self.gradients)

@@ -21,7 +21,6 @@ from k2train.ops.norm import inverse_rms, rms_norm
 from k2train.ops.weight_grad import (
     BufferedSink,
     GradientSink,
-    WeightGradQueue,
     WeightGradSlot,
     accumulation_dtype,
 )
@@ -70,11 +69,7 @@ class EmbeddingPhase:
     def backward(self, record: torch.Tensor, grad_outputs: Grads, context: MicrobatchContext) -> Grads:
         (dx_TD,) = grad_outputs
         assert dx_TD is not None
-        assert context.gradients is not None
-        queue = context.weight_grads or WeightGradQueue()
-        queue.put(context.key, EmbeddingWeightGrad(self.weight, record, dx_TD))
-        if context.weight_grads is None:
-            queue.drain(context.key, context.gradients)
+        context.slot().put(EmbeddingWeightGrad(self.weight, record, dx_TD))
         return (None,)
 
 

@@ -18,7 +18,7 @@ from torch.autograd.graph import GradientEdge, get_gradient_edge
 
 from k2train.model.context import MicrobatchContext
 from k2train.model.pieces import Piece
-from k2train.ops.weight_grad import WeightGradQueue, WeightGradSlot
+from k2train.ops.weight_grad import WeightGradSlot
 
 Tensors = tuple[torch.Tensor, ...]
 Grads = tuple[torch.Tensor | None, ...]
@@ -44,11 +44,10 @@ class Phase(Protocol):
 
 @dataclasses.dataclass
 class ComputeRecord:
-    """The ends of a compute phase's graph. `own_queue` holds its weight gradients where the context has no queue."""
+    """The ends of a compute phase's graph."""
 
     inputs: list[GradientEdge | None]
     outputs: list[GradientEdge | None]
-    own_queue: WeightGradQueue | None
 
 
 class ComputePhase(abc.ABC):
@@ -63,7 +62,7 @@ class ComputePhase(abc.ABC):
 
     @abc.abstractmethod
     def compute(self, inputs: Tensors, context: MicrobatchContext, slot: WeightGradSlot | None) -> Tensors:
-        """The phase's mathematics, in plain autograd; linear layers queue into `slot` where it is given."""
+        """The phase's mathematics, in plain autograd; linear layers put their weight gradients into `slot` where it is given."""
 
     @abc.abstractmethod
     def pieces(self) -> list[Piece]:
@@ -81,15 +80,11 @@ class ComputePhase(abc.ABC):
         if not context.training:
             with torch.no_grad():
                 return self.compute(inputs, context, None), None
-        own_queue = None
-        queue = context.weight_grads
-        if queue is None:
-            queue = own_queue = WeightGradQueue()
-        slot = queue.slot(context.key)
+        slot = context.slot()
         with torch.enable_grad(), context.saved.saving(self.layer, self.otherwise):
             entered = _enter(inputs)
             outputs = self.compute(entered, context, slot)
-        record = ComputeRecord([_entry(t) for t in entered], [_edge(t) for t in outputs], own_queue)
+        record = ComputeRecord([_entry(t) for t in entered], [_edge(t) for t in outputs])
         return tuple(t.detach() for t in outputs), record
 
     def backward(self, record: ComputeRecord, grad_outputs: Grads, context: MicrobatchContext) -> Grads:
@@ -99,24 +94,18 @@ class ComputePhase(abc.ABC):
         wanted = [edge for edge in record.inputs if edge is not None] + parameters
         grads = _grad(roots, wanted)
         split = len(wanted) - len(parameters)
-        self._accumulate(parameters, grads[split:], record, context)
+        self._accumulate(parameters, grads[split:], context)
         found = iter(grads[:split])
         return tuple(None if edge is None else next(found) for edge in record.inputs)
 
     def _accumulate(
-        self,
-        parameters: Sequence[torch.Tensor],
-        grads: Grads,
-        record: ComputeRecord,
-        context: MicrobatchContext,
+        self, parameters: Sequence[torch.Tensor], grads: Grads, context: MicrobatchContext
     ) -> None:
         sink = context.gradients
         assert sink is not None, "backward of a phase whose context has no gradients"
         for parameter, grad in zip(parameters, grads, strict=True):
             if grad is not None:
                 sink.add(parameter, grad)
-        if record.own_queue is not None:
-            record.own_queue.drain(context.key, sink)
 
 
 def _grad(roots: list[tuple[GradientEdge, torch.Tensor]], wanted: list[Any]) -> Grads:

@@ -125,7 +125,7 @@ def grouped_linear(
     """x W_e^T (M, O) for rows sorted by expert; offsets_L int32 are the row after each expert's last.
 
     Rows past the last offset come out undefined and get an undefined gradient: a padded buffer must mask them.
-    With a slot the weight gradient is queued, and the weight's own gradient is None.
+    With a slot the weight gradient goes there, and the weight's own gradient is None.
     """
     return _GroupedLinear.apply(x_MI, weight_LOI, offsets_L, slot)
 

@@ -1,4 +1,4 @@
-"""Linear layer without bias, y = x W^T, with its weight gradient at once (plain autograd) or queued.
+"""Linear layer without bias, y = x W^T, with its weight gradient by plain autograd or handed to a slot.
 
 Letters: T tokens, I input features, O output features.
 """
@@ -38,7 +38,7 @@ def linear(
 ) -> torch.Tensor:
     """x W^T (T, O), in `compute_dtype` where given (the router's FP32), else in the inputs' type.
 
-    With a slot, backward returns the input gradient and queues (weight, x, dy); the weight's own gradient is None.
+    With a slot, backward returns the input gradient and puts (weight, x, dy) there; the weight's own gradient is None.
     """
     wide = compute_dtype or x_TI.dtype
     if slot is None or not torch.is_grad_enabled():

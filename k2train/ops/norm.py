@@ -45,14 +45,12 @@ class _RMSNorm(torch.autograd.Function):
     def backward(ctx: Any, *grads: torch.Tensor) -> Any:
         x_TD, rstd_T1 = ctx.saved_tensors
         wide = rstd_T1.dtype
-        normed_TD = x_TD.to(wide) * rstd_T1
-        dy_TD = grads[0].to(wide)
-        product_TD = dy_TD * normed_TD
-        dw_D = product_TD.flatten(0, -2).sum(0) if ctx.needs_input_grad[2] else None
-        weight_D = ctx.weight.to(wide)
-        mean_T1 = torch.matmul(product_TD, weight_D.unsqueeze(-1)).div_(x_TD.shape[-1])
-        # dx = rstd (w dy - normed * mean(w dy * normed))
-        dx_TD = (
-            torch.mul(dy_TD, weight_D, out=product_TD).addcmul_(normed_TD, mean_T1, value=-1).mul_(rstd_T1)
-        )
-        return dx_TD.to(x_TD.dtype), None, None if dw_D is None else dw_D.to(ctx.weight.dtype)
+        weight_D, wide_TD, dy_TD = ctx.weight.to(wide), x_TD.to(wide), grads[0].to(wide)
+        # With s = sum over features of x dy w: dx = rstd (w dy - x rstd^2 s / D), dw = sum over tokens of rstd x dy.
+        product_TD = dy_TD * wide_TD
+        dw_D = None
+        if ctx.needs_input_grad[2]:
+            dw_D = torch.mv(product_TD.flatten(0, -2).t(), rstd_T1.flatten()).to(ctx.weight.dtype)
+        slope_T1 = torch.matmul(product_TD, weight_D.unsqueeze(-1)).mul_(rstd_T1.square()).div_(x_TD.shape[-1])
+        dx_TD = torch.mul(dy_TD, weight_D, out=product_TD).addcmul_(wide_TD, slope_T1, value=-1).mul_(rstd_T1)
+        return dx_TD.to(x_TD.dtype), None, dw_D

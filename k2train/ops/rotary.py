@@ -108,22 +108,33 @@ class _RotaryQueries(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, q_BSHK: torch.Tensor, cos_SP: torch.Tensor, sin_SP: torch.Tensor) -> torch.Tensor:
         ctx.tables = cos_SP, sin_SP
-        nope = q_BSHK.shape[-1] - 2 * cos_SP.shape[-1]
         x_BHSK = q_BSHK.transpose(1, 2)
         out_BHSK = x_BHSK.new_empty(x_BHSK.shape)
-        out_BHSK[..., :nope] = x_BHSK[..., :nope]
-        _rotate(out_BHSK[..., nope:], x_BHSK[..., nope:], cos_SP, sin_SP)
+        _rotate_last(out_BHSK, x_BHSK, cos_SP, sin_SP)
         return out_BHSK
 
     @staticmethod
     def backward(ctx: Any, *grads: torch.Tensor) -> Any:
         cos_SP, sin_SP = ctx.tables
         grad_BSHK = grads[0].transpose(1, 2)
-        nope = grad_BSHK.shape[-1] - 2 * cos_SP.shape[-1]
         out_BSHK = grad_BSHK.new_empty(grad_BSHK.shape)
-        out_BSHK[..., :nope] = grad_BSHK[..., :nope]
-        _rotate(out_BSHK[..., nope:], grad_BSHK[..., nope:], cos_SP[:, None], -sin_SP[:, None])
+        # A table with the heads in it is as large as one sequence and lets the loop run over positions and heads at once.
+        cos_SHP, sin_SHP = (t_SP.unsqueeze(1).expand(-1, grad_BSHK.shape[2], -1) for t_SP in (cos_SP, sin_SP))
+        _rotate_last(out_BSHK, grad_BSHK, cos_SHP, -sin_SHP)
         return out_BSHK, None, None
+
+
+def _rotate_last(out: torch.Tensor, x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> None:
+    """Write x with its last 2P features rotated into `out`, the others as they are."""
+    pairs, nope = cos.shape[-1], x.shape[-1] - 2 * cos.shape[-1]
+    if nope % 2 == 0 and _complex_pairs(x) and _complex_pairs(out):
+        # One pass: pairs that stay are turned by nothing.
+        turns = torch.ones(*cos.shape[:-1], nope // 2 + pairs, dtype=_as_complex(x).dtype, device=x.device)
+        turns[..., nope // 2 :] = torch.complex(cos, sin)
+        torch.mul(_as_complex(x), turns, out=_as_complex(out))
+    else:
+        out[..., :nope] = x[..., :nope]
+        rotate_reference(out[..., nope:], x[..., nope:], cos, sin)
 
 
 def rotary_keys(

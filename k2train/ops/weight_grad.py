@@ -1,4 +1,4 @@
-"""Weight gradients put off: the queue that the W action drains, and the sinks they end in.
+"""Weight gradients: taken at once or put off into the queue that the W action drains, and the sinks they end in.
 
 A linear layer's backward has two products. The input gradient is on the critical path of the pipeline, the weight
 gradient is not (zero-bubble pipelines, arXiv 2401.10241; K2 puts it beside the pipeline's sends, K2 report section
@@ -9,6 +9,7 @@ microbatch) it belongs to. Draining accumulates in FP32 (FP64 for float64 parame
 from __future__ import annotations
 
 import abc
+import dataclasses
 from typing import Protocol
 
 import torch
@@ -85,9 +86,9 @@ class WeightGradQueue:
     def put(self, key: Key, entry: WeightGradEntry) -> None:
         self._entries.setdefault(key, []).append(entry)
 
-    def slot(self, key: Key) -> WeightGradSlot:
+    def slot(self, key: Key) -> Later:
         """The queue seen by one microbatch of one virtual stage."""
-        return WeightGradSlot(self, key)
+        return Later(self, key)
 
     def drain(self, key: Key, sink: GradientSink) -> int:
         """Accumulate every entry of `key` into the sink, in the order they came; returns how many there were."""
@@ -123,15 +124,31 @@ class WeightGradQueue:
         return sum(storages.values())
 
 
-class WeightGradSlot:
-    """A WeightGradQueue bound to one key; what linear layers are given."""
+class WeightGradSlot(Protocol):
+    """Where linear layers put their weight gradients in the backward."""
 
-    def __init__(self, queue: WeightGradQueue, key: Key) -> None:
-        self.queue = queue
-        self.key = key
+    def put(self, entry: WeightGradEntry) -> None: ...
+
+
+@dataclasses.dataclass(frozen=True)
+class Later:
+    """A WeightGradQueue bound to one key."""
+
+    queue: WeightGradQueue
+    key: Key
 
     def put(self, entry: WeightGradEntry) -> None:
         self.queue.put(self.key, entry)
+
+
+@dataclasses.dataclass(frozen=True)
+class AtOnce:
+    """No delay: the output's gradient is still in a cache, and nothing is kept. Backward passes run without gradients."""
+
+    sink: GradientSink
+
+    def put(self, entry: WeightGradEntry) -> None:
+        entry.accumulate(self.sink)
 
 
 def add_product(sink: GradientSink, weight: torch.Tensor, dy_TO: torch.Tensor, x_TI: torch.Tensor) -> None:

@@ -108,7 +108,7 @@ def step_inputs(run: Run, batch: torch.Tensor, statistics: Statistics) -> StepIn
         return MicrobatchContext(
             num_sequences=train.microbatch_size,
             gradients=optimizer.gradients,
-            weight_grads=run.training.queue,
+            weight_grads=run.training.queue if run.config.schedule.split_weight_grad else None,
             key=(virtual_stage, microbatch),
             statistics=statistics,
             loss_scale=1.0 / train.global_batch_tokens,
