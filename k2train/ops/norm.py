@@ -51,6 +51,7 @@ class _RMSNorm(torch.autograd.Function):
         dw_D = None
         if ctx.needs_input_grad[2]:
             dw_D = torch.mv(product_TD.flatten(0, -2).t(), rstd_T1.flatten()).to(ctx.weight.dtype)
-        slope_T1 = torch.matmul(product_TD, weight_D.unsqueeze(-1)).mul_(rstd_T1.square()).div_(x_TD.shape[-1])
+        mean_T1 = torch.matmul(product_TD, weight_D.unsqueeze(-1)).div_(x_TD.shape[-1])
+        slope_T1 = mean_T1.mul_(rstd_T1.square())
         dx_TD = torch.mul(dy_TD, weight_D, out=product_TD).addcmul_(wide_TD, slope_T1, value=-1).mul_(rstd_T1)
         return dx_TD.to(x_TD.dtype), None, dw_D
