@@ -177,7 +177,10 @@ class TrainConfig:
     )
     keep_checkpoints: int = key("newest checkpoints kept on disk", default=2, minimum=1)
     timeout_seconds: float = key(
-        "how long a collective may take before the run is given up", unit="seconds", default=600.0, above=0
+        "how long a collective may take before the run is given up; joining at the start has two minutes at least",
+        unit="seconds",
+        default=600.0,
+        above=0,
     )
     bind_cores: bool = key(
         "on CPUs, give each process of a launcher its own share of the cores (Linux)", default=True

@@ -37,6 +37,9 @@ except ImportError:  # torch 2.11 and 2.12
     from torch.distributed import all_gather_into_tensor as all_gather_single
     from torch.distributed import reduce_scatter_tensor as reduce_scatter_single
 
+# Ranks come up seconds or, from a shared file system, minutes apart, which says nothing of how long a collective may take.
+JOIN_SECONDS = 120.0
+
 _OPS = {"sum": dist.ReduceOp.SUM, "max": dist.ReduceOp.MAX}
 _BYTE_TYPES = (
     torch.float8_e4m3fn,
@@ -203,16 +206,17 @@ def process_world(
 
     kind: `single` is one process on its own; `processes` reads what torchrun sets (RANK, WORLD_SIZE, MASTER_ADDR, MASTER_PORT)
     and raises ConfigError where it is not there, CommunicationError where the others do not come. Collective: every process
-    of the run must enter and leave.
+    of the run must enter and leave. timeout_seconds is a collective's; joining may take JOIN_SECONDS where that is more.
     """
     timeout = datetime.timedelta(seconds=timeout_seconds)
+    join_timeout = datetime.timedelta(seconds=max(timeout_seconds, JOIN_SECONDS))
     backend = "nccl" if device.type == "cuda" else "gloo"
     if kind == "single":
         dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1, timeout=timeout)
     else:
         check_launched()
         try:
-            dist.init_process_group(backend, init_method="env://", timeout=timeout)
+            dist.init_process_group(backend, init_method="env://", timeout=join_timeout)
         except RuntimeError as error:
             raise CommunicationError(f"rank {os.environ['RANK']}: joining the run failed: {error}") from error
     try:
