@@ -20,6 +20,7 @@ from typing import Any
 
 import torch
 
+from k2train.ops.softmax import consuming_softmax
 from k2train.ops.weight_grad import accumulation_dtype
 
 # A tile of 1 MiB in FP32 stays in a core's cache, and 64 rows waste little above the diagonal (measured: at 256 positions
@@ -140,11 +141,6 @@ def _scores(
     return scores_GRE
 
 
-def _softmax(scores_GRE: torch.Tensor) -> torch.Tensor:
-    """Softmax of each row, on a CPU over the scores themselves: its kernel has read a row before it writes it."""
-    return torch.softmax(scores_GRE, -1, out=scores_GRE if scores_GRE.device.type == "cpu" else None)
-
-
 def _softmax_gradient(dp_GRE: torch.Tensor, p_GRE: torch.Tensor) -> torch.Tensor:
     """p (dp - sum of p dp) of each row, on a CPU over dp."""
     if dp_GRE.device.type == "cpu":
@@ -189,7 +185,7 @@ class _CausalAttention(torch.autograd.Function):
                 k_t = k_g.narrow(2, 0, start + rows)
                 scores = _scores(q_g.narrow(1, start, rows), k_t, scale, future_RR, scratch)
                 max_g.append(scores.flatten(1).amax(1))
-                out_t = torch.bmm(_softmax(scores), v_g.narrow(1, 0, start + rows))
+                out_t = torch.bmm(consuming_softmax(scores, wide), v_g.narrow(1, 0, start + rows))
                 out_g.narrow(2, start, rows).copy_(out_t.view(*out_g.shape[:2], rows, -1))
             group.of(max_BH).copy_(torch.stack(max_g).amax(0).view(out_g.shape[:2]))
         max_H = max_BH.amax(0)
@@ -214,7 +210,8 @@ class _CausalAttention(torch.autograd.Function):
             for start, rows in tiling.row_ranges():
                 q_t, do_t = q_g.narrow(1, start, rows), do_g.narrow(1, start, rows)
                 k_t, v_t = k_g.narrow(1, 0, start + rows), v_g.narrow(1, 0, start + rows)
-                p = _softmax(_scores(q_t, k_t.transpose(1, 2), ctx.scale, future_RR, scratch_p))
+                scores = _scores(q_t, k_t.transpose(1, 2), ctx.scale, future_RR, scratch_p)
+                p = consuming_softmax(scores, wide)
                 _add_product(dv_g, p.transpose(1, 2), do_t, 1.0)
                 room = _room(scratch_ds, *p.shape)
                 ds = _softmax_gradient(torch.bmm(do_t, v_t.transpose(1, 2), out=room), p)

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
+from k2train.ops.softmax import consuming_softmax
 from k2train.ops.weight_grad import accumulation_dtype, add_product_into
 
 IGNORED_TARGET = -100
@@ -58,9 +59,7 @@ def _chunk_loss(
     wide = accumulation_dtype(logits_CV.dtype)
     top_C1 = logits_CV.amax(1, keepdim=True).to(wide)
     at_target_C1 = logits_CV.gather(1, targets_C1).to(wide)
-    # On a CPU over the logits themselves: its kernel has read a row before it writes it.
-    in_place = logits_CV.device.type == "cpu" and logits_CV.dtype == wide
-    probs_CV = torch.softmax(logits_CV, -1, dtype=wide, out=logits_CV if in_place else None)
+    probs_CV = consuming_softmax(logits_CV, wide)
     return top_C1 - at_target_C1 - probs_CV.amax(1, keepdim=True).log_(), probs_CV
 
 

@@ -70,13 +70,20 @@ def _table_factor(yarn: YarnConfig | None) -> float:
 
 
 def _rotate(out: torch.Tensor, x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> None:
-    """Write x rotated by the table's angles into `out`; a negated sine turns it back."""
-    if _complex_pairs(x) and _complex_pairs(out):
-        # A pair is a complex number and its turn one multiplication: one pass, and no strides of two.
-        turns = torch.complex(cos, sin)
+    """Write x with its last 2P features rotated by the table's angles into `out`, those before as they are.
+
+    A negated sine turns back.
+    """
+    pairs, nope = cos.shape[-1], x.shape[-1] - 2 * cos.shape[-1]
+    if nope % 2 == 0 and _complex_pairs(x) and _complex_pairs(out):
+        # A pair is a complex number and its turn one multiplication: one pass, no strides of two. Pairs that stay are
+        # turned by nothing.
+        turns = torch.ones(*cos.shape[:-1], nope // 2 + pairs, dtype=_as_complex(x).dtype, device=x.device)
+        turns[..., nope // 2 :] = torch.complex(cos, sin)
         torch.mul(_as_complex(x), turns, out=_as_complex(out))
     else:
-        rotate_reference(out, x, cos, sin)
+        out[..., :nope] = x[..., :nope]
+        rotate_reference(out[..., nope:], x[..., nope:], cos, sin)
 
 
 def rotate_reference(out: torch.Tensor, x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> None:
@@ -110,7 +117,7 @@ class _RotaryQueries(torch.autograd.Function):
         ctx.tables = cos_SP, sin_SP
         x_BHSK = q_BSHK.transpose(1, 2)
         out_BHSK = x_BHSK.new_empty(x_BHSK.shape)
-        _rotate_last(out_BHSK, x_BHSK, cos_SP, sin_SP)
+        _rotate(out_BHSK, x_BHSK, cos_SP, sin_SP)
         return out_BHSK
 
     @staticmethod
@@ -120,21 +127,8 @@ class _RotaryQueries(torch.autograd.Function):
         out_BSHK = grad_BSHK.new_empty(grad_BSHK.shape)
         # A table with the heads in it is as large as one sequence and lets the loop run over positions and heads at once.
         cos_SHP, sin_SHP = (t_SP.unsqueeze(1).expand(-1, grad_BSHK.shape[2], -1) for t_SP in (cos_SP, sin_SP))
-        _rotate_last(out_BSHK, grad_BSHK, cos_SHP, -sin_SHP)
+        _rotate(out_BSHK, grad_BSHK, cos_SHP, -sin_SHP)
         return out_BSHK, None, None
-
-
-def _rotate_last(out: torch.Tensor, x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> None:
-    """Write x with its last 2P features rotated into `out`, the others as they are."""
-    pairs, nope = cos.shape[-1], x.shape[-1] - 2 * cos.shape[-1]
-    if nope % 2 == 0 and _complex_pairs(x) and _complex_pairs(out):
-        # One pass: pairs that stay are turned by nothing.
-        turns = torch.ones(*cos.shape[:-1], nope // 2 + pairs, dtype=_as_complex(x).dtype, device=x.device)
-        turns[..., nope // 2 :] = torch.complex(cos, sin)
-        torch.mul(_as_complex(x), turns, out=_as_complex(out))
-    else:
-        out[..., :nope] = x[..., :nope]
-        rotate_reference(out[..., nope:], x[..., nope:], cos, sin)
 
 
 def rotary_keys(

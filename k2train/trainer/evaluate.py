@@ -49,8 +49,9 @@ class Windows:
 def evaluate(run: Run, max_tokens: int) -> Evaluation | None:
     """Mean loss over the first sequences of the validation split, at most `max_tokens` and at most one pass over it.
 
-    Every token of them is scored once, from train.eval_overlap of a window before it or more (but at the start of a text). None where there is not one whole
-    sequence. Every rank must call it: the messages and all-to-alls of forward passes, and a sum over the world.
+    Every token of them is scored once, from train.eval_overlap of a window before it or more (but at the start of a
+    text). None where there is not one whole sequence. Every rank must call it: the messages and all-to-alls of forward
+    passes, and a sum over the world.
     """
     train = run.config.train
     num_sequences = min(max_tokens // train.seq_len, run.corpus.num_samples("valid"))
