@@ -13,7 +13,7 @@ from k2train.model.pieces import Allocator, Piece
 from k2train.model.saved import SavedActivations, named_norm
 from k2train.ops.attention import causal_attention
 from k2train.ops.linear import linear
-from k2train.ops.rotary import rotary_keys, rotary_queries, rotary_tables, softmax_scale
+from k2train.ops.rotary import RotaryTables, rotary_keys, rotary_queries, rotary_tables, softmax_scale
 from k2train.ops.weight_grad import WeightGradSlot
 
 # transformers builds the two latent norms without the model's rms_norm_eps.
@@ -25,15 +25,13 @@ class Rotary:
 
     def __init__(self, model: ModelConfig, allocator: Allocator) -> None:
         self._model, self._allocator = model, allocator
-        self._cos = self._sin = torch.empty(0, 0)
+        self._tables: RotaryTables | None = None
 
-    def tables(self, length: int) -> tuple[torch.Tensor, torch.Tensor]:
-        """Cosine and sine (S, P) of the first `length` positions."""
-        if self._cos.shape[0] < length:
-            cos_SP, sin_SP = rotary_tables(self._model, length)
-            device, dtype = self._allocator.device, self._allocator.dtype
-            self._cos, self._sin = cos_SP.to(device, dtype), sin_SP.to(device, dtype)
-        return self._cos[:length], self._sin[:length]
+    def tables(self, length: int) -> RotaryTables:
+        """The tables of the first `length` positions."""
+        if self._tables is None or self._tables.length < length:
+            self._tables = rotary_tables(self._model, length, self._allocator.dtype, self._allocator.device)
+        return self._tables.first(length)
 
 
 class LatentAttention:
@@ -104,12 +102,12 @@ class LatentAttention:
                 saved, ("q_latent", "q_latent_norm_output"), latent_TR, norm, LATENT_NORM_EPS
             )
             up = "q_b_proj"
-        cos_SP, sin_SP = self.rotary.tables(normed_TD.shape[0] // num_sequences)
+        tables = self.rotary.tables(normed_TD.shape[0] // num_sequences)
 
         def rotated(source_TX: torch.Tensor) -> torch.Tensor:
             q_TX = linear(source_TX, weights[up], slot)
             q_BSHK = q_TX.view(num_sequences, -1, model.num_attention_heads, model.qk_head_dim)
-            return rotary_queries(q_BSHK, cos_SP, sin_SP)
+            return rotary_queries(q_BSHK, tables)
 
         return saved.make("query", rotated, source_TX)
 
@@ -129,13 +127,13 @@ class LatentAttention:
         latent_TR = named_norm(
             saved, ("kv_latent", "kv_latent_norm_output"), latent_TR, norm, LATENT_NORM_EPS
         )
-        cos_SP, sin_SP = self.rotary.tables(normed_TD.shape[0] // num_sequences)
+        tables = self.rotary.tables(normed_TD.shape[0] // num_sequences)
 
         def rotated(latent_TR: torch.Tensor, rope_TR: torch.Tensor) -> tuple[torch.Tensor, ...]:
             kv_TX = linear(latent_TR, weights["kv_b_proj"], slot)
             width = model.qk_nope_head_dim + model.v_head_dim
             kv_BSHC = kv_TX.view(num_sequences, -1, model.num_attention_heads, width)
             rope_BSR = rope_TR.unflatten(0, (num_sequences, -1))
-            return rotary_keys(kv_BSHC, rope_BSR, cos_SP, sin_SP, model.qk_nope_head_dim)
+            return rotary_keys(kv_BSHC, rope_BSR, tables)
 
         return saved.make("key_value", rotated, latent_TR, rope_TR)

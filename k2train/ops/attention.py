@@ -15,11 +15,12 @@ Letters: B sequences, H heads, G = B x H, S positions, K query and key features,
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 
+from k2train.ops.dtypes import cast
 from k2train.ops.softmax import consuming_softmax
 from k2train.ops.weight_grad import accumulation_dtype
 
@@ -60,84 +61,99 @@ def causal_attention_reference(
 
 
 @dataclasses.dataclass(frozen=True)
-class _Group:
-    """Some heads of some sequences, whose tiles are its rows cut. G is how many (sequence, head)s there are."""
-
-    sequences: slice
-    heads: slice
-
-    def of(self, t_BHSF: torch.Tensor) -> torch.Tensor:
-        """The group's part (sequences, heads, S, F)."""
-        return t_BHSF[self.sequences, self.heads]
-
-    def wide(self, t_BHSF: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-        """The group's part (G, S, F) in the type of the arithmetic; a view where that is the tensor's own."""
-        return self.of(t_BHSF).flatten(0, 1).to(dtype)
-
-
-@dataclasses.dataclass(frozen=True)
 class _Tiling:
-    """How (B, H, S, S) scores are cut: at most so many sequences, heads of each, and rows a tile."""
+    """How (B, H, S, S) scores are cut: into groups of heads, and the rows of each group into tiles.
 
-    batch: int
+    heads: how many of the B x H a group has at most; a multiple of H or a divisor of it. rows: of a tile, at most.
+    """
+
     num_heads: int
     length: int
-    sequences: int
     heads: int
     rows: int
 
     @property
     def elements(self) -> int:
         """Scores of the largest tile."""
-        return self.sequences * self.heads * self.rows * self.length
+        return self.heads * self.rows * self.length
 
-    def groups(self) -> Iterator[_Group]:
-        for sequence in range(0, self.batch, self.sequences):
-            sequences = slice(sequence, min(sequence + self.sequences, self.batch))
-            for head in range(0, self.num_heads, self.heads):
-                yield _Group(sequences, slice(head, min(head + self.heads, self.num_heads)))
+    def groups(self, t_BHSF: torch.Tensor) -> Sequence[torch.Tensor]:
+        """Each group's part of a tensor (sequences, heads, S, F), as views."""
+        if self.heads >= self.num_heads:
+            return t_BHSF.split(self.heads // self.num_heads)
+        return [group for sequence in t_BHSF.split(1) for group in sequence.split(self.heads, 1)]
 
-    def row_ranges(self) -> Iterator[tuple[int, int]]:
-        """(first row, rows) of a group's tiles, the last ones first."""
-        for start in reversed(range(0, self.length, self.rows)):
-            yield start, min(self.rows, self.length - start)
+    def row_ranges(self) -> list[tuple[int, int]]:
+        """(first row, row after the last) of a group's tiles, the last ones first."""
+        starts = reversed(range(0, self.length, self.rows))
+        return [(start, min(start + self.rows, self.length)) for start in starts]
 
 
 def _tiling(q_BHSK: torch.Tensor, tile_elements: int) -> _Tiling:
-    """Whole sequences a tile where their heads fit, else some heads of one."""
+    """Whole sequences a group where their heads fit, else some heads of one."""
     batch, num_heads, length, _ = q_BHSK.shape
     max_rows = _MAX_CPU_ROWS if q_BHSK.device.type == "cpu" else length
     rows = max(min(tile_elements // length, max_rows, length), min(_MIN_ROWS, length))
     heads = max(tile_elements // (rows * length), 1)
-    sequences = max(min(heads // num_heads, batch), 1)
-    return _Tiling(batch, num_heads, length, sequences, min(heads, num_heads), rows)
+    if heads < num_heads:
+        heads = next(divisor for divisor in range(heads, 0, -1) if num_heads % divisor == 0)
+    else:
+        heads = min(heads // num_heads, batch) * num_heads
+    return _Tiling(num_heads, length, heads, rows)
 
 
-def _future_mask(rows: int, wide: torch.dtype, device: torch.device) -> torch.Tensor:
-    """Minus infinity above the diagonal (R, R). Added: a masked fill is several times slower."""
-    return torch.full((rows, rows), float("-inf"), dtype=wide, device=device).triu_(1)
+@dataclasses.dataclass(frozen=True)
+class _Tile:
+    """Rows `start` to `end` of a group against the keys up to `end`, and its views of the scratch all tiles share.
 
-
-def _room(scratch: torch.Tensor, groups: int, rows: int, end: int) -> torch.Tensor:
-    """(G, R, end) of scratch for a tile's scores."""
-    return scratch[: groups * rows * end].view(groups, rows, end)
-
-
-def _scores(
-    q_GRK: torch.Tensor,
-    k_GKE: torch.Tensor,
-    scale: float,
-    future_RR: torch.Tensor,
-    scratch: torch.Tensor,
-) -> torch.Tensor:
-    """Scaled logits of a tile (G, R, E) in `scratch`, minus infinity after each row's own position.
-
-    The keys E end with the tile's last row.
+    scores, gradients: (G, R, E), the second in backward alone. diagonal: the scores of the last R keys, where the future
+    begins. future: (R, R), minus infinity above the diagonal, to be added: a masked fill is several times slower.
     """
-    groups, rows, _ = q_GRK.shape
-    end = k_GKE.shape[2]
-    scores_GRE = _room(scratch, groups, rows, end).baddbmm_(q_GRK, k_GKE, beta=0, alpha=scale)
-    scores_GRE.narrow(2, end - rows, rows).add_(future_RR[:rows, :rows])
+
+    start: int
+    end: int
+    scores: torch.Tensor
+    gradients: torch.Tensor | None
+    diagonal: torch.Tensor
+    future: torch.Tensor
+
+    def rows_of(self, t_GSF: torch.Tensor) -> torch.Tensor:
+        return t_GSF.narrow(1, self.start, self.end - self.start)
+
+
+class _Scratch:
+    """The memory of a call's tiles. Their views are made once for all groups: one costs as much as a small product."""
+
+    def __init__(self, tiling: _Tiling, like: torch.Tensor, dtype: torch.dtype, backward: bool) -> None:
+        self._tiling = tiling
+        self._memory = [like.new_empty(tiling.elements, dtype=dtype) for _ in range(1 + backward)]
+        size = (tiling.rows, tiling.rows)
+        self._future_RR = torch.full(size, float("-inf"), dtype=dtype, device=like.device).triu_(1)
+        self._tiles: list[_Tile] = []
+
+    def tiles(self, heads: int) -> list[_Tile]:
+        """The tiles of a group of so many heads; all groups but the last have as many."""
+        if not self._tiles or self._tiles[0].scores.shape[0] != heads:
+            self._tiles = [self._tile(heads, start, end) for start, end in self._tiling.row_ranges()]
+        return self._tiles
+
+    def _tile(self, heads: int, start: int, end: int) -> _Tile:
+        rows = end - start
+        rooms = [memory[: heads * rows * end].view(heads, rows, end) for memory in self._memory]
+        diagonal_GRR = rooms[0].narrow(2, start, rows)
+        gradients = rooms[1] if len(rooms) > 1 else None
+        return _Tile(start, end, rooms[0], gradients, diagonal_GRR, self._future_RR[:rows, :rows])
+
+
+def _wide(group_BHSF: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """A group's part as (G, S, F) in the type of the arithmetic; a view where that is the tensor's own."""
+    return cast(group_BHSF.flatten(0, 1), dtype)
+
+
+def _scores(tile: _Tile, q_GRK: torch.Tensor, k_GKS: torch.Tensor, scale: float) -> torch.Tensor:
+    """Scaled logits of a tile (G, R, E) in its scratch, minus infinity after each row's own position."""
+    scores_GRE = tile.scores.baddbmm_(q_GRK, k_GKS.narrow(2, 0, tile.end), beta=0, alpha=scale)
+    tile.diagonal.add_(tile.future)
     return scores_GRE
 
 
@@ -173,22 +189,13 @@ class _CausalAttention(torch.autograd.Function):
         batch, heads, length, _ = q.shape
         wide = accumulation_dtype(q.dtype)
         out_BSHV = v.new_empty(batch, length, heads, v.shape[-1])
-        max_BH = torch.empty(batch, heads, dtype=wide, device=q.device)
         tiling = _tiling(q, tile_elements)
-        future_RR = _future_mask(tiling.rows, wide, q.device)
-        scratch = q.new_empty(tiling.elements, dtype=wide)
-        for group in tiling.groups():
-            q_g, k_g, v_g = (group.wide(t, wide) for t in (q, k, v))
-            k_g, out_g = k_g.transpose(1, 2), group.of(out_BSHV.transpose(1, 2))
-            max_g: list[torch.Tensor] = []
-            for start, rows in tiling.row_ranges():
-                k_t = k_g.narrow(2, 0, start + rows)
-                scores = _scores(q_g.narrow(1, start, rows), k_t, scale, future_RR, scratch)
-                max_g.append(scores.flatten(1).amax(1))
-                out_t = torch.bmm(consuming_softmax(scores, wide), v_g.narrow(1, 0, start + rows))
-                out_g.narrow(2, start, rows).copy_(out_t.view(*out_g.shape[:2], rows, -1))
-            group.of(max_BH).copy_(torch.stack(max_g).amax(0).view(out_g.shape[:2]))
-        max_H = max_BH.amax(0)
+        scratch = _Scratch(tiling, q, wide, backward=False)
+        maxima: list[torch.Tensor] = []
+        for *inputs, out_g in zip(*map(tiling.groups, (q, k, v, out_BSHV.transpose(1, 2))), strict=True):
+            q_g, k_g, v_g = (_wide(t, wide) for t in inputs)
+            maxima.append(_attend(scale, scratch, q_g, k_g, v_g, out_g))
+        max_H = torch.cat(maxima).view(batch, heads).amax(0)
         ctx.mark_non_differentiable(max_H)
         return out_BSHV, max_H
 
@@ -198,23 +205,53 @@ class _CausalAttention(torch.autograd.Function):
             return None, None, None, None, None
         q, k, v = ctx.saved_tensors
         wide = accumulation_dtype(q.dtype)
-        do_BHSV = grads[0].transpose(1, 2)
         dq, dk, dv = (torch.empty(t.shape, dtype=wide, device=t.device) for t in (q, k, v))
         tiling = _tiling(q, ctx.tile_elements)
-        future_RR = _future_mask(tiling.rows, wide, q.device)
-        scratch_p, scratch_ds = (q.new_empty(tiling.elements, dtype=wide) for _ in range(2))
-        for group in tiling.groups():
-            q_g, k_g, v_g, do_g, dq_g, dk_g, dv_g = (
-                group.wide(t, wide) for t in (q, k, v, do_BHSV, dq, dk, dv)
-            )
-            for start, rows in tiling.row_ranges():
-                q_t, do_t = q_g.narrow(1, start, rows), do_g.narrow(1, start, rows)
-                k_t, v_t = k_g.narrow(1, 0, start + rows), v_g.narrow(1, 0, start + rows)
-                scores = _scores(q_t, k_t.transpose(1, 2), ctx.scale, future_RR, scratch_p)
-                p = consuming_softmax(scores, wide)
-                _add_product(dv_g, p.transpose(1, 2), do_t, 1.0)
-                room = _room(scratch_ds, *p.shape)
-                ds = _softmax_gradient(torch.bmm(do_t, v_t.transpose(1, 2), out=room), p)
-                torch.mul(torch.bmm(ds, k_t), ctx.scale, out=dq_g.narrow(1, start, rows))
-                _add_product(dk_g, ds.transpose(1, 2), q_t, ctx.scale)
-        return dq.to(q.dtype), dk.to(k.dtype), dv.to(v.dtype), None, None
+        scratch = _Scratch(tiling, q, wide, backward=True)
+        for group in zip(*map(tiling.groups, (q, k, v, grads[0].transpose(1, 2), dq, dk, dv)), strict=True):
+            _attend_backward(ctx.scale, scratch, *(_wide(t, wide) for t in group))
+        return cast(dq, q.dtype), cast(dk, k.dtype), cast(dv, v.dtype), None, None
+
+
+def _attend(
+    scale: float,
+    scratch: _Scratch,
+    q_GSK: torch.Tensor,
+    k_GSK: torch.Tensor,
+    v_GSV: torch.Tensor,
+    out_BHSV: torch.Tensor,
+) -> torch.Tensor:
+    """Write a group's output and return its heads' largest logits (G,)."""
+    k_GKS = k_GSK.transpose(1, 2)
+    maxima = []
+    for tile in scratch.tiles(q_GSK.shape[0]):
+        scores_GRE = _scores(tile, tile.rows_of(q_GSK), k_GKS, scale)
+        maxima.append(scores_GRE.amax((1, 2)))
+        out_GRV = torch.bmm(consuming_softmax(scores_GRE), v_GSV.narrow(1, 0, tile.end))
+        out_BHRV = out_BHSV.narrow(2, tile.start, tile.end - tile.start)
+        out_BHRV.copy_(out_GRV.view(out_BHRV.shape))
+    return torch.stack(maxima).amax(0)
+
+
+def _attend_backward(
+    scale: float,
+    scratch: _Scratch,
+    q_GSK: torch.Tensor,
+    k_GSK: torch.Tensor,
+    v_GSV: torch.Tensor,
+    do_GSV: torch.Tensor,
+    dq_GSK: torch.Tensor,
+    dk_GSK: torch.Tensor,
+    dv_GSV: torch.Tensor,
+) -> None:
+    """Write the gradients of a group's inputs."""
+    k_GKS, v_GVS = k_GSK.transpose(1, 2), v_GSV.transpose(1, 2)
+    for tile in scratch.tiles(q_GSK.shape[0]):
+        q_GRK, do_GRV = tile.rows_of(q_GSK), tile.rows_of(do_GSV)
+        p_GRE = consuming_softmax(_scores(tile, q_GRK, k_GKS, scale))
+        _add_product(dv_GSV, p_GRE.transpose(1, 2), do_GRV, 1.0)
+        assert tile.gradients is not None
+        dp_GRE = torch.bmm(do_GRV, v_GVS.narrow(2, 0, tile.end), out=tile.gradients)
+        ds_GRE = _softmax_gradient(dp_GRE, p_GRE)
+        torch.mul(torch.bmm(ds_GRE, k_GSK.narrow(1, 0, tile.end)), scale, out=tile.rows_of(dq_GSK))
+        _add_product(dk_GSK, ds_GRE.transpose(1, 2), q_GRK, scale)

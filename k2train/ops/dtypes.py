@@ -1,4 +1,4 @@
-"""The floating types a config can name."""
+"""Floating types: those a config can name, and changing from one to another."""
 
 from __future__ import annotations
 
@@ -10,3 +10,8 @@ import torch
 DTYPES: Mapping[str, torch.dtype] = MappingProxyType(
     {"bfloat16": torch.bfloat16, "float32": torch.float32, "float64": torch.float64}
 )
+
+
+def cast(x: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """x in `dtype`. Where it has that already nothing is called: a step of a small model has hundreds of such casts."""
+    return x if x.dtype == dtype else x.to(dtype)

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
+from k2train.ops.dtypes import cast
 from k2train.ops.weight_grad import GradientSink, WeightGradSlot, add_product
 
 
@@ -42,7 +43,7 @@ def linear(
     """
     wide = compute_dtype or x_TI.dtype
     if slot is None or not torch.is_grad_enabled():
-        return F.linear(x_TI.to(wide), weight_OI.to(wide))
+        return F.linear(cast(x_TI, wide), cast(weight_OI, wide))
     return _QueuedLinear.apply(x_TI, weight_OI, slot, wide)
 
 
@@ -55,12 +56,12 @@ class _QueuedLinear(torch.autograd.Function):
     ) -> torch.Tensor:
         ctx.save_for_backward(x_TI)
         ctx.weight, ctx.slot = weight_OI, slot
-        return F.linear(x_TI.to(wide), weight_OI.to(wide))
+        return F.linear(cast(x_TI, wide), cast(weight_OI, wide))
 
     @staticmethod
     def backward(ctx: Any, *grads: torch.Tensor) -> Any:
         (dy_TO,) = grads
         (x_TI,) = ctx.saved_tensors
         ctx.slot.put(LinearWeightGrad(ctx.weight, x_TI.flatten(0, -2), dy_TO.flatten(0, -2)))
-        dx_TI = torch.matmul(dy_TO, ctx.weight.to(dy_TO.dtype)).to(x_TI.dtype)
-        return dx_TI, None, None, None
+        dx_TI = torch.matmul(dy_TO, cast(ctx.weight, dy_TO.dtype))
+        return cast(dx_TI, x_TI.dtype), None, None, None

@@ -10,12 +10,13 @@ from typing import Any
 
 import torch
 
+from k2train.ops.dtypes import cast
 from k2train.ops.weight_grad import accumulation_dtype
 
 
 def inverse_rms(x_TD: torch.Tensor, eps: float) -> torch.Tensor:
     """1 / sqrt(mean(x^2) + eps) of every token (T, 1), FP32 (FP64 for float64). No gradient: rms_norm's covers it."""
-    wide_TD = x_TD.detach().to(accumulation_dtype(x_TD.dtype))
+    wide_TD = cast(x_TD.detach(), accumulation_dtype(x_TD.dtype))
     mean_T1 = torch.linalg.vector_norm(wide_TD, dim=-1, keepdim=True).square_().div_(x_TD.shape[-1])
     return mean_T1.add_(eps).rsqrt_()
 
@@ -39,19 +40,19 @@ class _RMSNorm(torch.autograd.Function):
     def forward(ctx: Any, x_TD: torch.Tensor, rstd_T1: torch.Tensor, weight_D: torch.Tensor) -> torch.Tensor:
         ctx.save_for_backward(x_TD, rstd_T1)
         ctx.weight = weight_D
-        return (x_TD.to(rstd_T1.dtype) * rstd_T1).to(x_TD.dtype).mul_(weight_D)
+        return cast(cast(x_TD, rstd_T1.dtype) * rstd_T1, x_TD.dtype).mul_(weight_D)
 
     @staticmethod
     def backward(ctx: Any, *grads: torch.Tensor) -> Any:
         x_TD, rstd_T1 = ctx.saved_tensors
-        wide = rstd_T1.dtype
-        weight_D, wide_TD, dy_TD = ctx.weight.to(wide), x_TD.to(wide), grads[0].to(wide)
+        wide, features = rstd_T1.dtype, x_TD.shape[-1]
+        weight_D, wide_TD, dy_TD = (cast(t, wide) for t in (ctx.weight, x_TD, grads[0]))
         # With s = sum over features of x dy w: dx = rstd (w dy - x rstd^2 s / D), dw = sum over tokens of rstd x dy.
         product_TD = dy_TD * wide_TD
         dw_D = None
         if ctx.needs_input_grad[2]:
-            dw_D = torch.mv(product_TD.flatten(0, -2).t(), rstd_T1.flatten()).to(ctx.weight.dtype)
-        mean_T1 = torch.matmul(product_TD, weight_D.unsqueeze(-1)).div_(x_TD.shape[-1])
-        slope_T1 = mean_T1.mul_(rstd_T1.square())
-        dx_TD = torch.mul(dy_TD, weight_D, out=product_TD).addcmul_(wide_TD, slope_T1, value=-1).mul_(rstd_T1)
-        return dx_TD.to(x_TD.dtype), None, dw_D
+            dw_D = cast(torch.mv(product_TD.view(-1, features).t(), rstd_T1.view(-1)), ctx.weight.dtype)
+        slope_T1 = torch.matmul(product_TD, weight_D.unsqueeze(-1)).mul_(rstd_T1.square())
+        dx_TD = torch.mul(dy_TD, weight_D, out=product_TD)
+        dx_TD = dx_TD.addcmul_(wide_TD, slope_T1, value=-1 / features).mul_(rstd_T1)
+        return cast(dx_TD, x_TD.dtype), None, dw_D

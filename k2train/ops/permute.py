@@ -13,6 +13,8 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
+from k2train.ops.dtypes import cast
+
 
 @dataclasses.dataclass(frozen=True)
 class Permutation:
@@ -87,7 +89,7 @@ class _ScaleRows(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, y_ND: torch.Tensor, w_N: torch.Tensor) -> torch.Tensor:
         ctx.save_for_backward(y_ND, w_N)
-        return (y_ND * w_N.unsqueeze(1)).to(y_ND.dtype)
+        return cast(y_ND * w_N.unsqueeze(1), y_ND.dtype)
 
     @staticmethod
     def backward(ctx: Any, *grads: torch.Tensor) -> Any:
@@ -98,6 +100,6 @@ class _ScaleRows(torch.autograd.Function):
             product_ND = dout_ND * y_ND
             dw_N = product_ND.sum(1)
             return torch.mul(dout_ND, w_N.unsqueeze(1), out=product_ND), dw_N
-        dy_ND = (dout_ND * w_N.unsqueeze(1)).to(y_ND.dtype) if ctx.needs_input_grad[0] else None
-        dw_N = (dout_ND.to(w_N.dtype) * y_ND).sum(1) if ctx.needs_input_grad[1] else None
+        dy_ND = cast(dout_ND * w_N.unsqueeze(1), y_ND.dtype) if ctx.needs_input_grad[0] else None
+        dw_N = (cast(dout_ND, w_N.dtype) * y_ND).sum(1) if ctx.needs_input_grad[1] else None
         return dy_ND, dw_N

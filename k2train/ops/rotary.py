@@ -6,12 +6,15 @@ then cast. Letters: B sequences, S positions, H heads, K features of a query or 
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from typing import Any
 
 import torch
 
 from k2train.config.model import ModelConfig, YarnConfig
+
+_COMPLEX = {torch.float32: torch.complex64, torch.float64: torch.complex128}
 
 
 def yarn_mscale(factor: float, mscale: float) -> float:
@@ -53,12 +56,52 @@ def _yarn_ramp(yarn: YarnConfig, dim: int, theta: float) -> torch.Tensor:
     return ((torch.arange(dim // 2, dtype=torch.float32, device="cpu") - low) / (high - low)).clamp_(0, 1)
 
 
-def rotary_tables(model: ModelConfig, num_positions: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """Cosine and sine (S, P) of positions 0 .. num_positions, FP32 on the host."""
+@dataclasses.dataclass(frozen=True)
+class RotaryTables:
+    """How far each position turns each pair, in the type it is used in.
+
+    cos, sin: (S, P). turns: (S, nope / 2 + P), the same as complex numbers after as many ones as there are pairs of
+    features before the rotated ones; None where a pair cannot be seen as a complex number (odd nope, types but FP32
+    and FP64, GPUs). turns_back: its conjugate.
+    """
+
+    cos: torch.Tensor
+    sin: torch.Tensor
+    nope: int
+    turns: torch.Tensor | None
+    turns_back: torch.Tensor | None
+
+    @classmethod
+    def of(cls, cos_SP: torch.Tensor, sin_SP: torch.Tensor, nope: int) -> RotaryTables:
+        """The tables for queries and keys whose first `nope` features stay as they are."""
+        complex_dtype = _COMPLEX.get(cos_SP.dtype)
+        if complex_dtype is None or nope % 2 or cos_SP.device.type != "cpu":
+            return cls(cos_SP, sin_SP, nope, None, None)
+        unturned = torch.ones(cos_SP.shape[0], nope // 2, dtype=complex_dtype)
+        turns = torch.cat([unturned, torch.complex(cos_SP, sin_SP)], dim=1)
+        return cls(cos_SP, sin_SP, nope, turns, turns.conj().resolve_conj())
+
+    @property
+    def length(self) -> int:
+        return self.cos.shape[0]
+
+    def first(self, length: int) -> RotaryTables:
+        """The tables of the first `length` positions."""
+        if length == self.length:
+            return self
+        turns, back = (None if t is None else t[:length] for t in (self.turns, self.turns_back))
+        return RotaryTables(self.cos[:length], self.sin[:length], self.nope, turns, back)
+
+
+def rotary_tables(
+    model: ModelConfig, num_positions: int, dtype: torch.dtype, device: torch.device
+) -> RotaryTables:
+    """The tables of positions 0 .. num_positions: made in FP32 on the host, then cast."""
     positions_S = torch.arange(num_positions, dtype=torch.float32, device="cpu")
     angles_SP = positions_S[:, None] * inverse_frequencies(model)
     factor = _table_factor(model.rope_scaling)
-    return angles_SP.cos() * factor, angles_SP.sin() * factor
+    cos_SP, sin_SP = ((t_SP * factor).to(device, dtype) for t_SP in (angles_SP.cos(), angles_SP.sin()))
+    return RotaryTables.of(cos_SP, sin_SP, model.qk_nope_head_dim)
 
 
 def _table_factor(yarn: YarnConfig | None) -> float:
@@ -69,76 +112,68 @@ def _table_factor(yarn: YarnConfig | None) -> float:
     return yarn_mscale(yarn.factor, 1.0)
 
 
-def _rotate(out: torch.Tensor, x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> None:
-    """Write x with its last 2P features rotated by the table's angles into `out`, those before as they are.
-
-    A negated sine turns back.
-    """
-    pairs, nope = cos.shape[-1], x.shape[-1] - 2 * cos.shape[-1]
-    if nope % 2 == 0 and _complex_pairs(x) and _complex_pairs(out):
-        # A pair is a complex number and its turn one multiplication: one pass, no strides of two. Pairs that stay are
-        # turned by nothing.
-        turns = torch.ones(*cos.shape[:-1], nope // 2 + pairs, dtype=_as_complex(x).dtype, device=x.device)
-        turns[..., nope // 2 :] = torch.complex(cos, sin)
-        torch.mul(_as_complex(x), turns, out=_as_complex(out))
-    else:
-        out[..., :nope] = x[..., :nope]
-        rotate_reference(out[..., nope:], x[..., nope:], cos, sin)
+def _rotate(out_XSK: torch.Tensor, x_XSK: torch.Tensor, tables: RotaryTables, back: bool = False) -> None:
+    """Write x, or only its rotated features where it holds no others, turned (back) by the tables into `out`."""
+    turns_SC = tables.turns_back if back else tables.turns
+    if turns_SC is not None and _paired(x_XSK) and _paired(out_XSK):
+        # One multiplication a pair: one pass, no strides of two. Pairs that stay are multiplied by one.
+        pairs = x_XSK.shape[-1] // 2
+        turns_SC = turns_SC.narrow(1, turns_SC.shape[1] - pairs, pairs)
+        torch.mul(x_XSK.view(turns_SC.dtype), turns_SC, out=out_XSK.view(turns_SC.dtype))
+        return
+    rotated = 2 * tables.cos.shape[1]
+    nope = x_XSK.shape[-1] - rotated
+    out_XSK.narrow(-1, 0, nope).copy_(x_XSK.narrow(-1, 0, nope))
+    sin_SP = -tables.sin if back else tables.sin
+    rotate_reference(out_XSK.narrow(-1, nope, rotated), x_XSK.narrow(-1, nope, rotated), tables.cos, sin_SP)
 
 
 def rotate_reference(out: torch.Tensor, x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> None:
-    """The same for every type and layout, evens and odds apart."""
+    """All features of x, turned, for every type and layout: evens and odds apart."""
     even, odd = x[..., 0::2], x[..., 1::2]
     torch.mul(even, cos, out=out[..., 0::2]).addcmul_(odd, sin, value=-1)
     torch.mul(odd, cos, out=out[..., 1::2]).addcmul_(even, sin)
 
 
-def _complex_pairs(x: torch.Tensor) -> bool:
-    """Whether torch can see x's pairs as complex numbers: FP32 or FP64, and pairs at even offsets."""
-    wide_enough = x.dtype in (torch.float32, torch.float64) and x.device.type == "cpu"
-    offsets = (x.storage_offset(), *x.stride()[:-1])
-    return wide_enough and x.stride(-1) == 1 and all(offset % 2 == 0 for offset in offsets)
+def _paired(x: torch.Tensor) -> bool:
+    """Whether torch can view x's pairs as complex numbers: they lie together, at even offsets."""
+    *outer, last = x.stride()
+    return last == 1 and not x.storage_offset() % 2 and not any(stride % 2 for stride in outer)
 
 
-def _as_complex(x: torch.Tensor) -> torch.Tensor:
-    return torch.view_as_complex(x.unflatten(-1, (-1, 2)))
-
-
-def rotary_queries(q_BSHK: torch.Tensor, cos_SP: torch.Tensor, sin_SP: torch.Tensor) -> torch.Tensor:
-    """Queries with their last 2P features rotated, as (B, H, S, K) in memory order. Tables in q's type."""
-    return _RotaryQueries.apply(q_BSHK, cos_SP, sin_SP)
+def rotary_queries(q_BSHK: torch.Tensor, tables: RotaryTables) -> torch.Tensor:
+    """Queries with their last 2P features rotated, as (B, H, S, K) in memory order. Tables of S positions, in q's type."""
+    return _RotaryQueries.apply(q_BSHK, tables)
 
 
 class _RotaryQueries(torch.autograd.Function):
     """Linear in q, so it saves nothing but the tables, which are constants of the model."""
 
     @staticmethod
-    def forward(ctx: Any, q_BSHK: torch.Tensor, cos_SP: torch.Tensor, sin_SP: torch.Tensor) -> torch.Tensor:
-        ctx.tables = cos_SP, sin_SP
+    def forward(ctx: Any, q_BSHK: torch.Tensor, tables: RotaryTables) -> torch.Tensor:
+        ctx.tables = tables
         x_BHSK = q_BSHK.transpose(1, 2)
         out_BHSK = x_BHSK.new_empty(x_BHSK.shape)
-        _rotate(out_BHSK, x_BHSK, cos_SP, sin_SP)
+        _rotate(out_BHSK, x_BHSK, tables)
         return out_BHSK
 
     @staticmethod
     def backward(ctx: Any, *grads: torch.Tensor) -> Any:
-        cos_SP, sin_SP = ctx.tables
-        grad_BSHK = grads[0].transpose(1, 2)
-        out_BSHK = grad_BSHK.new_empty(grad_BSHK.shape)
-        # A table with the heads in it is as large as one sequence and lets the loop run over positions and heads at once.
-        cos_SHP, sin_SHP = (t_SP.unsqueeze(1).expand(-1, grad_BSHK.shape[2], -1) for t_SP in (cos_SP, sin_SP))
-        _rotate(out_BSHK, grad_BSHK, cos_SHP, -sin_SHP)
-        return out_BSHK, None, None
+        grad_BHSK = grads[0]
+        batch, heads, length, features = grad_BHSK.shape
+        out_BSHK = grad_BHSK.new_empty(batch, length, heads, features)
+        _rotate(out_BSHK.transpose(1, 2), grad_BHSK, ctx.tables, back=True)
+        return out_BSHK, None
 
 
 def rotary_keys(
-    kv_BSHC: torch.Tensor, k_rope_BSR: torch.Tensor, cos_SP: torch.Tensor, sin_SP: torch.Tensor, nope: int
+    kv_BSHC: torch.Tensor, k_rope_BSR: torch.Tensor, tables: RotaryTables
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Keys (B, H, S, nope + 2P) and values (B, H, S, V) from the MLA up-projection and the shared rotary key.
 
     kv_BSHC holds each head's unrotated key (first `nope` features) and its value.
     """
-    return _RotaryKeys.apply(kv_BSHC, k_rope_BSR, cos_SP, sin_SP, nope)
+    return _RotaryKeys.apply(kv_BSHC, k_rope_BSR, tables)
 
 
 class _RotaryKeys(torch.autograd.Function):
@@ -146,32 +181,31 @@ class _RotaryKeys(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any,
-        kv_BSHC: torch.Tensor,
-        k_rope_BSR: torch.Tensor,
-        cos_SP: torch.Tensor,
-        sin_SP: torch.Tensor,
-        nope: int,
+        ctx: Any, kv_BSHC: torch.Tensor, k_rope_BSR: torch.Tensor, tables: RotaryTables
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        ctx.tables, ctx.nope = (cos_SP, sin_SP), nope
-        batch, length, heads, _ = kv_BSHC.shape
-        kv_BHSC = kv_BSHC.transpose(1, 2)
-        rotated_BSR = torch.empty_like(k_rope_BSR, memory_format=torch.contiguous_format)
-        _rotate(rotated_BSR, k_rope_BSR, cos_SP, sin_SP)
-        k_BHSK = kv_BSHC.new_empty(batch, heads, length, nope + k_rope_BSR.shape[-1])
-        k_BHSK[..., :nope] = kv_BHSC[..., :nope]
-        k_BHSK[..., nope:] = rotated_BSR.unsqueeze(1)
-        return k_BHSK, kv_BHSC[..., nope:].contiguous()
+        ctx.tables, nope = tables, tables.nope
+        batch, length, heads, width = kv_BSHC.shape
+        rotary = k_rope_BSR.shape[-1]
+        k_nope_BHSN, v_BHSV = kv_BSHC.transpose(1, 2).split([nope, width - nope], dim=-1)
+        rotated_BSR = k_rope_BSR.new_empty(k_rope_BSR.shape)
+        _rotate(rotated_BSR, k_rope_BSR, tables)
+        k_BHSK = kv_BSHC.new_empty(batch, heads, length, nope + rotary)
+        k_BHSK.narrow(-1, 0, nope).copy_(k_nope_BHSN)
+        k_BHSK.narrow(-1, nope, rotary).copy_(rotated_BSR.unsqueeze(1))
+        return k_BHSK, v_BHSV.contiguous()
 
     @staticmethod
     def backward(ctx: Any, *grads: torch.Tensor) -> Any:
         dk_BHSK, dv_BHSV = grads
-        (cos_SP, sin_SP), nope = ctx.tables, ctx.nope
-        batch, heads, length, _ = dk_BHSK.shape
-        dkv_BSHC = dk_BHSK.new_empty(batch, length, heads, nope + dv_BHSV.shape[-1])
-        dkv_BSHC[..., :nope] = dk_BHSK[..., :nope].transpose(1, 2)
-        dkv_BSHC[..., nope:] = dv_BHSV.transpose(1, 2)
-        drotated_BSR = dk_BHSK[..., nope:].sum(1)
-        dk_rope_BSR = torch.empty_like(drotated_BSR)
-        _rotate(dk_rope_BSR, drotated_BSR, cos_SP, -sin_SP)
-        return dkv_BSHC, dk_rope_BSR, None, None, None
+        nope = ctx.tables.nope
+        batch, heads, length, width = dk_BHSK.shape
+        values = dv_BHSV.shape[-1]
+        dkv_BSHC = dk_BHSK.new_empty(batch, length, heads, nope + values)
+        dkv_BHSC = dkv_BSHC.transpose(1, 2)
+        dk_nope_BHSN, drotated_BHSR = dk_BHSK.split([nope, width - nope], dim=-1)
+        dkv_BHSC.narrow(-1, 0, nope).copy_(dk_nope_BHSN)
+        dkv_BHSC.narrow(-1, nope, values).copy_(dv_BHSV)
+        drotated_BSR = drotated_BHSR.sum(1)
+        dk_rope_BSR = drotated_BSR.new_empty(drotated_BSR.shape)
+        _rotate(dk_rope_BSR, drotated_BSR, ctx.tables, back=True)
+        return dkv_BSHC, dk_rope_BSR, None

@@ -15,6 +15,7 @@ from k2train.ops.cross_entropy import default_chunk_elements, linear_cross_entro
 from k2train.ops.norm import inverse_rms, rms_norm, rms_norm_reference
 from k2train.ops.permute import gather_rows, gather_slots, scale_rows, sort_slots, sum_slots
 from k2train.ops.rotary import (
+    RotaryTables,
     rotary_keys,
     rotary_queries,
     rotary_tables,
@@ -50,8 +51,10 @@ def test_gradcheck_of_every_custom_function():
     assert check(lambda x, w: rms_norm(x, inverse_rms(x, 1e-3), w), (leaf(4, 5), leaf(5)))
     assert check(swiglu, (leaf(3, 10),))
     cos, sin = torch.rand(6, 2, dtype=torch.float64), torch.rand(6, 2, dtype=torch.float64)
-    assert check(lambda q: rotary_queries(q, cos, sin), (leaf(2, 6, 3, 7),))
-    assert check(lambda kv, k: rotary_keys(kv, k, cos, sin, 3), (leaf(2, 6, 3, 5), leaf(2, 6, 4)))
+    for nope in (2, 3):
+        tables = RotaryTables.of(cos, sin, nope)
+        assert check(lambda q, t=tables: rotary_queries(q, t), (leaf(2, 6, 3, nope + 4),))
+        assert check(lambda kv, k, t=tables: rotary_keys(kv, k, t), (leaf(2, 6, 3, nope + 2), leaf(2, 6, 4)))
     order = sort_slots(routing(5, 4, 3))
     assert check(lambda x: gather_rows(x, order), (leaf(5, 2),))
     assert check(lambda w: gather_slots(w, order), (leaf(5, 3),))
@@ -124,8 +127,9 @@ def test_operations_save_what_they_say_and_no_more():
     assert num_saved(lambda: swiglu(x)) == 1
     assert num_saved(lambda: swiglu_reference(x)) > 1
     cos, sin = torch.rand(4, 1, dtype=torch.float64), torch.rand(4, 1, dtype=torch.float64)
-    assert num_saved(lambda: rotary_queries(leaf(1, 4, 2, 5), cos, sin)) == 0
-    assert num_saved(lambda: rotary_keys(leaf(1, 4, 2, 5), leaf(1, 4, 2), cos, sin, 3)) == 0
+    tables = RotaryTables.of(cos, sin, 3)
+    assert num_saved(lambda: rotary_queries(leaf(1, 4, 2, 5), tables)) == 0
+    assert num_saved(lambda: rotary_keys(leaf(1, 4, 2, 5), leaf(1, 4, 2), tables)) == 0
     assert num_saved(lambda: gather_rows(x, sort_slots(routing(4, 3, 2)))) == 1
 
 
@@ -157,10 +161,10 @@ def test_balance_loss_is_1_when_even_and_the_number_of_experts_over_k_when_one_t
 
 def test_rotation_keeps_lengths_and_scores_depend_on_distance_alone():
     model = dataclasses.replace(load_config(["model=k2_tiny"]).model, qk_nope_head_dim=2)
-    cos, sin = (t.double() for t in rotary_tables(model, 12))
+    tables = rotary_tables(model, 12, torch.float64, torch.device("cpu"))
     vector = torch.randn(model.qk_head_dim, dtype=torch.float64)
     same = vector.expand(1, 12, 1, -1)
-    rotated = rotary_queries(same, cos, sin)[0, 0]
+    rotated = rotary_queries(same, tables)[0, 0]
     torch.testing.assert_close(rotated.norm(dim=1), vector.norm().expand(12), rtol=1e-6, atol=1e-6)
     scores = rotated @ rotated.T
     torch.testing.assert_close(scores[3, 1], scores[11, 9], rtol=1e-5, atol=1e-5)
@@ -182,7 +186,7 @@ def test_a_pair_turned_as_a_complex_number_is_the_pair_turned_by_hand(dtype, nop
     """Even offsets take the complex product, odd ones the two halves; both round each of two products and their sum."""
     q = torch.randn(2, 6, 3, nope + 8, dtype=dtype, requires_grad=True)
     cos, sin = torch.rand(6, 4, dtype=dtype), torch.rand(6, 4, dtype=dtype)
-    rotated = rotary_queries(q, cos, sin)
+    rotated = rotary_queries(q, RotaryTables.of(cos, sin, nope))
     expected = q.detach().transpose(1, 2).clone()
     rotate_reference(expected[..., nope:], q.detach().transpose(1, 2)[..., nope:], cos, sin)
     torch.testing.assert_close(rotated, expected)
