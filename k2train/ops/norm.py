@@ -47,12 +47,18 @@ class _RMSNorm(torch.autograd.Function):
         x_TD, rstd_T1 = ctx.saved_tensors
         wide, features = rstd_T1.dtype, x_TD.shape[-1]
         weight_D, wide_TD, dy_TD = (cast(t, wide) for t in (ctx.weight, x_TD, grads[0]))
-        # With s = sum over features of x dy w: dx = rstd (w dy - x rstd^2 s / D), dw = sum over tokens of rstd x dy.
-        product_TD = dy_TD * wide_TD
-        dw_D = None
-        if ctx.needs_input_grad[2]:
-            dw_D = cast(torch.mv(product_TD.view(-1, features).t(), rstd_T1.view(-1)), ctx.weight.dtype)
-        slope_T1 = torch.matmul(product_TD, weight_D.unsqueeze(-1)).mul_(rstd_T1.square())
-        dx_TD = torch.mul(dy_TD, weight_D, out=product_TD)
-        dx_TD = dx_TD.addcmul_(wide_TD, slope_T1, value=-1 / features).mul_(rstd_T1)
-        return cast(dx_TD, x_TD.dtype), None, dw_D
+        # LayerNorm's kernel for a mean of 0 does it in one pass: dw = sum over tokens of rstd x dy, and
+        # dx = rstd (w dy - x rstd^2 sum(x dy w) / D), less rstd sum(dy w) / D, which is the mean's part and is given back.
+        dx_TD, dw_D, _ = torch.ops.aten.native_layer_norm_backward(
+            dy_TD,
+            wide_TD,
+            [features],
+            torch.zeros_like(rstd_T1),
+            rstd_T1,
+            weight_D,
+            None,
+            [True, True, False],
+        )
+        of_mean_T1 = torch.matmul(dy_TD, weight_D.unsqueeze(-1)).mul_(rstd_T1)
+        dx_TD.add_(of_mean_T1, alpha=1 / features)
+        return cast(dx_TD, x_TD.dtype), None, cast(dw_D, ctx.weight.dtype)

@@ -30,8 +30,8 @@ def sort_slots(experts_TK: torch.Tensor) -> Permutation:
     """The stable order of slots by expert, so that equal routing gives equal rows on every layout."""
     flat_N = experts_TK.reshape(-1)
     slot_of_row_N = torch.sort(flat_N, stable=True).indices
-    row_of_slot_N = torch.empty_like(slot_of_row_N)
-    row_of_slot_N[slot_of_row_N] = torch.arange(flat_N.numel(), device=flat_N.device)
+    rows_N = torch.arange(flat_N.numel(), device=flat_N.device)
+    row_of_slot_N = torch.empty_like(slot_of_row_N).scatter_(0, slot_of_row_N, rows_N)
     token_of_row_N = torch.div(slot_of_row_N, experts_TK.shape[1], rounding_mode="floor")
     return Permutation(slot_of_row_N, row_of_slot_N.view(experts_TK.shape), token_of_row_N)
 

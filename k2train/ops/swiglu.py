@@ -53,9 +53,12 @@ def _gradients(
     dgate_NF: torch.Tensor,
     dup_NF: torch.Tensor,
 ) -> None:
-    """Both gradients in four passes, in place: what costs on a CPU is memory, not the second exponential."""
-    torch.mul(dy_NF, up_NF, out=dgate_NF)
-    torch.ops.aten.silu_backward.grad_input(dgate_NF, gate_NF, grad_input=dgate_NF)
+    """Both gradients in four passes with no memory of their own.
+
+    dup first holds what silu's backward takes: on a CPU that is nearly twice as fast as the same over its own input.
+    """
+    torch.mul(dy_NF, up_NF, out=dup_NF)
+    torch.ops.aten.silu_backward.grad_input(dup_NF, gate_NF, grad_input=dgate_NF)
     torch.ops.aten.silu.out(gate_NF, out=dup_NF).mul_(dy_NF)
 
 
