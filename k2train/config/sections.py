@@ -170,6 +170,10 @@ class TrainConfig:
                            unit="tokens", default=32768, minimum=0)  # fmt: skip
     final_eval_tokens: int = key("held-out tokens of the last evaluation; 0 switches it off", unit="tokens", default=262144,
                                  minimum=0)  # fmt: skip
+    eval_microbatch_size: int | None = key(
+        "sequences in a microbatch of an evaluation, which keeps nothing for a backward; null takes microbatch_size",
+        unit="sequences", default=None, minimum=1,
+    )  # fmt: skip
     eval_overlap: float = key("share of an evaluation window that the window before it scored: what follows is scored "
                               "with that much text before it; 0 lays windows end to end", default=0.0, minimum=0)  # fmt: skip
     checkpoint_every_steps: int = key(

@@ -44,6 +44,9 @@ def linear_cross_entropy(
     chunk_elements bounds the logits alive at once (one token's at least); by default `default_chunk_elements`.
     """
     chunk_elements = chunk_elements or default_chunk_elements(hidden_TD.device)
+    if not torch.is_grad_enabled():
+        # Inside the function a parameter still asks for its gradient, which would be as large as the weight, for nothing.
+        hidden_TD, weight_VD = hidden_TD.detach(), weight_VD.detach()
     return _LinearCrossEntropy.apply(hidden_TD, weight_VD, targets_T, scale, weight_grad_VD, chunk_elements)
 
 

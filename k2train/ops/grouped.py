@@ -108,11 +108,9 @@ def _add_products(
 ) -> None:
     ends = offsets_L.tolist()
     sizes = [end - start for start, end in zip([0, *ends[:-1]], ends, strict=True)]
-    parts = zip(
-        buffer_LOI.unbind(0), dy_MO[: ends[-1]].split(sizes), x_MI[: ends[-1]].split(sizes), strict=True
-    )
-    for buffer_OI, dy_RO, x_RI in parts:
-        if len(x_RI):
+    rows = (dy_MO[: ends[-1]].split(sizes), x_MI[: ends[-1]].split(sizes))
+    for size, buffer_OI, dy_RO, x_RI in zip(sizes, buffer_LOI.unbind(0), *rows, strict=True):
+        if size:
             add_product_into(buffer_OI, dy_RO, x_RI)
 
 

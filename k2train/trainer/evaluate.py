@@ -98,7 +98,8 @@ def local_microbatches(run: Run, windows: Windows) -> list[Windows]:
     Expert-parallel ranks exchange rows in step, so every rank needs equally many microbatches of equal size: missing
     windows are filled up, with targets that are ignored.
     """
-    size, dp = run.config.train.microbatch_size, run.groups.dp
+    train, dp = run.config.train, run.groups.dp
+    size = train.eval_microbatch_size or train.microbatch_size
     missing = -len(windows.inputs) % (size * dp.size)
     inputs = torch.cat([windows.inputs, windows.inputs[:1].expand(missing, -1)])
     targets = torch.cat([windows.targets, torch.full_like(windows.targets[:1], IGNORED).expand(missing, -1)])

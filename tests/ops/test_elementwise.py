@@ -7,6 +7,7 @@ import dataclasses
 import pytest
 import torch
 import torch.nn.functional as F
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from k2train.config.compose import load_config
 from k2train.config.model import YarnConfig
@@ -105,6 +106,28 @@ def test_linear_cross_entropy_of_hopeless_tokens_is_finite():
     loss = linear_cross_entropy(hidden, weight, torch.tensor([0]))
     assert loss.item() == 500.0
     assert torch.autograd.grad(loss, hidden)[0].item() == 500.0
+
+
+class Products(TorchDispatchMode):
+    """Counts matrix products."""
+
+    count = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.count += "mm" in func.overloadpacket.__name__
+        return func(*args, **(kwargs or {}))
+
+
+def test_linear_cross_entropy_without_gradients_makes_none():
+    """A parameter asks for its gradient inside an autograd function even where gradients are off."""
+    hidden, targets = leaf(4, 3), torch.tensor([0, 6, 2, 1])
+    weight = torch.nn.Parameter(torch.randn(7, 3, dtype=torch.float64))
+    with Products() as training:
+        expected = linear_cross_entropy(hidden, weight, targets)
+    with torch.no_grad(), Products() as evaluation:
+        loss = linear_cross_entropy(hidden, weight, targets)
+    assert torch.equal(loss, expected)
+    assert (training.count, evaluation.count) == (3, 1)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

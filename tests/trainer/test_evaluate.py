@@ -90,11 +90,16 @@ def test_the_loss_is_that_of_logits_with_the_context_asked_for(
     assert abs(result.loss - sum(losses) / 80) < 1e-12
 
 
-def test_overlapping_windows_score_the_same_on_four_ranks(corpus_prefix: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize("sequences", ["null", "3"])
+def test_overlapping_windows_score_the_same_on_four_ranks(
+    corpus_prefix: str, tmp_path: Path, sequences: str
+) -> None:
+    """Whatever the microbatches of the evaluation, which need not be those of training."""
     single, _, _ = evaluated(words(corpus_prefix, tmp_path, 0.4, "layout=single", "schedule=gpipe"), 112)
     several, _, _ = evaluated(
-        words(corpus_prefix, tmp_path, 0.4, "schedule=k2", "layout.pp=2", "layout.ep=2", "layout.edp=1"), 112
-    )
+        words(corpus_prefix, tmp_path, 0.4, "schedule=k2", "layout.pp=2", "layout.ep=2", "layout.edp=1",
+              f"train.eval_microbatch_size={sequences}"), 112,
+    )  # fmt: skip
     assert single is not None
     assert several is not None
     assert abs(single.loss - several.loss) < 1e-9 * single.loss
