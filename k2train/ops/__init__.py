@@ -1,12 +1,13 @@
 """Numerics: functions of tensors, in plain PyTorch, with explicit backward passes that save on purpose.
 
+    dtypes         cast, and the types a config can name
     weight_grad    WeightGradQueue, WeightGradSlot, GradientSink, BufferedSink, PlainGradients, accumulation_dtype
     linear         linear: y = x W^T with the weight gradient queued
     grouped        grouped_linear, grouped_mm: the experts' products
     attention      causal_attention: output and per-head max logit, a tile of scores at a time
     norm           inverse_rms, rms_norm
     swiglu         swiglu
-    rotary         rotary_queries, rotary_keys, rotary_tables, softmax_scale: rotary embedding with YaRN
+    rotary         rotary_queries, rotary_keys, rotary_tables, RotaryTables, softmax_scale: rotary embedding with YaRN
     cross_entropy  linear_cross_entropy: head and loss, a chunk of logits at a time
     permute        sort_slots, gather_rows, gather_slots, sum_slots, scale_rows: tokens to expert-sorted rows and back
     fp8            quantise, dequantise, Fp8Tensor: storage in 1 x 128 tiles; fp8_triton has the kernels
