@@ -117,8 +117,9 @@ class _Tile:
     diagonal: torch.Tensor
     future: torch.Tensor
 
-    def rows_of(self, t_GSF: torch.Tensor) -> torch.Tensor:
-        return t_GSF.narrow(1, self.start, self.end - self.start)
+    def rows_of(self, t: torch.Tensor, dim: int = 1) -> torch.Tensor:
+        """The tile's rows of a group's tensor whose positions are `dim`."""
+        return t.narrow(dim, self.start, self.end - self.start)
 
 
 class _Scratch:
@@ -228,7 +229,7 @@ def _attend(
         scores_GRE = _scores(tile, tile.rows_of(q_GSK), k_GKS, scale)
         maxima.append(scores_GRE.amax((1, 2)))
         out_GRV = torch.bmm(consuming_softmax(scores_GRE), v_GSV.narrow(1, 0, tile.end))
-        out_BHRV = out_BHSV.narrow(2, tile.start, tile.end - tile.start)
+        out_BHRV = tile.rows_of(out_BHSV, 2)
         out_BHRV.copy_(out_GRV.view(out_BHRV.shape))
     return torch.stack(maxima).amax(0)
 

@@ -49,15 +49,9 @@ class _RMSNorm(torch.autograd.Function):
         weight_D, wide_TD, dy_TD = (cast(t, wide) for t in (ctx.weight, x_TD, grads[0]))
         # LayerNorm's kernel for a mean of 0 does it in one pass: dw = sum over tokens of rstd x dy, and
         # dx = rstd (w dy - x rstd^2 sum(x dy w) / D), less rstd sum(dy w) / D, which is the mean's part and is given back.
+        zero_T1 = torch.zeros_like(rstd_T1)
         dx_TD, dw_D, _ = torch.ops.aten.native_layer_norm_backward(
-            dy_TD,
-            wide_TD,
-            [features],
-            torch.zeros_like(rstd_T1),
-            rstd_T1,
-            weight_D,
-            None,
-            [True, True, False],
+            dy_TD, wide_TD, [features], zero_T1, rstd_T1, weight_D, None, [True, True, False]
         )
         of_mean_T1 = torch.matmul(dy_TD, weight_D.unsqueeze(-1)).mul_(rstd_T1)
         dx_TD.add_(of_mean_T1, alpha=1 / features)
