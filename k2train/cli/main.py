@@ -36,18 +36,23 @@ def main(argv: Sequence[str] | None = None) -> int:
     if words[0] in ("-V", "--version"):
         print(f"k2train {__version__}")
         return 0
+    return run_told(words[0], lambda: command(words[0])(words[1:]))
+
+
+def run_told(name: str, run: Callable[[], int]) -> int:
+    """The exit status of `run`, which is command `name`; a mistake of the user's is told in a few lines."""
     try:
-        return command(words[0])(words[1:])
+        return run()
     except ConfigError as error:
         # Under a launcher every rank finds a mistake in the words, and one telling is enough; what is amiss on one machine
         # each rank tells for itself.
         rank = os.environ.get("RANK", "0")
         if error.local or rank == "0":
             who = f"rank {rank}: " if error.local and "RANK" in os.environ else ""
-            print(f"k2train {words[0]}: {who}{error}", file=sys.stderr)
+            print(f"k2train {name}: {who}{error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
-        print(f"k2train {words[0]}: interrupted", file=sys.stderr)
+        print(f"k2train {name}: interrupted", file=sys.stderr)
         return 130
     except BrokenPipeError:
         # The reader of our output (head, less) went away: not an error, and nobody is left to tell.

@@ -6,6 +6,7 @@ import dataclasses
 import os
 import sys
 
+from k2train.cli import launch
 from k2train.config.compose import config_dir, group_options, load_config
 from k2train.config.help import render_help
 from k2train.config.schema import Config
@@ -45,10 +46,17 @@ def check(config: Config) -> int:
 
 
 def train_once(config: Config, words: list[str]) -> int:
-    """One run, with its failure told in lines instead of a traceback."""
+    """One run: in processes that are started for it where that is asked for, else in this one."""
     # OpenMP's threads spin while they wait; on a machine whose cores are shared, two spinning ranks or a busy neighbour
     # cost a factor of ten (docs/decisions/0003). It is read when torch is loaded, so it is set before.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+    if launch.is_wanted(config, os.environ):
+        return launch.launch(config, words)
+    return train_here(config, words)
+
+
+def train_here(config: Config, words: list[str]) -> int:
+    """This process's part of a run, with its failure told in lines instead of a traceback."""
     # Imported here: torch takes seconds, and --help and mistakes in the config do not need it.
     from k2train.parallel.communicator import CommunicationError
     from k2train.trainer.loop import TrainingDivergedError, train

@@ -39,7 +39,8 @@ class Config:
     telemetry: TelemetryConfig = key("where metrics go", factory=TelemetryConfig)
     plan: PlanConfig = key("files of `k2train plan`", factory=PlanConfig)
     world: World = key(
-        "how ranks run: one process each, threads of one process, or a single rank", default="auto"
+        "how ranks run: one process each (a launcher's, else started here), threads of one process, or a single rank",
+        default="auto",
     )
     run_dir: str | None = key(
         "directory of the run; one that holds a checkpoint is resumed; null makes a new one", default=None

@@ -16,6 +16,7 @@ from k2train.telemetry.plot import draw_loss_curve
 from k2train.trainer.build import Run
 from k2train.trainer.compression import gzip_bits_per_byte
 from k2train.trainer.evaluate import overlap_tokens
+from k2train.trainer.worlds import LOCAL_RUN
 
 
 @dataclasses.dataclass(frozen=True)
@@ -66,7 +67,7 @@ def resume_command(run_dir: Path, words: Sequence[str], environment: Mapping[str
     if job is not None and environment.get("TORCHELASTIC_RUN_ID") == job:
         # launch/slurm.sbatch names torchrun's run by the job.
         program = ["sbatch", f"--nodes={environment['SLURM_NNODES']}", "launch/slurm.sbatch"]
-    elif "WORLD_SIZE" in environment:
+    elif "WORLD_SIZE" in environment and environment.get("TORCHELASTIC_RUN_ID") != LOCAL_RUN:
         program = ["torchrun", f"--nproc-per-node={environment['LOCAL_WORLD_SIZE']}", "-m", *program]
     kept = [word for word in words if not word.startswith("run_dir=")]
     return shlex.join([*program, *kept, f"run_dir={run_dir}"])

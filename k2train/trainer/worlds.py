@@ -26,6 +26,9 @@ from k2train.trainer.cores import bound_to_cores
 T = TypeVar("T")
 WorldKind = Literal["single", "threads", "processes"]
 
+LOCAL_RUN = "k2train-local"
+"""The name, in TORCHELASTIC_RUN_ID, of a run whose processes `k2train train world=processes` started itself."""
+
 
 def fit_to_launcher(config: Config, environment: Mapping[str, str]) -> Config:
     """With a launcher, and neither layout.nodes nor layout.edp given, as many replicas as it started ranks for.
@@ -67,9 +70,7 @@ def choose_world(
         raise ConfigError("layout", f"{layout.world} ranks", f"the launcher started {environment['WORLD_SIZE']}",
                           "change the launcher's ranks, or layout.nodes and layout.edp")  # fmt: skip
     if kind == "threads" and device.type != "cpu":
-        raise ConfigError(
-            "world", kind, "threads share one CPU", "set train.device=cpu, or start with torchrun"
-        )
+        raise ConfigError("world", kind, "threads share one CPU", "set train.device=cpu, or world=processes")
     return kind
 
 

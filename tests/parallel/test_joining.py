@@ -1,4 +1,4 @@
-"""Joining a run of processes, which may take longer than a collective."""
+"""Joining a run of processes: it needs a launcher, and may take longer than a collective."""
 
 from __future__ import annotations
 
@@ -6,6 +6,12 @@ import os
 import socket
 import subprocess
 import sys
+
+import pytest
+import torch
+
+from k2train.config.errors import ConfigError
+from k2train.parallel.processes import process_world
 
 LATE_BY_RANK = """
 import os, time
@@ -30,3 +36,9 @@ def test_a_rank_that_comes_later_than_a_collective_may_take_still_joins():
     for process in ranks:
         out, err = process.communicate(timeout=110)
         assert (process.returncode, out.strip()) == (0, "2"), err
+
+
+def test_processes_that_nobody_launched_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("WORLD_SIZE", raising=False)
+    with pytest.raises(ConfigError, match="WORLD_SIZE"), process_world("processes", torch.device("cpu")):
+        pass

@@ -34,3 +34,12 @@ def test_a_process_is_bound_inside_and_free_again_after() -> None:
     assert os.sched_getaffinity(0) == before
     with bound_to_cores({}):
         assert os.sched_getaffinity(0) == before
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="policies are Linux's")
+@pytest.mark.parametrize("sharing", [True, False])
+def test_only_processes_that_share_a_core_are_batch_jobs_and_only_inside(sharing: bool) -> None:
+    size = len(os.sched_getaffinity(0)) + sharing
+    with bound_to_cores({"LOCAL_RANK": "0", "LOCAL_WORLD_SIZE": str(size)}):
+        assert os.sched_getscheduler(0) == (os.SCHED_BATCH if sharing else os.SCHED_OTHER)
+    assert os.sched_getscheduler(0) == os.SCHED_OTHER

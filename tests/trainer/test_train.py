@@ -165,7 +165,6 @@ def test_a_run_can_start_from_the_weights_of_another(words: list[str], tmp_path:
         (["layout=laptop", "world=single"], "world=single"),
         (["schedule=dualpipe"], "schedule.kind=dualpipe"),
         (["activations.routing=fp8"], "activations.routing=fp8"),
-        (["world=processes"], "needs a launcher"),
         (["train.init_from=nowhere"], "nowhere"),
         (["data.blend=[{prefix: nowhere}]"], "nowhere"),
         (["optim.host_adam=deepspeed"], "optim.states=host"),
