@@ -24,12 +24,12 @@ from k2train.ops.dtypes import cast
 from k2train.ops.softmax import consuming_softmax
 from k2train.ops.weight_grad import accumulation_dtype
 
-# 1.5 MiB in FP32 stay in two cores' caches, and 96 rows waste little above the diagonal (measured on two cores, at 256 to
-# 1024 positions: 64 rows are 2 to 6 % slower, 86 and 128 rows up to 10 %). A GPU wants larger products.
-CPU_TILE_ELEMENTS = 3 * 2**17
+# 2 MiB in FP32 stay in two cores' caches, and 64 rows waste little above the diagonal (measured in the model on two cores,
+# at 128 to 1024 positions: 96 rows with 1.5 MiB are 0 to 4 % slower, 64 rows with that as well). A GPU wants larger products.
+CPU_TILE_ELEMENTS = 2**19
 CUDA_TILE_ELEMENTS = 2**26
 _MIN_ROWS = 32
-_MAX_CPU_ROWS = 96
+_MAX_CPU_ROWS = 64
 
 
 def causal_attention(
