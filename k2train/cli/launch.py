@@ -2,7 +2,8 @@
 
 torchrun starts each rank as a new program, which imports torch and megatron-core for itself; four of them on two cores
 took 12 seconds to their first step. Here ranks are forked from a server that has imported once (multiprocessing's
-forkserver). It does nothing else: it starts no thread and touches no GPU, so a fork of it is sound.
+forkserver). It does nothing else, so a fork of it is sound. Ranks on GPUs are new programs here, too: whatever an import asks
+of a driver would not outlive a fork.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ import threading
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from multiprocessing.connection import wait as wait_for
+from multiprocessing.context import ForkServerContext, SpawnContext
 from multiprocessing.forkserver import ensure_running
 from multiprocessing.process import BaseProcess
 from types import FrameType
@@ -45,17 +47,20 @@ def launch(config: Config, words: list[str]) -> int:
 
     from k2train.trainer.loop import prepare
 
-    num_ranks = prepare(config).layout.world
+    ready = prepare(config)
+    num_ranks = ready.layout.world
     # Kept here, where it outlives every rank, and on a port that is taken from the start.
     store = TCPStore("localhost", 0, is_master=True, wait_for_workers=False)
-    context = multiprocessing.get_context("forkserver")
+    context: ForkServerContext | SpawnContext = multiprocessing.get_context("forkserver")
+    if ready.device.type != "cpu":
+        context = multiprocessing.get_context("spawn")
     ranks = [
         context.Process(target=run_rank, args=(config, words, rank_environment(rank, num_ranks, store.port)))
         for rank in range(num_ranks)
     ]
-    for rank in ranks:
-        rank.start()
     with passing_signals_to(ranks):
+        for rank in ranks:
+            rank.start()
         return wait(ranks)
 
 
