@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import datetime
+import gc
 import io
 import multiprocessing
 import multiprocessing.connection
@@ -49,6 +50,8 @@ def run_distributed_test(
 
 def run_forked(fn: Callable[[World], T], world_size: int, timeout_seconds: float) -> list[T]:
     """fn on forked gloo processes. Results must be picklable; all ranks end when one fails or the time is up."""
+    # What is left of earlier groups waits here for threads that a fork does not have, should a rank collect it.
+    gc.collect()
     with tempfile.TemporaryDirectory() as directory:
         store = os.path.join(directory, "store")
         processes, pipes = [], []
@@ -86,6 +89,7 @@ def _run_rank(
     timeout_seconds: float,
     sender: Connection,
 ) -> None:
+    gc.freeze()
     try:
         with _file_world(rank, world_size, store, timeout_seconds) as world:
             result = fn(world)

@@ -2,8 +2,8 @@
 
 The collector looks at every object it tracks each time enough new ones were made. A run keeps hundreds of thousands that
 never become garbage (256 ranks as threads: millions), and a step makes millions that reference counts free at once; left
-alone, the collector took a third of such a step and found nothing. So it is switched off, what is there before the run
-and what the run is made of are set aside, and what little a step leaves behind in cycles is collected after it.
+alone, the collector took a third of such a step and found nothing. So it is switched off, what the run is made of is
+set aside once, and what little a step leaves behind in cycles is collected after it.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from types import TracebackType
 
 
 class GarbageControl:
-    """Context manager of a process: no automatic collection inside it; `after_step` collects what was made inside it."""
+    """Context manager of a process: no automatic collection inside it; `after_step` collects."""
 
     def __init__(self) -> None:
         self._steps_collected: int | None = None
@@ -22,8 +22,6 @@ class GarbageControl:
     def __enter__(self) -> GarbageControl:
         self._was_enabled = gc.isenabled()
         gc.disable()
-        # A whole collection of what torch and megatron-core define takes half a second.
-        gc.freeze()
         return self
 
     def __exit__(
