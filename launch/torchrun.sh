@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Start k2train on the GPUs of this node, or as one of NUM_NODES nodes.
 #
-#   launch/torchrun.sh experiment=tiny layout=laptop                      one node
+#   launch/torchrun.sh experiment=laptop                                  one node
 #   NUM_NODES=32 NODE_RANK=$i HEAD_NODE=node0 launch/torchrun.sh experiment=k2 layout.nodes=32
 #
 # NUM_NODES   nodes of the run (1)            NODE_RANK   this node's number, from 0 (0)
@@ -10,7 +10,7 @@
 set -euo pipefail
 
 if [[ -z "${RANKS:-}" ]]; then
-  RANKS=$(nvidia-smi --list-gpus 2>/dev/null | wc -l)
+  RANKS=$({ nvidia-smi --list-gpus 2>/dev/null || true; } | wc -l)
   [[ "$RANKS" -gt 0 ]] || RANKS=4
 fi
 
