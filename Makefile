@@ -29,7 +29,7 @@ $(VENV)/.dev: $(VENV)/.run
 install: $(VENV)/.dev ## make .venv with everything the developer tools need
 
 train: $(VENV)/.run ## train a small K2 on four processes, on the standard library's sources (minutes on two cores)
-	@$(BIN)/k2train train experiment=laptop world=processes $(ARGS)
+	@OMP_NUM_THREADS=1 $(BIN)/k2train train experiment=laptop world=processes $(ARGS)
 
 k2: $(VENV)/.run ## run K2's 16 x 16 layout, 256 ranks as threads of one process, for a few steps
 	@OMP_NUM_THREADS=1 $(BIN)/k2train train experiment=k2_threads $(ARGS)

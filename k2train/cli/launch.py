@@ -15,15 +15,17 @@ import signal
 import sys
 import threading
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from multiprocessing.connection import wait as wait_for
 from multiprocessing.context import ForkServerContext, SpawnContext
 from multiprocessing.forkserver import ensure_running
 from multiprocessing.process import BaseProcess
 from types import FrameType
 
+from k2train.cli.main import run_told
 from k2train.config.schema import Config
 
+RankMain = Callable[[Config, list[str]], int]
 IMPORTED_ONCE = ["k2train.trainer.loop", "k2train.data.megatron"]
 PATIENCE_SECONDS = 30.0
 """How long the others may go on after a rank has failed. They notice for themselves, unless they hang."""
@@ -34,11 +36,11 @@ def is_wanted(config: Config, environment: Mapping[str, str]) -> bool:
     return config.world == "processes" and "WORLD_SIZE" not in environment
 
 
-def launch(config: Config, words: list[str]) -> int:
+def launch(main: RankMain, config: Config, words: list[str]) -> int:
     """Start the ranks of `config`, wait for them and return their exit status: that of the first to fail, else 0.
 
+    main: what each rank calls with `config` and `words`, the user's; a function of a module, which returns an exit status.
     Raises ConfigError, before any rank starts, for what `trainer.loop.prepare` refuses. SIGTERM and Ctrl-C go to every rank.
-    `words` are the user's.
     """
     os.environ.setdefault("OMP_NUM_THREADS", "1")
     multiprocessing.set_forkserver_preload(IMPORTED_ONCE)
@@ -55,7 +57,9 @@ def launch(config: Config, words: list[str]) -> int:
     if ready.device.type != "cpu":
         context = multiprocessing.get_context("spawn")
     ranks = [
-        context.Process(target=run_rank, args=(config, words, rank_environment(rank, num_ranks, store.port)))
+        context.Process(
+            target=run_rank, args=(rank_environment(rank, num_ranks, store.port), main, config, words)
+        )
         for rank in range(num_ranks)
     ]
     with passing_signals_to(ranks):
@@ -68,31 +72,25 @@ def rank_environment(rank: int, num_ranks: int, port: int) -> dict[str, str]:
     """What torchrun would set for a rank of one node."""
     from k2train.trainer.worlds import LOCAL_RUN
 
-    place = {
-        "RANK": rank,
-        "LOCAL_RANK": rank,
-        "WORLD_SIZE": num_ranks,
-        "LOCAL_WORLD_SIZE": num_ranks,
-        "MASTER_PORT": port,
-    }
-    store = {
+    return {
+        "RANK": str(rank),
+        "LOCAL_RANK": str(rank),
+        "WORLD_SIZE": str(num_ranks),
+        "LOCAL_WORLD_SIZE": str(num_ranks),
         "MASTER_ADDR": "localhost",
+        "MASTER_PORT": str(port),
         "TORCHELASTIC_USE_AGENT_STORE": "True",
         "TORCHELASTIC_RUN_ID": LOCAL_RUN,
     }
-    return {**{name: str(value) for name, value in place.items()}, **store}
 
 
-def run_rank(config: Config, words: list[str], environment: dict[str, str]) -> None:
+def run_rank(environment: Mapping[str, str], main: RankMain, config: Config, words: list[str]) -> None:
     """One rank, in its process, whose exit status is the command's."""
     # In a session of its own a Ctrl-C in the terminal does not reach it beside the one that is passed on.
     os.setsid()
     os.environ.update(environment)
     threading.Thread(target=_stop_when_left_alone, daemon=True).start()
-    from k2train.cli.main import run_told
-    from k2train.cli.train import train_here
-
-    sys.exit(run_told("train", lambda: train_here(config, words)))
+    sys.exit(run_told("train", lambda: main(config, words)))
 
 
 def _stop_when_left_alone() -> None:

@@ -51,7 +51,7 @@ def train_once(config: Config, words: list[str]) -> int:
     # cost a factor of ten (docs/decisions/0003). It is read when torch is loaded, so it is set before.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     if launch.is_wanted(config, os.environ):
-        return launch.launch(config, words)
+        return launch.launch(train_here, config, words)
     return train_here(config, words)
 
 

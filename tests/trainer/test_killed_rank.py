@@ -155,9 +155,7 @@ def test_ranks_that_wait_for_a_stopped_one_run_into_the_timeout_and_say_where(
 
 
 @pytest.mark.parametrize("run", [pytest.param("torchrun", marks=pytest.mark.slow), "itself"], indirect=True)
-def test_sigterm_to_the_launcher_ends_every_rank_after_its_step_with_a_checkpoint(
-    run: Run,
-) -> None:
+def test_sigterm_to_the_launcher_ends_every_rank_after_its_step_with_a_checkpoint(run: Run) -> None:
     run.wait_for_steps(5)
     os.kill(run.process.pid, signal.SIGTERM)
     status = run.end()
