@@ -11,7 +11,7 @@ import torch
 from k2train.config.model import ModelConfig
 from k2train.model.pieces import Allocator, Piece
 from k2train.model.saved import SavedActivations, named_norm
-from k2train.ops.attention import causal_attention
+from k2train.ops.attention import AttentionScratch, causal_attention
 from k2train.ops.linear import linear
 from k2train.ops.rotary import RotaryTables, rotary_keys, rotary_queries, rotary_tables, softmax_scale
 from k2train.ops.weight_grad import WeightGradSlot
@@ -37,8 +37,10 @@ class Rotary:
 class LatentAttention:
     """The attention of one layer, between its norm and its residual."""
 
-    def __init__(self, model: ModelConfig, prefix: str, rotary: Rotary, allocator: Allocator) -> None:
-        self.model, self.prefix, self.rotary = model, prefix, rotary
+    def __init__(
+        self, model: ModelConfig, prefix: str, rotary: Rotary, scratch: AttentionScratch, allocator: Allocator
+    ) -> None:
+        self.model, self.prefix, self.rotary, self.scratch = model, prefix, rotary, scratch
         self.scale = softmax_scale(model)
         hidden, heads = model.hidden_size, model.num_attention_heads
         self.weights: dict[str, torch.nn.Parameter] = {}
@@ -69,12 +71,12 @@ class LatentAttention:
         """The heads' outputs, before the output projection (T, H * V), and the largest logit of each head (H,)."""
         q_BHSK = self._queries(normed_TD, num_sequences, slot, saved)
         k_BHSK, v_BHSV = self._keys_values(normed_TD, num_sequences, slot, saved)
-        scale, tokens = self.scale, normed_TD.shape[0]
+        tokens = normed_TD.shape[0]
 
         def attend(
             q_BHSK: torch.Tensor, k_BHSK: torch.Tensor, v_BHSV: torch.Tensor
         ) -> tuple[torch.Tensor, ...]:
-            out_BSHV, max_logit_H = causal_attention(q_BHSK, k_BHSK, v_BHSV, scale)
+            out_BSHV, max_logit_H = causal_attention(q_BHSK, k_BHSK, v_BHSV, self.scale, scratch=self.scratch)
             return out_BSHV.view(tokens, -1), max_logit_H
 
         heads_TX, max_logit_H = saved.make("attention_output", attend, q_BHSK, k_BHSK, v_BHSV)

@@ -26,6 +26,7 @@ from k2train.model.phase import CommunicationPhase, ComputePhase, Grads, Started
 from k2train.model.pieces import Allocator, Piece
 from k2train.model.routing import Router
 from k2train.model.saved import Held, named_norm
+from k2train.ops.attention import AttentionScratch
 from k2train.ops.permute import gather_rows, gather_slots, sort_slots, sum_slots
 from k2train.ops.weight_grad import WeightGradSlot
 
@@ -33,12 +34,14 @@ from k2train.ops.weight_grad import WeightGradSlot
 class AttentionPhase(ComputePhase):
     """Norm, attention and residual: x_TD -> x_TD."""
 
-    def __init__(self, model: ModelConfig, layer: int, rotary: Rotary, allocator: Allocator) -> None:
+    def __init__(
+        self, model: ModelConfig, layer: int, rotary: Rotary, scratch: AttentionScratch, allocator: Allocator
+    ) -> None:
         super().__init__(f"layer{layer}.attention", layer)
         self.model, self.number = model, layer
         self.prefix = f"model.layers.{layer}"
         self.norm = allocator.parameter(model.hidden_size)
-        self.attention = LatentAttention(model, f"{self.prefix}.self_attn", rotary, allocator)
+        self.attention = LatentAttention(model, f"{self.prefix}.self_attn", rotary, scratch, allocator)
 
     def pieces(self) -> list[Piece]:
         return [Piece(f"{self.prefix}.input_layernorm.weight", self.norm), *self.attention.pieces()]
@@ -61,8 +64,10 @@ class AttentionPhase(ComputePhase):
 class RoutedAttentionPhase(AttentionPhase):
     """A MoE layer's attention, followed by its second norm, the router, and the copies of tokens sorted by expert."""
 
-    def __init__(self, model: ModelConfig, layer: int, rotary: Rotary, allocator: Allocator) -> None:
-        super().__init__(model, layer, rotary, allocator)
+    def __init__(
+        self, model: ModelConfig, layer: int, rotary: Rotary, scratch: AttentionScratch, allocator: Allocator
+    ) -> None:
+        super().__init__(model, layer, rotary, scratch, allocator)
         self.post_norm = allocator.parameter(model.hidden_size)
         self.router = Router(model, layer, allocator)
 

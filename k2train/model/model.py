@@ -27,6 +27,7 @@ from k2train.model.layers import (
 from k2train.model.phase import Grads, Tensors
 from k2train.model.pieces import Allocator, ModelPart, Piece
 from k2train.model.routing import Router, update_correction_bias
+from k2train.ops.attention import AttentionScratch
 
 AnyPhase = (
     AttentionPhase | DispatchPhase | ExpertsPhase | CombinePhase | MlpPhase | EmbeddingPhase | HeadPhase
@@ -67,19 +68,22 @@ def build_model(
 ) -> Model:
     """The phases of `part` with empty parameters; `Model.initialise` or a checkpoint fills them."""
     allocator = Allocator(dtype, torch.device(device))
-    rotary = Rotary(config, allocator)
+    rotary, scratch = Rotary(config, allocator), AttentionScratch()
     exchange: Dispatcher = dispatcher or LocalDispatcher()
     phases: list[AnyPhase] = [EmbeddingPhase(config, allocator)] if part.embedding else []
     for layer in part.layers:
         if config.is_moe(layer):
             phases += [
-                RoutedAttentionPhase(config, layer, rotary, allocator),
+                RoutedAttentionPhase(config, layer, rotary, scratch, allocator),
                 DispatchPhase(layer, exchange),
                 ExpertsPhase(config, layer, part.local_experts, allocator),
                 CombinePhase(layer, exchange),
             ]
         else:
-            phases += [AttentionPhase(config, layer, rotary, allocator), MlpPhase(config, layer, allocator)]
+            phases += [
+                AttentionPhase(config, layer, rotary, scratch, allocator),
+                MlpPhase(config, layer, allocator),
+            ]
     if part.head:
         phases.append(HeadPhase(config, allocator))
     return Model(config, part, phases)

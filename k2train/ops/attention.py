@@ -5,9 +5,9 @@ or hands out all scores, S x S a head. Here a tile is some heads' rows against a
 softmax is complete, so nothing is rescaled between tiles, keys after the tile are never touched, and backward rebuilds
 each tile from q and k: only q, k and v are saved. Transformer Engine's fused attention is the fast path on a GPU.
 
-All tiles of a call share their scratch: on a CPU a fresh mebibyte costs more page faults than its arithmetic (measured:
-fresh scores for every tile make backward 1.7 times slower). Rows run from the last to the first, so that the first tile
-sees every key and starts the sums over rows that the others add to.
+All tiles of a call share their scratch, and on a CPU all calls of a model do: a fresh mebibyte costs more page faults than
+its arithmetic (measured: fresh scores for every tile make backward 1.7 times slower). Rows run from the last to the first,
+so that the first tile sees every key and starts the sums over rows that the others add to.
 
 Letters: B sequences, H heads, G = B x H, S positions, K query and key features, V value features, R rows of a tile.
 """
@@ -38,14 +38,16 @@ def causal_attention(
     v_BHSV: torch.Tensor,
     scale: float,
     tile_elements: int | None = None,
+    scratch: AttentionScratch | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """softmax(scale q k^T, causal) v as (B, S, H, V), and the largest scaled logit of each head (H,), FP32 or FP64.
 
-    tile_elements bounds the scores alive at once (32 rows of one head at least). The maximum has no gradient.
+    tile_elements bounds the scores alive at once (32 rows of one head at least). scratch: where they are, forward and
+    backward; None: memory of this call's own. The maximum has no gradient.
     """
     if tile_elements is None:
         tile_elements = CUDA_TILE_ELEMENTS if q_BHSK.is_cuda else CPU_TILE_ELEMENTS
-    return _CausalAttention.apply(q_BHSK, k_BHSK, v_BHSV, scale, tile_elements)
+    return _CausalAttention.apply(q_BHSK, k_BHSK, v_BHSV, scale, tile_elements, scratch or AttentionScratch())
 
 
 def causal_attention_reference(
@@ -122,21 +124,25 @@ class _Tile:
         return t.narrow(dim, self.start, self.end - self.start)
 
 
-class _Scratch:
-    """The memory of a call's tiles. Their views are made once for all groups: one costs as much as a small product."""
+class _Room:
+    """The memory of a tiling's tiles. Their views are made once for all groups: one costs as much as a small product."""
 
-    def __init__(self, tiling: _Tiling, like: torch.Tensor, dtype: torch.dtype, backward: bool) -> None:
+    def __init__(self, tiling: _Tiling, like: torch.Tensor, dtype: torch.dtype, gradients: bool) -> None:
         self._tiling = tiling
-        self._memory = [like.new_empty(tiling.elements, dtype=dtype) for _ in range(1 + backward)]
+        self._memory = [like.new_empty(tiling.elements, dtype=dtype) for _ in range(1 + gradients)]
         size = (tiling.rows, tiling.rows)
         self._future_RR = torch.full(size, float("-inf"), dtype=dtype, device=like.device).triu_(1)
-        self._tiles: list[_Tile] = []
+        self._tiles: dict[int, list[_Tile]] = {}
+
+    def serves(self, tiling: _Tiling, dtype: torch.dtype) -> bool:
+        return self._tiling == tiling and self._future_RR.dtype == dtype
 
     def tiles(self, heads: int) -> list[_Tile]:
         """The tiles of a group of so many heads; all groups but the last have as many."""
-        if not self._tiles or self._tiles[0].scores.shape[0] != heads:
-            self._tiles = [self._tile(heads, start, end) for start, end in self._tiling.row_ranges()]
-        return self._tiles
+        if heads not in self._tiles:
+            ranges = self._tiling.row_ranges()
+            self._tiles[heads] = [self._tile(heads, start, end) for start, end in ranges]
+        return self._tiles[heads]
 
     def _tile(self, heads: int, start: int, end: int) -> _Tile:
         rows = end - start
@@ -144,6 +150,22 @@ class _Scratch:
         diagonal_GRR = rooms[0].narrow(2, start, rows)
         gradients = rooms[1] if len(rooms) > 1 else None
         return _Tile(start, end, rooms[0], gradients, diagonal_GRR, self._future_RR[:rows, :rows])
+
+
+class AttentionScratch:
+    """The memory of the tiles of calls that come one after the other: kept on a CPU, until a call needs another size (4 MiB
+    at the default size of a tile); fresh for each call on a GPU, whose allocator keeps it and has use for it meanwhile."""
+
+    def __init__(self) -> None:
+        self._kept: _Room | None = None
+
+    def room(self, tiling: _Tiling, like: torch.Tensor, dtype: torch.dtype, backward: bool) -> _Room:
+        """The tiles' memory for a call on tensors like `like`."""
+        if like.device.type != "cpu":
+            return _Room(tiling, like, dtype, gradients=backward)
+        if self._kept is None or not self._kept.serves(tiling, dtype):
+            self._kept = _Room(tiling, like, dtype, gradients=True)
+        return self._kept
 
 
 def _wide(group_BHSF: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
@@ -182,20 +204,26 @@ class _CausalAttention(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float, tile_elements: int
+        ctx: Any,
+        q: torch.Tensor,
+        k: torch.Tensor,
+        v: torch.Tensor,
+        scale: float,
+        tile_elements: int,
+        scratch: AttentionScratch,
     ) -> tuple[torch.Tensor, torch.Tensor]:
         ctx.save_for_backward(q, k, v)
         ctx.set_materialize_grads(False)
-        ctx.scale, ctx.tile_elements = scale, tile_elements
+        ctx.scale, ctx.tile_elements, ctx.scratch = scale, tile_elements, scratch
         batch, heads, length, _ = q.shape
         wide = accumulation_dtype(q.dtype)
         out_BSHV = v.new_empty(batch, length, heads, v.shape[-1])
         tiling = _tiling(q, tile_elements)
-        scratch = _Scratch(tiling, q, wide, backward=False)
+        room = scratch.room(tiling, q, wide, backward=False)
         maxima: list[torch.Tensor] = []
         for *inputs, out_g in zip(*map(tiling.groups, (q, k, v, out_BSHV.transpose(1, 2))), strict=True):
             q_g, k_g, v_g = (_wide(t, wide) for t in inputs)
-            maxima.append(_attend(scale, scratch, q_g, k_g, v_g, out_g))
+            maxima.append(_attend(scale, room, q_g, k_g, v_g, out_g))
         max_H = torch.cat(maxima).view(batch, heads).amax(0)
         ctx.mark_non_differentiable(max_H)
         return out_BSHV, max_H
@@ -203,20 +231,20 @@ class _CausalAttention(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grads: Any) -> Any:
         if grads[0] is None:
-            return None, None, None, None, None
+            return None, None, None, None, None, None
         q, k, v = ctx.saved_tensors
         wide = accumulation_dtype(q.dtype)
         dq, dk, dv = (torch.empty(t.shape, dtype=wide, device=t.device) for t in (q, k, v))
         tiling = _tiling(q, ctx.tile_elements)
-        scratch = _Scratch(tiling, q, wide, backward=True)
+        room = ctx.scratch.room(tiling, q, wide, backward=True)
         for group in zip(*map(tiling.groups, (q, k, v, grads[0].transpose(1, 2), dq, dk, dv)), strict=True):
-            _attend_backward(ctx.scale, scratch, *(_wide(t, wide) for t in group))
-        return cast(dq, q.dtype), cast(dk, k.dtype), cast(dv, v.dtype), None, None
+            _attend_backward(ctx.scale, room, *(_wide(t, wide) for t in group))
+        return cast(dq, q.dtype), cast(dk, k.dtype), cast(dv, v.dtype), None, None, None
 
 
 def _attend(
     scale: float,
-    scratch: _Scratch,
+    room: _Room,
     q_GSK: torch.Tensor,
     k_GSK: torch.Tensor,
     v_GSV: torch.Tensor,
@@ -225,7 +253,7 @@ def _attend(
     """Write a group's output and return its heads' largest logits (G,)."""
     k_GKS = k_GSK.transpose(1, 2)
     maxima = []
-    for tile in scratch.tiles(q_GSK.shape[0]):
+    for tile in room.tiles(q_GSK.shape[0]):
         scores_GRE = _scores(tile, tile.rows_of(q_GSK), k_GKS, scale)
         maxima.append(scores_GRE.amax((1, 2)))
         out_GRV = torch.bmm(consuming_softmax(scores_GRE), v_GSV.narrow(1, 0, tile.end))
@@ -236,7 +264,7 @@ def _attend(
 
 def _attend_backward(
     scale: float,
-    scratch: _Scratch,
+    room: _Room,
     q_GSK: torch.Tensor,
     k_GSK: torch.Tensor,
     v_GSV: torch.Tensor,
@@ -247,7 +275,7 @@ def _attend_backward(
 ) -> None:
     """Write the gradients of a group's inputs."""
     k_GKS, v_GVS = k_GSK.transpose(1, 2), v_GSV.transpose(1, 2)
-    for tile in scratch.tiles(q_GSK.shape[0]):
+    for tile in room.tiles(q_GSK.shape[0]):
         q_GRK, do_GRV = tile.rows_of(q_GSK), tile.rows_of(do_GSV)
         p_GRE = consuming_softmax(_scores(tile, q_GRK, k_GKS, scale))
         _add_product(dv_GSV, p_GRE.transpose(1, 2), do_GRV, 1.0)

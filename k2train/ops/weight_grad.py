@@ -55,8 +55,7 @@ class PlainGradients(BufferedSink):
 
     def zero(self) -> None:
         """Set every buffer to zero, keeping the memory."""
-        for buffer in self.buffers.values():
-            buffer.zero_()
+        torch._foreach_zero_(list(self.buffers.values()))
 
 
 def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:

@@ -31,9 +31,9 @@ def test_max_logits_are_the_largest_over_heads_queries_and_microbatches(family, 
     model = make_model(family, torch.float64, 0)
     original, seen = module.causal_attention, []
 
-    def spy(q, k, v, scale):
+    def spy(q, k, v, scale, **options):
         seen.append(causal_attention_reference(q, k, v, scale)[1])
-        return original(q, k, v, scale)
+        return original(q, k, v, scale, **options)
 
     monkeypatch.setattr(module, "causal_attention", spy)
     statistics = Statistics()

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -9,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from k2train.ops.attention import causal_attention, causal_attention_reference
+from k2train.ops.attention import AttentionScratch, causal_attention, causal_attention_reference
 
 
 def inputs(batch, heads, length, width, value_width, dtype=torch.float64, seed=0, spread=1.0):
@@ -82,6 +84,15 @@ class LargestTensor(TorchDispatchMode):
         return out
 
 
+class LargestEmpty(LargestTensor):
+    """The same among tensors that are asked for by their size."""
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if "empty" in func.name():
+            return super().__torch_dispatch__(func, types, args, kwargs)
+        return func(*args, **(kwargs or {}))
+
+
 @pytest.mark.parametrize("tile", [2**12, 2**14])
 def test_no_more_than_a_tile_of_scores_is_ever_allocated(tile):
     """4 heads x 512 x 512 scores are 2^20; q, k, v and their gradients are 2^13 each."""
@@ -93,6 +104,35 @@ def test_no_more_than_a_tile_of_scores_is_ever_allocated(tile):
     with LargestTensor() as full:
         causal_attention_reference(q, k, v, 0.5)
     assert full.largest == 4 * 512 * 512
+
+
+def test_calls_of_any_shape_and_type_share_a_scratch_and_change_nothing():
+    """Forwards before backwards, as a layer's calls come, and shapes whose tiles differ in number, size and type."""
+    scratch = AttentionScratch()
+    shapes = [(3, 2, 70), (1, 4, 33), (3, 2, 70), (2, 2, 130)]
+    calls = []
+    for (batch, heads, length), dtype in itertools.product(shapes, (torch.float32, torch.float64)):
+        tensors = inputs(batch, heads, length, 4, 3, dtype=dtype)
+        calls.append((tensors, causal_attention(*tensors, 0.5, 2**12, scratch)))
+    for tensors, (out, maxima) in reversed(calls):
+        own, own_maxima = causal_attention(*tensors, 0.5, 2**12)
+        assert torch.equal(out, own)
+        assert torch.equal(maxima, own_maxima)
+        dout = torch.randn_like(out)
+        got, want = (torch.autograd.grad(o, tensors, dout) for o in (out, own))
+        assert all(torch.equal(one, other) for one, other in zip(got, want, strict=True))
+
+
+def test_a_scratch_is_kept_for_calls_of_the_same_shape():
+    scratch, tensors = AttentionScratch(), inputs(1, 4, 512, 4, 4, dtype=torch.float32)
+    out, _ = causal_attention(*tensors, 0.5, 2**14, scratch)
+    with LargestEmpty() as seen:
+        torch.autograd.grad(out.sum(), tensors)
+        causal_attention(*tensors, 0.5, 2**14, scratch)
+    assert 0 < seen.largest <= 2**13
+    with LargestEmpty() as fresh:
+        causal_attention(*tensors, 0.5, 2**14)
+    assert fresh.largest == 32 * 512
 
 
 def test_only_queries_keys_and_values_are_saved():
