@@ -55,7 +55,8 @@ class PlainGradients(BufferedSink):
 
     def zero(self) -> None:
         """Set every buffer to zero, keeping the memory."""
-        torch._foreach_zero_(list(self.buffers.values()))
+        for buffer in self.buffers.values():
+            buffer.zero_()
 
 
 def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
