@@ -61,7 +61,7 @@ def check_batch(config: Config) -> None:
         choices = f"{below} and {below + tokens}" if below else f"{tokens} and {2 * tokens}"
         raise ConfigError("train.global_batch_tokens", train.global_batch_tokens,
                           f"must be a multiple of train.seq_len * train.microbatch_size = {tokens} tokens",
-                          f"nearest are {choices}")  # fmt: skip
+                          f"nearest are {choices}; or change train.microbatch_size")  # fmt: skip
 
 
 def check_experts_fit(config: Config) -> None:
