@@ -16,7 +16,7 @@ from k2train.ops.weight_grad import accumulation_dtype
 def swiglu(gate_up_NF2: torch.Tensor) -> torch.Tensor:
     """silu(first half) * second half of the last dimension (N, F). Saves its input alone, which its backward consumes:
     the gradient is written over it. So nothing else may need the input then, and the graph is good for one backward;
-    autograd raises where either is not so."""
+    autograd raises where either is not so, but cannot see through hooks that store what is saved."""
     return _SwiGLU.apply(gate_up_NF2)
 
 
