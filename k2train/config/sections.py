@@ -87,8 +87,9 @@ class ActivationsConfig:
     routing: Policy = key("router scores, chosen experts, weights and permutation", default="keep")
     expert_input: Policy = key("tokens gathered at their routed experts", default="keep")
     swiglu_input: Policy = key("gate and up projections of the routed experts", default="keep")
-    swiglu_output: Policy = key("input of the routed experts' down-projection", default="keep")
-    expert_output: Policy = key("output of the routed experts' down-projection", default="keep")
+    swiglu_output: Policy = key(
+        "input of the routed experts' down-projection, times routing weights", default="keep"
+    )
     shared_swiglu_input: Policy = key("gate and up projections of the shared experts", default="keep")
     shared_swiglu_output: Policy = key("input of the shared experts' down-projection", default="keep")
     mlp_swiglu_input: Policy = key("gate and up projections of a dense layer", default="keep")

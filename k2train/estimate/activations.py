@@ -120,7 +120,6 @@ def _moe_shapes(w: Workload) -> _Shapes:
         "expert_input": ((rows, hidden),),
         "swiglu_input": ((rows, 2 * width),),
         "swiglu_output": ((rows, width),),
-        "expert_output": ((rows, hidden),),
     }
     if model.n_shared_experts:
         shared = model.n_shared_experts * width

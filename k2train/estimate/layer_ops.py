@@ -166,7 +166,7 @@ def experts_phase(w: Workload) -> list[Op]:
         elementwise(w, "sort_by_expert", 4 * rows * hidden),
         product(w, "experts_up", rows, hidden, 2 * width, "expert_input", "swiglu_input", local),
         elementwise(w, "swiglu", 3 * rows * width, "swiglu_output"),
-        product(w, "experts_down", rows, width, hidden, "swiglu_output", "expert_output", local),
+        product(w, "experts_down", rows, width, hidden, "swiglu_output", copies=local),
     ]
     if model.n_shared_experts:
         ops += _swiglu_mlp(w, "shared", model.n_shared_experts * width)

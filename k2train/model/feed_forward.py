@@ -14,8 +14,7 @@ from k2train.model.pieces import Allocator, Piece, gate_up_pieces
 from k2train.model.saved import SavedActivations
 from k2train.ops.grouped import grouped_linear
 from k2train.ops.linear import linear
-from k2train.ops.permute import scale_rows
-from k2train.ops.swiglu import swiglu
+from k2train.ops.swiglu import swiglu, weighted_swiglu
 from k2train.ops.weight_grad import WeightGradSlot
 
 
@@ -69,14 +68,11 @@ class RoutedExperts:
         slot: WeightGradSlot | None,
         saved: SavedActivations,
     ) -> torch.Tensor:
-        """Every row through its expert, times its routing weight (M, D)."""
+        """Every row through its expert, times its routing weight (M, D). No backward needs the result."""
 
         def up(rows_MD: torch.Tensor, offsets_L: torch.Tensor) -> torch.Tensor:
             return grouped_linear(rows_MD, self.gate_up, offsets_L, slot)
 
-        def down(hidden_MF: torch.Tensor, offsets_L: torch.Tensor) -> torch.Tensor:
-            return grouped_linear(hidden_MF, self.down, offsets_L, slot)
-
         gate_up_MF2 = saved.make("swiglu_input", up, rows_MD, offsets_L)
-        hidden_MF = saved.make("swiglu_output", swiglu, gate_up_MF2)
-        return scale_rows(saved.make("expert_output", down, hidden_MF, offsets_L), weights_M)
+        hidden_MF = saved.make("swiglu_output", weighted_swiglu, gate_up_MF2, weights_M)
+        return grouped_linear(hidden_MF, self.down, offsets_L, slot)

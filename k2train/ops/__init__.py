@@ -6,10 +6,10 @@
     grouped        grouped_linear, grouped_mm: the experts' products
     attention      causal_attention: output and per-head max logit, a tile of scores at a time
     norm           inverse_rms, rms_norm
-    swiglu         swiglu
+    swiglu         swiglu, weighted_swiglu
     rotary         rotary_queries, rotary_keys, rotary_tables, RotaryTables, softmax_scale: rotary embedding with YaRN
     cross_entropy  linear_cross_entropy: head and loss, a chunk of logits at a time
-    permute        sort_slots, gather_rows, gather_slots, sum_slots, scale_rows: tokens to expert-sorted rows and back
+    permute        sort_slots, gather_rows, gather_slots, sum_slots: tokens to expert-sorted rows and back
     fp8            quantise, dequantise, Fp8Tensor: storage in 1 x 128 tiles; fp8_triton has the kernels
     routing        chosen_weights, sequence_balance_loss, attach_loss
 

@@ -13,8 +13,6 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
-from k2train.ops.dtypes import cast
-
 
 @dataclasses.dataclass(frozen=True)
 class Permutation:
@@ -52,11 +50,6 @@ def sum_slots(rows_ND: torch.Tensor, row_of_slot_TK: torch.Tensor) -> torch.Tens
     return F.embedding_bag(row_of_slot_TK, rows_ND, mode="sum")
 
 
-def scale_rows(y_ND: torch.Tensor, w_N: torch.Tensor) -> torch.Tensor:
-    """y * w per row, in y's type: the routing weights on the experts' outputs. Saves y and w."""
-    return _ScaleRows.apply(y_ND, w_N)
-
-
 class _GatherRows(torch.autograd.Function):
     @staticmethod
     def forward(
@@ -83,23 +76,3 @@ class _GatherSlots(torch.autograd.Function):
     def backward(ctx: Any, *grads: torch.Tensor) -> Any:
         (row_of_slot_TK,) = ctx.saved_tensors
         return grads[0].index_select(0, row_of_slot_TK.reshape(-1)).view(row_of_slot_TK.shape), None, None
-
-
-class _ScaleRows(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, y_ND: torch.Tensor, w_N: torch.Tensor) -> torch.Tensor:
-        ctx.save_for_backward(y_ND, w_N)
-        return cast(y_ND * w_N.unsqueeze(1), y_ND.dtype)
-
-    @staticmethod
-    def backward(ctx: Any, *grads: torch.Tensor) -> Any:
-        y_ND, w_N = ctx.saved_tensors
-        (dout_ND,) = grads
-        if dout_ND.dtype == w_N.dtype and all(ctx.needs_input_grad):
-            # Both products in one buffer: the first is no longer needed when its rows are summed.
-            product_ND = dout_ND * y_ND
-            dw_N = product_ND.sum(1)
-            return torch.mul(dout_ND, w_N.unsqueeze(1), out=product_ND), dw_N
-        dy_ND = cast(dout_ND * w_N.unsqueeze(1), y_ND.dtype) if ctx.needs_input_grad[0] else None
-        dw_N = (cast(dout_ND, w_N.dtype) * y_ND).sum(1) if ctx.needs_input_grad[1] else None
-        return dy_ND, dw_N

@@ -22,7 +22,7 @@ def test_every_name_belongs_to_a_dense_or_a_moe_layer(model, train, policies):
     moe, dense = by_name(w, policies()), by_name(w, policies(), moe=False)
     assert set(moe) | set(dense) == set(NAMES)
     assert set(moe) - set(dense) == {
-        "routing", "expert_input", "swiglu_input", "swiglu_output", "expert_output", "shared_swiglu_input",
+        "routing", "expert_input", "swiglu_input", "swiglu_output", "shared_swiglu_input",
         "shared_swiglu_output",
     }  # fmt: skip
 

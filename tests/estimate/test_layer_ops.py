@@ -51,10 +51,10 @@ def test_recomputation_costs_what_it_rebuilds(model, train, cluster, policies):
     w = workload(model, train, 1)
     machine = Machine(cluster, train.dtype)
     plain = transformer_layer(w, policies(), machine, 0.0, True)
-    rebuilt = transformer_layer(w, policies(query="recompute", expert_output="recompute"), machine, 0.0, True)
-    down = 2 * w.rows * model.moe_intermediate_size * model.hidden_size
+    rebuilt = transformer_layer(w, policies(query="recompute", swiglu_input="recompute"), machine, 0.0, True)
+    up = 2 * w.rows * model.hidden_size * 2 * model.moe_intermediate_size
     query = 2 * w.tokens * model.q_lora_rank * model.num_attention_heads * model.qk_head_dim
-    assert rebuilt.recompute_flops == down + query
+    assert rebuilt.recompute_flops == up + query
     assert plain.recompute_flops == 0
     assert rebuilt.forward == plain.forward
     assert sum(p.seconds for p in rebuilt.backward_input) > sum(p.seconds for p in plain.backward_input)
