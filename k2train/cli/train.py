@@ -20,6 +20,9 @@ USAGE = """k2train train [group=name ...] [key=value ...]
 A run directory that holds a checkpoint is resumed: k2train train run_dir=DIR with the words of its first start.
 SIGTERM and Ctrl-C finish the step, write a checkpoint and exit with 0; a second Ctrl-C stops at once."""
 
+NOT_JOINED = """  A rank was not started, or the ranks do not reach one another at MASTER_ADDR:MASTER_PORT; what another rank printed
+  may be the cause. Start all of them again with the same words and the same run_dir."""
+
 
 def run(args: list[str]) -> int:
     """Train; 0 when done or stopped on request, 1 where the loss became non-finite or ranks lost one another."""
@@ -58,13 +61,16 @@ def train_once(config: Config, words: list[str]) -> int:
 def train_here(config: Config, words: list[str]) -> int:
     """This process's part of a run, with its failure told in lines instead of a traceback."""
     # Imported here: torch takes seconds, and --help and mistakes in the config do not need it.
-    from k2train.parallel.communicator import CommunicationError
+    from k2train.parallel.communicator import CommunicationError, JoinError
     from k2train.trainer.loop import TrainingDivergedError, train
 
     try:
         train(config, words)
     except TrainingDivergedError as error:
         print(f"k2train train: {error}", file=sys.stderr)
+        return 1
+    except JoinError as error:
+        print(f"k2train train: {error}\n{NOT_JOINED}", file=sys.stderr, flush=True)
         return 1
     except CommunicationError as error:
         print(f"k2train train: {lost(error, config.train.timeout_seconds)}", file=sys.stderr, flush=True)

@@ -200,6 +200,11 @@ class TrainConfig:
             raise ConfigError("train.eval_overlap", self.eval_overlap, "a window must score some of its tokens",
                               "give a share below 1, for example 0.25")  # fmt: skip
 
+    @property
+    def eval_overlap_tokens(self) -> int:
+        """Tokens that a window of evaluation shares with the one before it."""
+        return int(self.eval_overlap * self.seq_len)
+
 
 @dataclasses.dataclass(frozen=True)
 class TelemetryConfig:

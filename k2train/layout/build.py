@@ -139,5 +139,6 @@ def num_microbatches(train: TrainConfig, layout: Layout) -> int:
         raise ConfigError("train.global_batch_tokens", train.global_batch_tokens,
                           f"must be a multiple of train.seq_len * train.microbatch_size * data-parallel ranks = "
                           f"{train.seq_len} * {train.microbatch_size} * {layout.dp} = {tokens} tokens",
-                          f"nearest {'are' if whole else 'is'} {near}; or change layout.nodes or layout.edp")  # fmt: skip
+                          f"nearest {'are' if whole else 'is'} {near}; or change train.microbatch_size, "
+                          "layout.nodes or layout.edp")  # fmt: skip
     return whole

@@ -17,13 +17,9 @@ from k2train.model.context import MicrobatchContext
 from k2train.model.phase import ComputePhase, ComputeRecord, Grads, Tensors
 from k2train.model.pieces import Allocator, Piece
 from k2train.ops.cross_entropy import linear_cross_entropy
+from k2train.ops.dtypes import accumulation_dtype
 from k2train.ops.norm import inverse_rms, rms_norm
-from k2train.ops.weight_grad import (
-    BufferedSink,
-    GradientSink,
-    WeightGradSlot,
-    accumulation_dtype,
-)
+from k2train.ops.weight_grad import BufferedSink, GradientSink, WeightGradSlot
 
 
 @dataclasses.dataclass(frozen=True)

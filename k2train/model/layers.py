@@ -34,11 +34,13 @@ from k2train.ops.weight_grad import WeightGradSlot
 class AttentionPhase(ComputePhase):
     """Norm, attention and residual: x_TD -> x_TD."""
 
+    layer: int
+
     def __init__(
         self, model: ModelConfig, layer: int, rotary: Rotary, scratch: AttentionScratch, allocator: Allocator
     ) -> None:
         super().__init__(f"layer{layer}.attention", layer)
-        self.model, self.number = model, layer
+        self.model = model
         self.prefix = f"model.layers.{layer}"
         self.norm = allocator.parameter(model.hidden_size)
         self.attention = LatentAttention(model, f"{self.prefix}.self_attn", rotary, scratch, allocator)
@@ -53,7 +55,7 @@ class AttentionPhase(ComputePhase):
         names = ("layer_input", "input_norm_output")
         normed_TD = named_norm(saved, names, x_TD, self.norm, self.model.rms_norm_eps)
         heads_TX, max_logit_H = attention(normed_TD, context.num_sequences, slot, saved)
-        context.statistics.add_max_logits(self.number, max_logit_H)
+        context.statistics.add_max_logits(self.layer, max_logit_H)
 
         def residual(heads_TX: torch.Tensor, x_TD: torch.Tensor) -> torch.Tensor:
             return attention.project(heads_TX, slot).add_(x_TD)

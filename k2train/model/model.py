@@ -47,7 +47,7 @@ class Model:
 
     def routers(self) -> dict[int, Router]:
         """The routers of the MoE layers held here, by layer."""
-        return {p.number: p.router for p in self.phases if isinstance(p, RoutedAttentionPhase)}
+        return {p.layer: p.router for p in self.phases if isinstance(p, RoutedAttentionPhase)}
 
     def initialise(self, seed: int) -> None:
         """Set the initial weights: a function of the seed and each tensor's name alone."""

@@ -12,9 +12,10 @@ import torch
 from k2train.config.model import ModelConfig
 from k2train.model.context import MicrobatchContext
 from k2train.model.pieces import Allocator, Piece
+from k2train.ops.dtypes import accumulation_dtype
 from k2train.ops.linear import linear
 from k2train.ops.routing import attach_loss, chosen_weights, sequence_balance_loss
-from k2train.ops.weight_grad import WeightGradSlot, accumulation_dtype
+from k2train.ops.weight_grad import WeightGradSlot
 
 
 def choose_experts(scores_TE: torch.Tensor, bias_E: torch.Tensor, model: ModelConfig) -> torch.Tensor:

@@ -1,7 +1,7 @@
 """Numerics: functions of tensors, in plain PyTorch, with explicit backward passes that save on purpose.
 
-    dtypes         cast, and the types a config can name
-    weight_grad    WeightGradQueue, WeightGradSlot, GradientSink, BufferedSink, PlainGradients, accumulation_dtype
+    dtypes         cast, accumulation_dtype, and the types a config can name
+    weight_grad    WeightGradQueue, WeightGradSlot, GradientSink, BufferedSink, PlainGradients
     linear         linear: y = x W^T with the weight gradient queued
     grouped        grouped_linear, grouped_mm: the experts' products
     attention      causal_attention: output and per-head max logit, a tile of scores at a time

@@ -20,9 +20,8 @@ from typing import Any
 
 import torch
 
-from k2train.ops.dtypes import cast
+from k2train.ops.dtypes import accumulation_dtype, cast
 from k2train.ops.softmax import consuming_softmax
-from k2train.ops.weight_grad import accumulation_dtype
 
 # 2 MiB in FP32 stay in two cores' caches, and 64 rows waste little above the diagonal (measured in the model on two cores,
 # at 128 to 1024 positions: 96 rows with 1.5 MiB are 0 to 4 % slower, 64 rows with that as well). A GPU wants larger products.

@@ -14,8 +14,9 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
+from k2train.ops.dtypes import accumulation_dtype
 from k2train.ops.softmax import consuming_softmax
-from k2train.ops.weight_grad import accumulation_dtype, add_product_into
+from k2train.ops.weight_grad import add_product_into
 
 IGNORED_TARGET = -100
 

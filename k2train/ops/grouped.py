@@ -12,13 +12,8 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
-from k2train.ops.weight_grad import (
-    BufferedSink,
-    GradientSink,
-    WeightGradSlot,
-    accumulation_dtype,
-    add_product_into,
-)
+from k2train.ops.dtypes import accumulation_dtype
+from k2train.ops.weight_grad import BufferedSink, GradientSink, WeightGradSlot, add_product_into
 
 _GROUPED_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 _ALIGNMENT_BYTES = 16

@@ -10,8 +10,7 @@ from typing import Any
 
 import torch
 
-from k2train.ops.dtypes import cast
-from k2train.ops.weight_grad import accumulation_dtype
+from k2train.ops.dtypes import accumulation_dtype, cast
 
 
 def inverse_rms(x_TD: torch.Tensor, eps: float) -> torch.Tensor:

@@ -14,8 +14,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
-from k2train.ops.dtypes import cast
-from k2train.ops.weight_grad import accumulation_dtype
+from k2train.ops.dtypes import accumulation_dtype, cast
 
 
 def swiglu(gate_up_NF2: torch.Tensor) -> torch.Tensor:

@@ -14,6 +14,8 @@ from typing import Protocol
 
 import torch
 
+from k2train.ops.dtypes import accumulation_dtype
+
 Key = tuple[int, int]
 
 
@@ -57,11 +59,6 @@ class PlainGradients(BufferedSink):
         """Set every buffer to zero, keeping the memory."""
         for buffer in self.buffers.values():
             buffer.zero_()
-
-
-def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
-    """FP64 for float64, FP32 for everything narrower."""
-    return torch.float64 if dtype == torch.float64 else torch.float32
 
 
 class WeightGradEntry(Protocol):

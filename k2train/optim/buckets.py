@@ -19,7 +19,8 @@ from collections.abc import Iterable, Sequence
 
 import torch
 
-from k2train.ops.weight_grad import BufferedSink, accumulation_dtype
+from k2train.ops.dtypes import accumulation_dtype
+from k2train.ops.weight_grad import BufferedSink
 from k2train.optim.shares import BucketPlan, Share
 from k2train.parallel.communicator import Communicator, Work
 

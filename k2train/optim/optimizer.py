@@ -89,15 +89,13 @@ class Optimizer:
         lr: float,
         max_logits: Mapping[int, torch.Tensor] | None = None,
         clip_norm: float | None = None,
-        gradient_scale: float = 1.0,
         finish: bool = True,
         riders: Riders | None = None,
     ) -> StepResult:
         """Update every parameter from the gradients summed since the last step, and forget the gradients.
 
         max_logits: layer -> (H,) largest pre-softmax logits of this rank's microbatches, for the layers of this rank.
-        clip_norm: largest global gradient norm; None never clips. gradient_scale: multiplies the summed gradients first,
-        for losses that were not already divided by the number of tokens. finish: False leaves the all-gathers running; then
+        clip_norm: largest global gradient norm; None never clips. finish: False leaves the all-gathers running; then
         `finish_gather` must be called before the parameters are read or gradients added. riders: see there.
         With a non-finite norm, or a sum among the riders that is not finite, nothing is updated and the result says so.
         Collectives, in this order, for every rank of the world: a reduce-scatter for each bucket not begun yet, a maximum and
@@ -106,12 +104,11 @@ class Optimizer:
         for bucket in self._buckets:
             bucket.start_reduce()
         norm, finite, logits = self._agree(max_logits or {}, riders)
-        norm *= gradient_scale
         clip_scale = 1.0 if clip_norm is None else min(1.0, clip_norm / (norm + 1e-6))
         if not finite:
             self.gradients.zero()
             return StepResult(norm, 1.0, 0, logits.max_logit, False, 0)
-        orthogonalised = self._update(lr, gradient_scale * clip_scale)
+        orthogonalised = self._update(lr, clip_scale)
         self._clip(logits)
         self._start_gather()
         if finish:

@@ -23,6 +23,10 @@ class CommunicationError(RuntimeError):
     """An operation failed, ran into the timeout, or does not fit the other ranks'; the message names it, group and rank."""
 
 
+class JoinError(CommunicationError):
+    """Not every rank came to the start; the message says how long this one waited."""
+
+
 class Work(Protocol):
     """A started operation."""
 

@@ -25,6 +25,7 @@ from k2train.parallel.communicator import (
     CommunicationError,
     Communicator,
     CompletedWork,
+    JoinError,
     ReduceOp,
     Work,
     equal_splits,
@@ -205,7 +206,7 @@ def process_world(
     """Join the run's processes, and leave them at the end.
 
     kind: `single` is one process on its own; `processes` reads what torchrun sets (RANK, WORLD_SIZE, MASTER_ADDR, MASTER_PORT)
-    and raises ConfigError where it is not there, CommunicationError where the others do not come. Collective: every process
+    and raises ConfigError where it is not there, JoinError where the others do not come. Collective: every process
     of the run must enter and leave. timeout_seconds is a collective's; joining may take JOIN_SECONDS where that is more.
     """
     timeout = datetime.timedelta(seconds=timeout_seconds)
@@ -218,7 +219,10 @@ def process_world(
         try:
             dist.init_process_group(backend, init_method="env://", timeout=join_timeout)
         except RuntimeError as error:
-            raise CommunicationError(f"rank {os.environ['RANK']}: joining the run failed: {error}") from error
+            raise JoinError(
+                f"rank {os.environ['RANK']} of {os.environ['WORLD_SIZE']}: joining the run failed, which may take "
+                f"{join_timeout.total_seconds():g} s: {error}"
+            ) from error
     try:
         yield ProcessWorld(dist.get_rank(), dist.get_world_size(), device, timeout)
     finally:

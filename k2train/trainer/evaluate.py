@@ -6,7 +6,6 @@ import dataclasses
 
 import torch
 
-from k2train.config.sections import TrainConfig
 from k2train.model.context import MicrobatchContext, Statistics
 from k2train.runtime.executor import run_actions
 from k2train.runtime.stage import StepInputs
@@ -61,17 +60,12 @@ def evaluate(run: Run, max_tokens: int) -> Evaluation | None:
     num_tokens = sum(len(stream) - 1 for stream in streams)
     run.optimizer.finish_gather()
     statistics = Statistics()
-    windows = cut(streams, train.seq_len, overlap_tokens(train))
+    windows = cut(streams, train.seq_len, train.eval_overlap_tokens)
     forward_only(run, local_microbatches(run, windows), statistics, 1.0 / num_tokens)
     losses = losses_of_rank(statistics, run.device)
     run.groups.world.all_reduce(losses)
     num_bytes = sum(run.corpus.num_bytes(stream[1:]) for stream in streams)
     return Evaluation(losses[0].item(), num_sequences, num_tokens, num_bytes)
-
-
-def overlap_tokens(train: TrainConfig) -> int:
-    """Tokens that a window of evaluation shares with the one before it."""
-    return int(train.eval_overlap * train.seq_len)
 
 
 def cut(streams: list[torch.Tensor], seq_len: int, context: int) -> Windows:

@@ -15,7 +15,6 @@ from k2train.telemetry.metrics import read_metrics
 from k2train.telemetry.plot import draw_loss_curve
 from k2train.trainer.build import Run
 from k2train.trainer.compression import gzip_bits_per_byte
-from k2train.trainer.evaluate import overlap_tokens
 from k2train.trainer.worlds import LOCAL_RUN
 
 
@@ -55,7 +54,7 @@ def comparison(run: Run, bits_per_byte: float) -> str:
     train = run.config.train
     text = run.corpus.held_out_text(train.final_eval_tokens // train.seq_len)
     gzip = gzip_bits_per_byte(text)
-    overlap = overlap_tokens(train)
+    overlap = train.eval_overlap_tokens
     seen = f" with {overlap} to {train.seq_len - 1} tokens before each" if overlap else ""
     return f"held-out text ({len(text):,} bytes): {bits_per_byte:.3f} bits per byte{seen}; gzip -9 needs {gzip:.3f}"
 

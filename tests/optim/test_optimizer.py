@@ -157,16 +157,6 @@ def rank_norm(rank) -> float:
     return total
 
 
-def test_gradient_scale_multiplies_the_sum(one_rank) -> None:
-    a, b = one_rank(), one_rank()
-    a.feed(0)
-    b.feed(0, scale=8.0)
-    norms = [a.optimizer.step(0.01, LOW, 1.0).grad_norm, b.optimizer.step(0.01, LOW, 1.0, 0.125).grad_norm]
-    assert norms[0] == pytest.approx(norms[1], rel=1e-14)
-    for name, tensor in a.weights().items():
-        torch.testing.assert_close(b.weights()[name], tensor, rtol=1e-10, atol=1e-13)
-
-
 def test_buckets_sum_fused_gradients_tensor_by_tensor(one_rank) -> None:
     """Three microbatches of bfloat16 gradients for every parameter, fused ones too, end in FP32 under each tensor's name."""
     rank = one_rank(dtype=torch.bfloat16)

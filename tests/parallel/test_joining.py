@@ -6,11 +6,15 @@ import os
 import socket
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
+import torch.distributed as dist
 
+from k2train.cli.main import main
 from k2train.config.errors import ConfigError
+from k2train.parallel import processes
 from k2train.parallel.processes import process_world
 
 LATE_BY_RANK = """
@@ -42,3 +46,29 @@ def test_processes_that_nobody_launched_are_refused(monkeypatch: pytest.MonkeyPa
     monkeypatch.delenv("WORLD_SIZE", raising=False)
     with pytest.raises(ConfigError, match="WORLD_SIZE"), process_world("processes", torch.device("cpu")):
         pass
+
+
+def test_a_rank_whose_others_never_come_says_so_and_what_to_do(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        port = free.getsockname()[1]
+    launched = {"RANK": "1", "WORLD_SIZE": "2", "LOCAL_RANK": "1", "LOCAL_WORLD_SIZE": "2",
+                "MASTER_ADDR": "localhost", "MASTER_PORT": str(port)}  # fmt: skip
+    for name, value in launched.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setattr(processes, "JOIN_SECONDS", 1.0)
+    words = [
+        "train",
+        "layout.edp=2",
+        "world=processes",
+        "train.microbatch_size=8",
+        "train.timeout_seconds=1",
+        "train.bind_cores=false",
+    ]
+    assert main([*words, f"run_dir={tmp_path / 'run'}"]) == 1
+    told = capsys.readouterr().err
+    assert "rank 1 of 2: joining the run failed, which may take 1 s" in told
+    assert "Start all of them again with the same words" in told
+    assert not dist.is_initialized()

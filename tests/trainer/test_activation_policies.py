@@ -11,14 +11,12 @@ from k2train.checkpoint import latest_checkpoint, open_checkpoint
 from k2train.cli.main import main
 from k2train.config.compose import load_config
 from k2train.model.context import Statistics
-from k2train.parallel.groups import build_groups
-from k2train.parallel.testing import run_distributed_test
-from k2train.parallel.threads import run_threads
 from k2train.schedule.actions import Kind, Pair
 from k2train.telemetry.metrics import read_metrics
-from k2train.trainer.build import build_layouts, build_run, choose_device, open_corpus
+from k2train.trainer.build import build_layouts
 from k2train.trainer.evaluate import evaluate
 from k2train.trainer.step import StepMetrics, run_schedule, train_step
+from k2train.trainer.testing import run_on_ranks
 
 EXACT = ("loss", "grad_norm", "max_logit", "clipped_heads", "load_violation", "eval_loss")
 LAYOUTS = {
@@ -61,20 +59,15 @@ def test_recompute_and_offload_change_no_bit_of_a_run(words, tmp_path, layout, p
 def test_recompute_and_offload_change_no_bit_over_processes(words, layout):
     def trained(policies: str) -> list[tuple[list[StepMetrics], dict[str, torch.Tensor]]]:
         config = load_config([*words, *LAYOUTS[layout], f"activations={policies}"])
-        degrees, schedule = build_layouts(config)
-        corpus = open_corpus(config)
 
-        def run_rank(world):
-            run = build_run(
-                config, degrees, schedule, corpus, build_groups(degrees.grid, world), world.device
-            )
+        def run_rank(run):
             metrics = [train_step(run, index) for index in range(3)]
             run.optimizer.finish_gather()
             return metrics, {
                 p.name: p.tensor.clone() for model in run.models.values() for p in model.pieces()
             }
 
-        return run_distributed_test(run_rank, degrees.world, "processes", timeout_seconds=120)
+        return run_on_ranks(config, run_rank, "processes")
 
     for (metrics, weights), (expected, plain) in zip(
         trained("recompute_offload"), trained("none"), strict=True
@@ -111,11 +104,8 @@ def test_fp8_storage_trains_nearly_the_same_and_offloading_it_changes_nothing_mo
 def test_host_buffers_are_made_in_the_first_step_and_used_again(words):
     """With one expert-parallel rank sizes do not vary, so the schedule says it all; evaluation in between takes none."""
     config = load_config([*words, *LAYOUTS["threads"], "layout.ep=1", "activations=k2"])
-    layout, schedule = build_layouts(config)
-    corpus = open_corpus(config)
 
-    def run_rank(world):
-        run = build_run(config, layout, schedule, corpus, build_groups(layout.grid, world), world.device)
+    def run_rank(run):
         arena, engine = run.activations.engine.arena, run.activations.engine
         seen = []
         for index in range(3):
@@ -126,18 +116,15 @@ def test_host_buffers_are_made_in_the_first_step_and_used_again(words):
             seen.append(arena.allocated_bytes)
         return seen, arena.peak_bytes
 
-    for seen, peak in run_threads(layout.world, run_rank, choose_device(config)):
+    for seen, peak in run_on_ranks(config, run_rank):
         assert seen[0] == seen[1] == seen[2]
         assert peak > 0
 
 
 def test_an_interrupted_step_leaves_nothing_on_the_host(words):
     config = load_config([*words, *LAYOUTS["one_rank"], "activations=k2"])
-    layout, schedule = build_layouts(config)
-    corpus = open_corpus(config)
 
-    def run_rank(world):
-        run = build_run(config, layout, schedule, corpus, build_groups(layout.grid, world), world.device)
+    def run_rank(run):
         arena = run.activations.engine.arena
         whole = [train_step(run, index).loss for index in range(2)]
         seen = iter(range(7))
@@ -159,7 +146,7 @@ def test_an_interrupted_step_leaves_nothing_on_the_host(words):
         assert run.activations.device_bytes == 0
         return whole
 
-    run_threads(layout.world, run_rank, choose_device(config))
+    run_on_ranks(config, run_rank)
 
 
 def test_the_runs_metrics_and_start_tell_what_is_offloaded(words, tmp_path, capsys):

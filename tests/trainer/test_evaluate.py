@@ -11,11 +11,9 @@ import torch.nn.functional as F
 from k2train.config.compose import load_config
 from k2train.config.errors import ConfigError
 from k2train.model.model import logits
-from k2train.parallel.communicator import World
-from k2train.parallel.groups import build_groups
-from k2train.parallel.testing import run_distributed_test
-from k2train.trainer.build import Run, build_layouts, build_run, open_corpus
+from k2train.trainer.build import Run
 from k2train.trainer.evaluate import IGNORED, Evaluation, cut, evaluate
+from k2train.trainer.testing import run_on_ranks
 
 LENGTHS = (1, 2, 3, 5, 8)
 
@@ -58,15 +56,8 @@ def words(corpus_prefix: str, cache: Path, overlap: float, *more: str) -> list[s
 
 def evaluated(config_words: list[str], tokens: int) -> tuple[Evaluation | None, Run, torch.Tensor]:
     config = load_config(config_words)
-    layout, schedule = build_layouts(config)
-    corpus = open_corpus(config)
-
-    def run_rank(world: World) -> tuple[Evaluation | None, Run]:
-        run = build_run(config, layout, schedule, corpus, build_groups(layout.grid, world), world.device)
-        return evaluate(run, tokens), run
-
-    result, run = run_distributed_test(run_rank, layout.world, "threads", timeout_seconds=60)[0]
-    return result, run, corpus.batch("valid", 0, tokens // 16)
+    result, run = run_on_ranks(config, lambda run: (evaluate(run, tokens), run))[0]
+    return result, run, run.corpus.batch("valid", 0, tokens // 16)
 
 
 @pytest.mark.parametrize("overlap", [0.0, 0.25, 0.5, 0.9])

@@ -17,15 +17,13 @@ import torch
 from k2train.checkpoint import latest_checkpoint, open_checkpoint
 from k2train.cli.main import main
 from k2train.config.compose import load_config
-from k2train.parallel.communicator import World
-from k2train.parallel.groups import build_groups
-from k2train.parallel.testing import run_distributed_test
 from k2train.schedule.actions import Pair
 from k2train.telemetry.metrics import read_metrics
-from k2train.trainer.build import Run, build_layouts, build_run, open_corpus
+from k2train.trainer.build import Run, build_layouts
 from k2train.trainer.evaluate import evaluate
 from k2train.trainer.saving import bias_pieces
 from k2train.trainer.step import StepMetrics, train_step
+from k2train.trainer.testing import run_on_ranks
 
 SEQ_LEN = 16
 # Twelve sequences a step: 1, 2, 3, 4, 6 or 12 data-parallel ranks. Six layers, so that six or eight virtual stages are
@@ -85,11 +83,8 @@ def train_layout(
 ) -> Trained:
     """Take train.steps steps on every rank of the layout; `prepare` is called with each rank's run before the first."""
     config = load_config(list(words))
-    layout, schedule = build_layouts(config)
-    corpus = open_corpus(config)
 
-    def run_rank(world: World) -> Part:
-        run = build_run(config, layout, schedule, corpus, build_groups(layout.grid, world), world.device)
+    def run_rank(run: Run) -> Part:
         prepare(run)
         metrics = [train_step(run, index) for index in range(config.train.steps)]
         evaluation = evaluate(run, EVAL_TOKENS)
@@ -100,7 +95,7 @@ def train_layout(
         weights = {p.name: p.tensor.clone() for model in run.models.values() for p in model.pieces()}
         return Part(metrics, evaluation.loss, states, weights)
 
-    parts = run_distributed_test(run_rank, layout.world, backend, timeout_seconds=120)
+    parts = run_on_ranks(config, run_rank, backend)
     return Trained(parts[0].metrics, parts[0].eval_loss, joined(parts), parts)
 
 

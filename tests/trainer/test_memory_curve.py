@@ -9,15 +9,13 @@ import pytest
 
 from k2train.config.compose import load_config
 from k2train.model.context import Statistics
-from k2train.parallel.groups import build_groups
-from k2train.parallel.threads import run_threads
 from k2train.planner.assemble import Assembly, assemble
 from k2train.planner.memory import level_at
 from k2train.schedule.actions import COMPUTE, Kind, Pair, parts
 from k2train.schedule.costs import Costs
 from k2train.schedule.simulate import simulate
-from k2train.trainer.build import build_layouts, build_run, choose_device, open_corpus
 from k2train.trainer.step import run_schedule
+from k2train.trainer.testing import run_on_ranks
 
 
 class Meter:
@@ -43,16 +41,13 @@ class Meter:
 
 def measured(config) -> list[list[int]]:
     """The levels of every stage in one step."""
-    layout, schedule = build_layouts(config)
-    corpus = open_corpus(config)
 
-    def run_rank(world):
-        run = build_run(config, layout, schedule, corpus, build_groups(layout.grid, world), world.device)
+    def run_rank(run):
         meter = Meter(run)
         run_schedule(run, 0, Statistics(), meter)
         return meter.levels
 
-    return run_threads(layout.world, run_rank, choose_device(config))
+    return run_on_ranks(config, run_rank)
 
 
 def planned(assembly: Assembly) -> list[list[int]]:

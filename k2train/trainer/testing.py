@@ -1,0 +1,30 @@
+"""`run_on_ranks`: a config's run on every rank of its layout, as threads or as gloo processes, for tests."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Literal, TypeVar
+
+from k2train.config.schema import Config
+from k2train.parallel.communicator import World
+from k2train.parallel.groups import build_groups
+from k2train.parallel.testing import run_distributed_test
+from k2train.trainer.build import Run, build_layouts, build_run, open_corpus
+
+T = TypeVar("T")
+
+
+def run_on_ranks(
+    config: Config,
+    fn: Callable[[Run], T],
+    backend: Literal["threads", "processes"] = "threads",
+    timeout_seconds: float = 120.0,
+) -> list[T]:
+    """What fn returned on every rank, by rank. It is called with the rank's run, before its first step, on the CPU."""
+    layout, schedule = build_layouts(config)
+    corpus = open_corpus(config)
+
+    def run_rank(world: World) -> T:
+        return fn(build_run(config, layout, schedule, corpus, build_groups(layout.grid, world), world.device))
+
+    return run_distributed_test(run_rank, layout.world, backend, timeout_seconds)
