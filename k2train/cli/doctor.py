@@ -40,8 +40,8 @@ REQUIRED = (
     Package("matplotlib", "pictures"),
 )
 OPTIONAL = (
-    Package("triton", "FP8 storage of activations on CUDA; without it, plain torch", "gpu"),
-    Package("transformer-engine", "nothing yet; meant for fused attention that returns max logits", "gpu"),
+    Package("triton", "attention, SwiGLU and FP8 storage on CUDA; without it, plain torch", "gpu"),
+    Package("transformer-engine", "nothing yet; meant for grouped products and norms", "gpu"),
     Package("deepspeed", "optim.host_adam=deepspeed: AdamW on states in host memory", "deepspeed"),
     Package("wandb", "Weights & Biases metrics", "wandb"),
     Package("hydra-submitit-launcher", "sweeps on Slurm", "slurm"),

@@ -31,7 +31,8 @@ def run(args: list[str]) -> int:
         return 0
     config: Config = load_config(args)
     check_policies(config.activations)
-    # Bytes are the same wherever they are measured, so a config made for GPUs can be looked at without one.
+    # But for what GPU kernels keep, bytes are the same wherever they are measured: a config made for GPUs can be looked at
+    # without one.
     device = torch.device("cuda" if torch.cuda.is_available() and config.train.device != "cpu" else "cpu")
     report = measure_memory(config, device)
     console = Console(width=None if Console().is_terminal else WIDTH)

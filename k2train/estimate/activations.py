@@ -134,12 +134,15 @@ def _mlp_shapes(w: Workload) -> _Shapes:
 
 
 def _extra_bytes(w: Workload, moe: bool) -> dict[str, int]:
-    """Small numbers that share a name's fate, whole: each norm's inverse RMS in the accumulation type, and the routing."""
+    """Small numbers that share a name's fate, whole: each norm's inverse RMS in the accumulation type, the log-sum-exp that
+    fused attention keeps, and the routing."""
     wide = accumulation_bytes(w.dtype)
     normed = ["layer_input", "kv_latent", "attention_residual"] + ["q_latent"] * (
         w.model.q_lora_rank is not None
     )
     extras = dict.fromkeys(normed, wide * w.tokens)
+    if w.fused_attention:
+        extras["attention_output"] = wide * w.tokens * w.model.num_attention_heads
     if moe:
         extras["routing"] = _routing_bytes(w, wide)
     return extras

@@ -30,6 +30,8 @@ class Workload:
     ep: int
     balance_loss: bool = True
     """Whether the sequence-wise balance loss is on, which keeps every sequence's loads."""
+    fused_attention: bool = False
+    """Whether attention takes its GPU kernels (ops.attention), which keep a number of each head and token."""
 
     @property
     def tokens(self) -> int:
@@ -49,7 +51,10 @@ class Workload:
 def workload(model: ModelConfig, train: TrainConfig, ep: int) -> Workload:
     """The microbatch that `train` asks for."""
     balance_loss = train.balance_loss_alpha > 0
-    return Workload(model, train.seq_len, train.microbatch_size, train.dtype, ep, balance_loss)
+    fused_attention = train.device != "cpu" and train.dtype == "bfloat16"
+    return Workload(
+        model, train.seq_len, train.microbatch_size, train.dtype, ep, balance_loss, fused_attention
+    )
 
 
 def product(
@@ -127,9 +132,11 @@ def _core_attention(w: Workload) -> list[Op]:
     heads = model.num_attention_heads
     forward = tokens * attention_flops(model, w.seq_len)
     # The backward rebuilds the scores and takes gradients of scores, values, queries and keys: three products of the
-    # query-key width and two of the value width, where the forward has one of each (FlashAttention, arXiv 2307.08691).
+    # query-key width and two of the value width, where the forward has one of each (FlashAttention, arXiv 2307.08691). The
+    # kernels take queries and keys apart, and rebuild scores and their gradients for each.
     query, value = model.qk_head_dim, model.v_head_dim
-    backward = forward * (3 * query + 2 * value) / (query + value)
+    twice = 1 if w.fused_attention else 0
+    backward = forward * ((3 + twice) * query + (2 + twice) * value) / (query + value)
     moved = w.element_bytes * tokens * heads * (2 * query + 2 * value)
     return [
         # Queries and keys are written once more, rotated and put together with their unrotated part.

@@ -11,7 +11,8 @@ import torch
 from k2train.config.model import ModelConfig
 from k2train.model.pieces import Allocator, Piece
 from k2train.model.saved import SavedActivations, named_norm
-from k2train.ops.attention import AttentionScratch, causal_attention
+from k2train.ops.attention import causal_attention
+from k2train.ops.attention_tiles import AttentionScratch
 from k2train.ops.linear import linear
 from k2train.ops.rotary import RotaryTables, rotary_keys, rotary_queries, rotary_tables, softmax_scale
 from k2train.ops.weight_grad import WeightGradSlot
@@ -76,8 +77,10 @@ class LatentAttention:
         def attend(
             q_BHSK: torch.Tensor, k_BHSK: torch.Tensor, v_BHSV: torch.Tensor
         ) -> tuple[torch.Tensor, ...]:
-            out_BSHV, max_logit_H = causal_attention(q_BHSK, k_BHSK, v_BHSV, self.scale, scratch=self.scratch)
-            return out_BSHV.view(tokens, -1), max_logit_H
+            attended = causal_attention(q_BHSK, k_BHSK, v_BHSV, self.scale, scratch=self.scratch)
+            if attended.log_sums is not None:
+                saved.name("attention_output", extras=(attended.log_sums,))
+            return attended.out.view(tokens, -1), attended.max_logits
 
         heads_TX, max_logit_H = saved.make("attention_output", attend, q_BHSK, k_BHSK, v_BHSV)
         return heads_TX, max_logit_H

@@ -26,7 +26,7 @@ from k2train.model.phase import CommunicationPhase, ComputePhase, Grads, Started
 from k2train.model.pieces import Allocator, Piece
 from k2train.model.routing import Router
 from k2train.model.saved import Held, named_norm
-from k2train.ops.attention import AttentionScratch
+from k2train.ops.attention_tiles import AttentionScratch
 from k2train.ops.permute import gather_rows, gather_slots, sort_slots, sum_slots
 from k2train.ops.weight_grad import WeightGradSlot
 

@@ -27,7 +27,7 @@ from k2train.model.layers import (
 from k2train.model.phase import Grads, Tensors
 from k2train.model.pieces import Allocator, ModelPart, Piece
 from k2train.model.routing import Router, update_correction_bias
-from k2train.ops.attention import AttentionScratch
+from k2train.ops.attention_tiles import AttentionScratch
 
 AnyPhase = (
     AttentionPhase | DispatchPhase | ExpertsPhase | CombinePhase | MlpPhase | EmbeddingPhase | HeadPhase

@@ -20,12 +20,13 @@ Letters: R rows (all leading dimensions, flattened), W width, N tiles of a row.
 from __future__ import annotations
 
 import dataclasses
-import importlib.util
 import math
 from types import ModuleType
 
 import torch
 import torch.nn.functional as F
+
+from k2train.ops.kernels import gpu_kernels
 
 TILE = 128
 E4M3_MAX = 448.0
@@ -142,10 +143,4 @@ def _untile(tiles_RNt: torch.Tensor, width: int) -> torch.Tensor:
 
 def _kernels(device: torch.device) -> ModuleType | None:
     """The Triton kernels where they can run on `device`; E4M3 in hardware begins with compute capability 8.9."""
-    if device.type != "cuda" or torch.cuda.get_device_capability(device) < (8, 9):
-        return None
-    if importlib.util.find_spec("triton") is None:  # an optional dependency
-        return None
-    from k2train.ops import fp8_triton
-
-    return fp8_triton
+    return gpu_kernels("fp8_triton", device, (8, 9))

@@ -40,7 +40,7 @@ def quantise_rows(
     with torch.cuda.device_of(x_RW):
         _quantise[(triton.cdiv(num_rows, ROWS), tiles)](
             x_RW, codes_RW, scales_RN, non_finite_tiles if count else scales_RN, num_rows, width, tiles,
-            COUNT=count, E4M3_MAX=E4M3_MAX, MIN_SCALE=MIN_SCALE, ROWS=ROWS, TILE=TILE,
+            COUNT=count, E4M3_MAX=E4M3_MAX, MIN_SCALE=MIN_SCALE, ROWS=ROWS, TILE=TILE, enable_fp_fusion=False,
         )  # fmt: skip
     return codes_RW, scales_RN
 
@@ -56,7 +56,7 @@ def dequantise_rows(codes_RW: torch.Tensor, scales_RN: torch.Tensor, dtype: torc
     tiles = num_tiles(width)
     with torch.cuda.device_of(codes_RW):
         _dequantise[(triton.cdiv(num_rows, ROWS), tiles)](
-            codes_RW, scales_RN, x_RW, num_rows, width, tiles, ROWS=ROWS, TILE=TILE
+            codes_RW, scales_RN, x_RW, num_rows, width, tiles, ROWS=ROWS, TILE=TILE, enable_fp_fusion=False
         )
     return x_RW
 

@@ -4,17 +4,21 @@ A routed expert's rows are also multiplied by their routing weights here, before
 the gradient of a weight is the sum of h times the gradient that the down-projection's backward computes anyway, and the
 experts' outputs are needed by no backward at all (docs/decisions/0010).
 
+On a GPU both ways are a kernel each (`swiglu_triton`); elsewhere they are stock operations.
+
 Letters: N rows, F width of the feed-forward.
 """
 
 from __future__ import annotations
 
+from types import ModuleType
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 
 from k2train.ops.dtypes import accumulation_dtype, cast
+from k2train.ops.kernels import gpu_kernels
 
 
 def swiglu(gate_up_NF2: torch.Tensor) -> torch.Tensor:
@@ -41,6 +45,9 @@ class _SwiGLU(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, gate_up_NF2: torch.Tensor, w_N: torch.Tensor | None) -> torch.Tensor:
         ctx.save_for_backward(gate_up_NF2, w_N)
+        kernels = _kernels(gate_up_NF2)
+        if kernels is not None:
+            return kernels.swiglu_rows(gate_up_NF2, w_N)
         gate_NF, up_NF = gate_up_NF2.chunk(2, dim=-1)
         hidden_NF = F.silu(gate_NF).mul_(up_NF)
         if w_N is None:
@@ -52,6 +59,11 @@ class _SwiGLU(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grads: torch.Tensor) -> Any:
         gate_up_NF2, w_N = ctx.saved_tensors
+        kernels = _kernels(gate_up_NF2)
+        if kernels is not None:
+            # Autograd cannot see a kernel's writes.
+            torch.autograd.graph.increment_version(gate_up_NF2)
+            return gate_up_NF2, kernels.swiglu_gradients(grads[0], gate_up_NF2, w_N)
         gate_NF, up_NF = gate_up_NF2.chunk(2, dim=-1)
         w_N1 = None if w_N is None else w_N.unsqueeze(1)
         if gate_NF.dtype == accumulation_dtype(gate_NF.dtype):
@@ -59,6 +71,13 @@ class _SwiGLU(torch.autograd.Function):
         else:
             dw_N = _to_wide_gradients(grads[0], gate_NF, up_NF, w_N1)
         return gate_up_NF2, dw_N
+
+
+def _kernels(gate_up_NF2: torch.Tensor) -> ModuleType | None:
+    """The Triton kernels where they take this: contiguous rows that are no wider than FP32."""
+    if gate_up_NF2.dtype == torch.float64 or gate_up_NF2.dim() != 2 or not gate_up_NF2.is_contiguous():
+        return None
+    return gpu_kernels("swiglu_triton", gate_up_NF2.device)
 
 
 def _to_gradients(

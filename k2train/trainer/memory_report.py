@@ -11,6 +11,7 @@ from __future__ import annotations
 import dataclasses
 from collections import defaultdict
 from collections.abc import Mapping
+from typing import Literal
 
 import torch
 
@@ -75,7 +76,7 @@ def measure_memory(config: Config, device: torch.device) -> MemoryReport:
     kinds = layer_kinds(config.model)
     divisor = smallest_divisor(config.model)
     small = two_layers(narrowed(config.model, divisor), kinds)
-    here = microbatch(config, small)
+    here = microbatch(config, small, device)
     measured = measured_bytes(small, here, config.activations, device)
     whole = workload(config.model, config.train, config.layout.ep)
     layers = {}
@@ -132,11 +133,11 @@ def two_layers(model: ModelConfig, kinds: list[str]) -> ModelConfig:
     )
 
 
-def microbatch(config: Config, model: ModelConfig) -> Workload:
-    """One sequence of the config's, cut to MAX_TOKENS, on a rank that holds all experts."""
-    train = dataclasses.replace(
-        config.train, seq_len=min(config.train.seq_len, MAX_TOKENS), microbatch_size=1
-    )
+def microbatch(config: Config, model: ModelConfig, device: torch.device) -> Workload:
+    """One sequence of the config's, cut to MAX_TOKENS, on a rank that holds all experts, where it is measured."""
+    here: Literal["cpu", "cuda"] = "cuda" if device.type == "cuda" else "cpu"
+    seq_len = min(config.train.seq_len, MAX_TOKENS)
+    train = dataclasses.replace(config.train, seq_len=seq_len, microbatch_size=1, device=here)
     return workload(model, train, ep=1)
 
 

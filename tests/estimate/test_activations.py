@@ -8,7 +8,7 @@ from k2train.config.compose import load_config
 from k2train.config.errors import ConfigError
 from k2train.config.sections import ActivationsConfig
 from k2train.estimate.activations import check_policies, saved_tensors
-from k2train.estimate.layer_ops import workload
+from k2train.estimate.layer_ops import attention_phase, workload
 
 NAMES = [field.name for field in dataclasses.fields(ActivationsConfig)]
 
@@ -59,10 +59,28 @@ def test_policies_only_move_bytes_or_drop_them(model, train, policies, policy):
         tensor = by_name(w, policies(**{name: policy}))[name]
         assert tensor.device_bytes + tensor.host_bytes == tensor.stored_bytes <= tensor.full_bytes
         assert (tensor.host_bytes > 0) == (policy in ("offload", "fp8_offload"))
+        # FP32: a norm's inverse RMS a token, fused attention's log-sum-exp a token and head.
         statistics = 4 * w.tokens if name in ("q_latent", "kv_latent", "attention_residual") else 0
+        statistics += 4 * w.tokens * model.num_attention_heads if name == "attention_output" else 0
         assert (tensor.stored_bytes == statistics) == (policy == "recompute")
         if policy in ("fp8", "fp8_offload"):
             assert tensor.stored_bytes < 0.75 * tensor.full_bytes
+
+
+@pytest.mark.parametrize(("device", "dtype", "fused"), [("cuda", "bfloat16", True), ("auto", "bfloat16", True),
+                                                        ("cpu", "bfloat16", False), ("cuda", "float32", False)])  # fmt: skip
+def test_fused_attention_keeps_a_log_sum_and_rebuilds_scores_twice(
+    model, train, policies, device, dtype, fused
+):
+    w = workload(model, dataclasses.replace(train, device=device, dtype=dtype), 1)
+    assert w.fused_attention == fused
+    output = by_name(w, policies())["attention_output"]
+    statistics = 4 * w.tokens * model.num_attention_heads if fused else 0
+    assert output.full_bytes == output.numbers * w.element_bytes + statistics
+    (attention,) = (op for op in attention_phase(w, False) if op.kind == "attention")
+    query, value = model.qk_head_dim, model.v_head_dim
+    products = (4 * query + 3 * value) if fused else (3 * query + 2 * value)
+    assert attention.backward_flops == pytest.approx(attention.flops * products / (query + value))
 
 
 def test_a_model_without_query_latent_or_shared_experts_has_no_such_names(model, train, policies):

@@ -1,13 +1,28 @@
-"""What both tests of FP8 storage compare with, handed to tests as functions: a loop over tiles, and the error bound."""
+"""What several files of tests share, handed to tests as functions.
+
+Of FP8 storage: a loop over tiles, and the error bound. Of Triton kernels: running a file's tests under the interpreter, which
+has to be chosen before triton is imported, and compiling a kernel for a GPU that is not here.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import importlib.util
+import os
+import re
+import subprocess
+import sys
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
+ROOT = Path(__file__).parents[2]
 TILE = 128
+# Of one program on an H100 or H800.
+SHARED_MEMORY_BYTES = 227 * 1024
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 
 
 def _looped(x_RW: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -59,3 +74,51 @@ def spread() -> Callable[[torch.Tensor, int], torch.Tensor]:
 @pytest.fixture(scope="session")
 def bound() -> Callable[[torch.Tensor, torch.Tensor], torch.Tensor]:
     return _bound
+
+
+def _pass_under_the_interpreter(file: str, at_least: int) -> None:
+    if INTERPRETED:
+        pytest.skip("this is that process")
+    command = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", "-k", "interpreted", file]
+    environment = {**os.environ, "TRITON_INTERPRET": "1", "CUDA_VISIBLE_DEVICES": ""}
+    done = subprocess.run(
+        command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=600, check=False
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    passed = re.search(r"(\d+) passed", done.stdout)
+    assert passed is not None, done.stdout
+    assert int(passed[1]) >= at_least
+    assert "skipped" not in done.stdout
+
+
+def _compile_for_h100(
+    kernel: Any, types: Mapping[str, str], constants: Mapping[str, Any], **options: Any
+) -> Any:
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource, compile
+
+    signature = {**types, **dict.fromkeys(constants, "constexpr")}
+    source = ASTSource(
+        fn=kernel, signature={name: signature[name] for name in kernel.arg_names}, constexprs=dict(constants)
+    )
+    compiled = compile(source, target=GPUTarget("cuda", 90, 32), options=options)
+    assert len(compiled.asm["cubin"]) > 0
+    assert compiled.metadata.shared <= SHARED_MEMORY_BYTES
+    return compiled
+
+
+@pytest.fixture(scope="session")
+def pass_under_the_interpreter() -> Callable[[str, int], None]:
+    """Run the tests of a file that are called interpreted in a process with TRITON_INTERPRET=1; so many must pass."""
+    return _pass_under_the_interpreter
+
+
+@pytest.fixture(scope="session")
+def compile_for_h100() -> Callable[..., Any]:
+    """Compile a kernel for an H100 down to machine code, with triton's own assembler: no GPU is needed.
+
+    types: Triton's names of the arguments' types; constants: its constexpr arguments; options: the launch's.
+    """
+    if INTERPRETED or importlib.util.find_spec("triton") is None:
+        pytest.skip("needs triton's compiler")
+    return _compile_for_h100

@@ -11,7 +11,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from k2train.ops.attention import AttentionScratch, causal_attention, causal_attention_reference
+from k2train.ops.attention import causal_attention, causal_attention_reference
+from k2train.ops.attention_tiles import AttentionScratch
 
 
 def inputs(batch, heads, length, width, value_width, dtype=torch.float64, seed=0, spread=1.0):
@@ -33,7 +34,7 @@ def inputs(batch, heads, length, width, value_width, dtype=torch.float64, seed=0
 )
 def test_output_maxima_and_gradients_are_those_of_full_scores_for_any_tile(shape, tile, seed):
     q, k, v = inputs(*shape, seed=seed, spread=2.0)
-    out, maxima = causal_attention(q, k, v, 0.3, tile)
+    out, maxima, _ = causal_attention(q, k, v, 0.3, tile)
     expected, expected_maxima = causal_attention_reference(q, k, v, 0.3)
     torch.testing.assert_close(out, expected)
     torch.testing.assert_close(maxima, expected_maxima)
@@ -48,7 +49,7 @@ def test_output_maxima_and_gradients_are_those_of_full_scores_for_any_tile(shape
 def test_output_is_that_of_torch_sdpa(dtype, tolerance):
     """SDPA rounds the probabilities to bfloat16 before the second product, which costs up to half a unit of 2^-8."""
     q, k, v = inputs(2, 4, 150, 24, 24, dtype=dtype)
-    out, maxima = causal_attention(q, k, v, 0.25)
+    out, maxima, _ = causal_attention(q, k, v, 0.25)
     expected = F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=0.25).transpose(1, 2)
     torch.testing.assert_close(out, expected, rtol=tolerance, atol=tolerance)
     assert out.dtype == dtype
@@ -59,9 +60,9 @@ def test_maxima_ignore_the_future_and_may_be_negative():
     """Only the last query meets its large partner; every earlier product with that key lies in the future."""
     q, k = torch.ones(1, 1, 5, 2), -torch.ones(1, 1, 5, 2)
     k[0, 0, 4] = 100.0
-    _, maxima = causal_attention(q[:, :, :4], k[:, :, :4], k[:, :, :4], 1.0)
+    _, maxima, _ = causal_attention(q[:, :, :4], k[:, :, :4], k[:, :, :4], 1.0)
     assert maxima.tolist() == [-2.0]
-    _, maxima = causal_attention(q, k, k, 1.0)
+    _, maxima, _ = causal_attention(q, k, k, 1.0)
     assert maxima.tolist() == [200.0]
 
 
@@ -98,7 +99,7 @@ def test_no_more_than_a_tile_of_scores_is_ever_allocated(tile):
     """4 heads x 512 x 512 scores are 2^20; q, k, v and their gradients are 2^13 each."""
     q, k, v = inputs(1, 4, 512, 4, 4, dtype=torch.float32)
     with LargestTensor() as seen:
-        out, _ = causal_attention(q, k, v, 0.5, tile)
+        out, _, _ = causal_attention(q, k, v, 0.5, tile)
         torch.autograd.grad(out.sum(), (q, k, v))
     assert seen.largest <= max(tile, 32 * 512)
     with LargestTensor() as full:
@@ -114,8 +115,8 @@ def test_calls_of_any_shape_and_type_share_a_scratch_and_change_nothing():
     for (batch, heads, length), dtype in itertools.product(shapes, (torch.float32, torch.float64)):
         tensors = inputs(batch, heads, length, 4, 3, dtype=dtype)
         calls.append((tensors, causal_attention(*tensors, 0.5, 2**12, scratch)))
-    for tensors, (out, maxima) in reversed(calls):
-        own, own_maxima = causal_attention(*tensors, 0.5, 2**12)
+    for tensors, (out, maxima, _) in reversed(calls):
+        own, own_maxima, _ = causal_attention(*tensors, 0.5, 2**12)
         assert torch.equal(out, own)
         assert torch.equal(maxima, own_maxima)
         dout = torch.randn_like(out)
@@ -125,7 +126,7 @@ def test_calls_of_any_shape_and_type_share_a_scratch_and_change_nothing():
 
 def test_a_scratch_is_kept_for_calls_of_the_same_shape():
     scratch, tensors = AttentionScratch(), inputs(1, 4, 512, 4, 4, dtype=torch.float32)
-    out, _ = causal_attention(*tensors, 0.5, 2**14, scratch)
+    out, _, _ = causal_attention(*tensors, 0.5, 2**14, scratch)
     with LargestEmpty() as seen:
         torch.autograd.grad(out.sum(), tensors)
         causal_attention(*tensors, 0.5, 2**14, scratch)

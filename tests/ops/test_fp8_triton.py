@@ -1,7 +1,6 @@
 """The Triton kernels of FP8 storage against the reference: under the interpreter everywhere, and on a GPU.
 
-The interpreter has to be chosen before triton is imported, so one test runs this file again in a process of its own,
-where TRITON_INTERPRET=1; here, its kernels' tests are skipped.
+One test runs this file again in a process of its own, where TRITON_INTERPRET=1; here, its kernels' tests are skipped.
 """
 
 from __future__ import annotations
@@ -9,18 +8,21 @@ from __future__ import annotations
 import importlib.util
 import math
 import os
-import re
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 import torch
 
 from k2train.ops import fp8
-from k2train.ops.fp8 import DTYPES, dequantise_reference, num_tiles, quantise_reference
+from k2train.ops.fp8 import (
+    DTYPES,
+    E4M3_MAX,
+    MIN_SCALE,
+    TILE,
+    dequantise_reference,
+    num_tiles,
+    quantise_reference,
+)
 
-ROOT = Path(__file__).parents[2]
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 GPU = torch.cuda.is_available() and not INTERPRETED
 
@@ -57,19 +59,20 @@ def exact_rows(rows: int, width: int, dtype: torch.dtype) -> torch.Tensor:
     return (codes.view(torch.float8_e4m3fn).float() * 2**powers).to(dtype)
 
 
-def test_the_kernels_pass_their_tests_under_the_interpreter():
-    if INTERPRETED:
-        pytest.skip("this is that process")
-    command = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", "-k", "interpreted", __file__]
-    environment = {**os.environ, "TRITON_INTERPRET": "1", "CUDA_VISIBLE_DEVICES": ""}
-    done = subprocess.run(
-        command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=600, check=False
+def test_the_kernels_pass_their_tests_under_the_interpreter(pass_under_the_interpreter):
+    pass_under_the_interpreter(__file__, 30)
+
+
+@pytest.mark.parametrize("element", ["bf16", "fp16", "fp32", "fp64"])
+def test_the_kernels_compile_for_an_h100(element, compile_for_h100, kernels):
+    sizes = {"num_rows": "i32", "width": "i32", "tiles": "i32"}
+    stored = {"codes_ptr": "*u8", "scales_ptr": "*fp32", "x_ptr": f"*{element}", **sizes}
+    shape = {"ROWS": kernels.ROWS, "TILE": TILE}
+    limits = {"COUNT": True, "E4M3_MAX": E4M3_MAX, "MIN_SCALE": MIN_SCALE}
+    compile_for_h100(
+        kernels._quantise, {**stored, "count_ptr": "*i64"}, {**shape, **limits}, enable_fp_fusion=False
     )
-    assert done.returncode == 0, done.stdout + done.stderr
-    passed = re.search(r"(\d+) passed", done.stdout)
-    assert passed is not None, done.stdout
-    assert int(passed[1]) >= 30
-    assert "skipped" not in done.stdout
+    compile_for_h100(kernels._dequantise, stored, shape, enable_fp_fusion=False)
 
 
 def test_tensors_of_the_host_take_the_reference():

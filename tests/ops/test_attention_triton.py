@@ -1,0 +1,201 @@
+"""The Triton kernels of attention against the reference in float64: under the interpreter everywhere, and on a GPU.
+
+One test runs this file again in a process of its own, where TRITON_INTERPRET=1; here, its kernels' tests are skipped. The
+interpreter cannot multiply BF16, so there the types are FP16 and FP32, for which the kernels are the same.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib.util
+import os
+
+import pytest
+import torch
+
+from k2train.activations.arena import HostArena
+from k2train.activations.offload import OffloadEngine
+from k2train.activations.store import ActivationStore
+from k2train.config.compose import load_config
+from k2train.model.context import MicrobatchContext
+from k2train.model.model import backward, build_model, forward
+from k2train.model.pieces import whole_model
+from k2train.ops import attention as attention_module
+from k2train.ops.attention import causal_attention, causal_attention_reference
+from k2train.ops.weight_grad import PlainGradients
+
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+GPU = torch.cuda.is_available() and not INTERPRETED
+
+pytestmark = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="needs triton")
+needs_interpreter = pytest.mark.skipif(not INTERPRETED, reason="runs in the process with TRITON_INTERPRET=1")
+needs_gpu = pytest.mark.skipif(not GPU, reason="needs a CUDA device")
+
+# Positions on both sides of a block's 32, 64 and 128; features in one power of two, in two, and in less than their sum.
+LENGTHS = [1, 5, 33, 64, 130, 257]
+WIDTHS = [(64, 32), (48, 32), (192, 128), (12, 8), (40, 24)]
+
+
+@pytest.fixture
+def kernels():
+    from k2train.ops import attention_triton
+
+    return attention_triton
+
+
+def inputs(
+    length: int, widths: tuple[int, int], dtype: torch.dtype, device: str = "cpu"
+) -> list[torch.Tensor]:
+    """q, k, v of 2 sequences and 3 heads, and the output's gradient. Values in a layout that is not contiguous."""
+    generator = torch.Generator().manual_seed(length)
+    query, value = widths
+    shapes = [(2, 3, length, query)] * 2 + [(2, length, 3, value)] * 2
+    q, k, v, dout = (torch.randn(shape, generator=generator).to(dtype).to(device) for shape in shapes)
+    return [q, k, v.transpose(1, 2), dout]
+
+
+def check(attend, tensors: list[torch.Tensor], scale: float, largest: float = 1.0) -> None:
+    """Logits up to `largest` are rounded in FP32, and the exponential makes a relative error of it. Output, largest logits and gradients against float64: a few roundings of the type of the largest number of each, or of 1."""
+    *leaves, dout = tensors
+    leaves = [t.detach().requires_grad_() for t in leaves]
+    out, maxima = attend(*leaves, scale)[:2]
+    got = torch.autograd.grad(out, leaves, dout)
+    wide = [t.detach().double().requires_grad_() for t in leaves]
+    wide_out, wide_maxima = causal_attention_reference(*wide, scale)
+    want = torch.autograd.grad(wide_out, wide, dout.double())
+    torch.testing.assert_close(maxima.double(), wide_maxima, rtol=1e-5, atol=1e-5)
+    tolerance = 4 * torch.finfo(out.dtype).eps + 1e-5 + 4 * largest * torch.finfo(torch.float32).eps
+    for one, other in zip((out, *got), (wide_out, *want), strict=True):
+        assert (one.double() - other).abs().max() <= tolerance * max(other.abs().max().item(), 1.0)
+
+
+def test_the_kernels_pass_their_tests_under_the_interpreter(pass_under_the_interpreter):
+    pass_under_the_interpreter(__file__, 30)
+
+
+@pytest.mark.parametrize(
+    ("element", "widths"),
+    [("bf16", (192, 128)), ("fp16", (192, 128)), ("bf16", (256, 256)), ("bf16", (64, 32)), ("fp16", (12, 8))],
+)
+def test_the_kernels_compile_for_an_h100(widths, element, compile_for_h100, kernels):
+    pointers = dict.fromkeys(("q_ptr", "k_ptr", "v_ptr"), f"*{element}")
+    common = {**pointers, "lse_ptr": "*fp32", "scale": "fp32", "heads": "i32", "length": "i32"}
+    backward = {**common, "dout_ptr": f"*{element}", "sums_ptr": "*fp32"}
+    for kernel, types, blocks in (
+        (kernels._forward, {**common, "out_ptr": f"*{element}", "maxima_ptr": "*fp32"}, kernels.FORWARD),
+        (kernels._row_gradients, {**backward, "dq_ptr": f"*{element}"}, kernels.ROW_GRADIENTS),
+        (kernels._key_gradients, {**backward, "dk_ptr": f"*{element}", "dv_ptr": f"*{element}"}, kernels.KEY_GRADIENTS),
+    ):  # fmt: skip
+        constants = {"M": blocks.rows, "N": blocks.keys, **kernels.features(*widths)}
+        compiled = compile_for_h100(kernel, types, constants, **blocks.options)
+        # Hopper's own matrix instructions: without them it would run at a third of its rate.
+        assert "wgmma.mma_async" in compiled.asm["ptx"]
+        # A launch takes integers of 1 as constants: one head, one position.
+        ones = {"heads": 1, "length": 1}
+        numbers = {name: element for name, element in types.items() if name not in ones}
+        compile_for_h100(kernel, numbers, {**constants, **ones}, **blocks.options)
+
+
+def test_features_are_cut_into_two_powers_of_two_that_hold_them(kernels):
+    for query in range(1, 257):
+        cut = kernels.features(query, query)
+        parts = [part for part in (cut["K1"], cut["K2"]) if part]
+        assert sum(parts) >= query
+        assert all(part >= 16 and part & (part - 1) == 0 for part in (*parts, cut["VP"]))
+        # Never more than the next power of two, in which a product of one part would be.
+        assert sum(parts) <= max(16, 1 << (query - 1).bit_length(), 32 if 16 < query <= 32 else 0)
+
+
+@needs_interpreter
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+@pytest.mark.parametrize("length", LENGTHS)
+def test_interpreted_kernels_equal_the_reference_at_every_length(length, dtype, kernels):
+    check(kernels.fused_attention, inputs(length, (48, 32), dtype), 0.25)
+
+
+@needs_interpreter
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+@pytest.mark.parametrize("widths", WIDTHS)
+def test_interpreted_kernels_equal_the_reference_at_every_width(widths, dtype, kernels):
+    check(kernels.fused_attention, inputs(70, widths, dtype), widths[0] ** -0.5)
+
+
+@needs_interpreter
+@pytest.mark.parametrize("largest", [1e-3, 30.0, 1000.0])
+def test_interpreted_kernels_take_logits_of_any_size(largest, kernels):
+    """K2's logits reach 1000 before QK-Clip."""
+    q, k, v, dout = inputs(40, (16, 16), torch.float32)
+    top = causal_attention_reference(q, k, v, 1.0)[1].abs().max()
+    check(kernels.fused_attention, [q, k, v, dout], largest / top.item(), largest)
+
+
+@needs_interpreter
+def test_interpreted_largest_logits_are_those_of_positions_that_see_each_other(kernels):
+    q, k = torch.zeros(1, 2, 70, 16), torch.zeros(1, 2, 70, 16)
+    q[0, 0, 3, 0], k[0, 0, 50, 0] = 9.0, 9.0  # row 3 does not see key 50
+    q[0, 1, 50, 0], k[0, 1, 3, 0] = 9.0, 9.0
+    maxima = kernels.fused_attention(q, k, k, 0.5)[1]
+    assert maxima.tolist() == [0.0, 40.5]
+    assert (kernels.fused_attention(-q, k, k, 0.5)[1] == 0.0).all()
+
+
+@needs_interpreter
+def test_interpreted_kernels_need_no_gradient(kernels):
+    q, k, v, _ = inputs(5, (16, 16), torch.float32)
+    with torch.no_grad():
+        out, maxima, _ = kernels.fused_attention(q, k, v, 0.5)
+    torch.testing.assert_close(out, causal_attention_reference(q, k, v, 0.5)[0])
+    assert not maxima.requires_grad
+
+
+@needs_interpreter
+@pytest.mark.parametrize(
+    "policies",
+    ["none", "recompute", "recompute activations.attention_output=recompute", "offload", "recompute_offload"],
+)
+def test_interpreted_kernels_in_a_model_save_what_has_a_name(policies, kernels, monkeypatch):
+    """A whole model in FP16 with the store of activations, which refuses a saved tensor without a name: the loss and every
+    gradient are those of a run that keeps everything to the bit, and about those of tiles."""
+    config = load_config(["experiment=tiny", *f"activations={policies}".split()])
+    tiny = dataclasses.replace(config.model, num_hidden_layers=2)
+    tokens = torch.randint(tiny.vocab_size, (1, 40), generator=torch.Generator().manual_seed(0))
+
+    def run(store: ActivationStore | None) -> dict[str, torch.Tensor]:
+        model = build_model(tiny, whole_model(tiny), dtype=torch.float16)
+        model.initialise(0)
+        sink = PlainGradients()
+        context = MicrobatchContext(1, sink, targets=tokens.roll(-1, 1), loss_scale=1 / tokens.numel())
+        if store is not None:
+            context.saved = store.microbatch()
+        (loss,), records = forward(model, (tokens,), context)
+        if store is not None and config.activations.offloads:
+            context.saved.offload()
+            context.saved.reload()
+        backward(model, records, (None,), context)
+        gradients = {
+            piece.name: piece.view(sink.buffer(piece.parameter)) for piece in model.pieces() if piece.trained
+        }
+        return {"loss": loss, **gradients}
+
+    tiles = run(None)
+    monkeypatch.setattr(attention_module, "gpu_kernels", lambda module, device: kernels)
+    plain = run(None)
+    engine = OffloadEngine(torch.device("cpu"), HostArena(pinned=False))
+    stored = run(ActivationStore(config.activations, engine))
+    for name, tensor in plain.items():
+        assert torch.equal(stored[name], tensor), name
+        assert (tensor - tiles[name]).abs().max() <= 0.05 * tiles[name].abs().max() + 1e-5, name
+    assert not all(torch.equal(tensor, tiles[name]) for name, tensor in plain.items())
+
+
+@pytest.mark.gpu
+@needs_gpu
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("widths", WIDTHS)
+@pytest.mark.parametrize("length", [*LENGTHS, 2048])
+def test_on_a_gpu_attention_takes_the_kernels_and_equals_the_reference(length, widths, dtype):
+    tensors = inputs(length, widths, dtype, "cuda")
+    assert causal_attention(*tensors[:3], 0.5).out.dtype == dtype
+    leaves = [t.detach().requires_grad_() for t in tensors[:3]]
+    assert causal_attention(*leaves, 0.5).log_sums is not None
+    check(causal_attention, tensors, widths[0] ** -0.5)
