@@ -40,8 +40,8 @@ REQUIRED = (
     Package("matplotlib", "pictures"),
 )
 OPTIONAL = (
-    Package("triton", "attention, SwiGLU and FP8 storage on CUDA; without it, plain torch", "gpu"),
-    Package("transformer-engine", "nothing yet; meant for grouped products and norms", "gpu"),
+    Package("triton", "attention, SwiGLU, norms and FP8 storage on CUDA; without it, plain torch", "gpu"),
+    Package("transformer-engine", "nothing yet; meant for grouped products", "gpu"),
     Package("deepspeed", "optim.host_adam=deepspeed: AdamW on states in host memory", "deepspeed"),
     Package("wandb", "Weights & Biases metrics", "wandb"),
     Package("hydra-submitit-launcher", "sweeps on Slurm", "slurm"),

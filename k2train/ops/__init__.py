@@ -5,7 +5,7 @@
     linear         linear: y = x W^T with the weight gradient queued
     grouped        grouped_linear, grouped_mm: the experts' products
     attention      causal_attention: output and per-head max logit, a tile of scores at a time; attention_triton has kernels
-    norm           inverse_rms, rms_norm
+    norm           inverse_rms, rms_norm; norm_triton has kernels
     swiglu         swiglu, weighted_swiglu; swiglu_triton has kernels
     rotary         rotary_queries, rotary_keys, rotary_tables, RotaryTables, softmax_scale: rotary embedding with YaRN
     cross_entropy  linear_cross_entropy: head and loss, a chunk of logits at a time

@@ -128,6 +128,14 @@ def _load(ptr, position, length, stride, first, features, WIDTH: tl.constexpr): 
 
 
 @triton.jit
+def _load_parts(ptr, position, length, K: tl.constexpr, K1: tl.constexpr, K2: tl.constexpr):  # type: ignore[no-untyped-def]
+    """Both parts of queries or keys (rows, K1), (rows, K2); where there is no second part, the first once more."""
+    first = _load(ptr, position, length, K, 0, K, K1)
+    second = _load(ptr, position, length, K, K1, K, K2) if K2 > 0 else first
+    return first, second
+
+
+@triton.jit
 def _store(ptr, value, position, length, stride, first, features, WIDTH: tl.constexpr):  # type: ignore[no-untyped-def]
     feature = first + tl.arange(0, WIDTH)
     mask = (position < length)[:, None] & (feature < features)[None, :]
@@ -163,16 +171,14 @@ def _forward(  # type: ignore[no-untyped-def]
     v_ptr += head * length * V
     out_ptr += ((head // heads) * length * heads + head % heads) * V
     row = block * M + tl.arange(0, M)
-    q1 = _load(q_ptr, row, length, K, 0, K, K1)
-    q2 = _load(q_ptr, row, length, K, K1, K, K2) if K2 > 0 else q1
+    q1, q2 = _load_parts(q_ptr, row, length, K, K1, K2)
     exponent = scale * LOG2_E
     top = tl.full((M,), float("-inf"), tl.float32)
     total = tl.zeros((M,), tl.float32)
     out = tl.zeros((M, VP), tl.float32)
     for start in range(0, tl.minimum((block + 1) * M, length), N):
         column = start + tl.arange(0, N)
-        k1 = _load(k_ptr, column, length, K, 0, K, K1)
-        k2 = _load(k_ptr, column, length, K, K1, K, K2) if K2 > 0 else k1
+        k1, k2 = _load_parts(k_ptr, column, length, K, K1, K2)
         v = _load(v_ptr, column, length, V, 0, V, VP)
         scores = _products(q1, q2, k1, k2, K2 > 0)
         scores = tl.where(column[None, :] <= row[:, None], scores, float("-inf"))
@@ -202,8 +208,7 @@ def _row_gradients(  # type: ignore[no-untyped-def]
     dq_ptr += head * length * K
     dout_ptr += ((head // heads) * length * heads + head % heads) * V
     row = block * M + tl.arange(0, M)
-    q1 = _load(q_ptr, row, length, K, 0, K, K1)
-    q2 = _load(q_ptr, row, length, K, K1, K, K2) if K2 > 0 else q1
+    q1, q2 = _load_parts(q_ptr, row, length, K, K1, K2)
     dout = _load(dout_ptr, row, length, heads * V, 0, V, VP)
     lse = tl.load(lse_ptr + head * length + row, mask=row < length, other=0.0)
     p_dp = tl.load(sums_ptr + head * length + row, mask=row < length, other=0.0)
@@ -211,8 +216,7 @@ def _row_gradients(  # type: ignore[no-untyped-def]
     dq2 = tl.zeros((M, K2), tl.float32) if K2 > 0 else dq1
     for start in range(0, tl.minimum((block + 1) * M, length), N):
         column = start + tl.arange(0, N)
-        k1 = _load(k_ptr, column, length, K, 0, K, K1)
-        k2 = _load(k_ptr, column, length, K, K1, K, K2) if K2 > 0 else k1
+        k1, k2 = _load_parts(k_ptr, column, length, K, K1, K2)
         v = _load(v_ptr, column, length, V, 0, V, VP)
         scores = _products(q1, q2, k1, k2, K2 > 0)
         scores = tl.where(column[None, :] <= row[:, None], scores, float("-inf"))
@@ -239,16 +243,14 @@ def _key_gradients(  # type: ignore[no-untyped-def]
     v_ptr += head * length * V
     dout_ptr += ((head // heads) * length * heads + head % heads) * V
     column = block * N + tl.arange(0, N)
-    k1 = _load(k_ptr, column, length, K, 0, K, K1)
-    k2 = _load(k_ptr, column, length, K, K1, K, K2) if K2 > 0 else k1
+    k1, k2 = _load_parts(k_ptr, column, length, K, K1, K2)
     v = _load(v_ptr, column, length, V, 0, V, VP)
     dk1 = tl.zeros((N, K1), tl.float32)
     dk2 = tl.zeros((N, K2), tl.float32) if K2 > 0 else dk1
     dv = tl.zeros((N, VP), tl.float32)
     for start in range((block * N) // M * M, length, M):
         row = start + tl.arange(0, M)
-        q1 = _load(q_ptr, row, length, K, 0, K, K1)
-        q2 = _load(q_ptr, row, length, K, K1, K, K2) if K2 > 0 else q1
+        q1, q2 = _load_parts(q_ptr, row, length, K, K1, K2)
         dout = _load(dout_ptr, row, length, heads * V, 0, V, VP)
         lse = tl.load(lse_ptr + head * length + row, mask=row < length, other=0.0)
         p_dp = tl.load(sums_ptr + head * length + row, mask=row < length, other=0.0)

@@ -1,20 +1,29 @@
 """RMSNorm as transformers computes it: the normalised input in FP32, cast back, then times the weight.
 
 In two steps, so that the one number a token that the backward needs can be kept while the result is rebuilt.
+On a GPU each is a kernel (`norm_triton`); elsewhere they are stock operations.
+
 Letters: T tokens (any leading shape), D features.
 """
 
 from __future__ import annotations
 
+from types import ModuleType
 from typing import Any
 
 import torch
 
 from k2train.ops.dtypes import accumulation_dtype, cast
+from k2train.ops.kernels import gpu_kernels
+
+_MAX_KERNEL_FEATURES = 8192
 
 
 def inverse_rms(x_TD: torch.Tensor, eps: float) -> torch.Tensor:
     """1 / sqrt(mean(x^2) + eps) of every token (T, 1), FP32 (FP64 for float64). No gradient: rms_norm's covers it."""
+    kernels = _kernels(x_TD)
+    if kernels is not None:
+        return kernels.inverse_rms_rows(x_TD.detach(), eps)
     wide_TD = cast(x_TD.detach(), accumulation_dtype(x_TD.dtype))
     mean_T1 = torch.linalg.vector_norm(wide_TD, dim=-1, keepdim=True).square_().div_(x_TD.shape[-1])
     return mean_T1.add_(eps).rsqrt_()
@@ -32,6 +41,13 @@ def rms_norm_reference(x_TD: torch.Tensor, weight_D: torch.Tensor, eps: float) -
     return weight_D * normed_TD.to(x_TD.dtype)
 
 
+def _kernels(x_TD: torch.Tensor) -> ModuleType | None:
+    """The Triton kernels where they take this: rows no wider than FP32 whose features lie together and fit a program."""
+    if x_TD.dtype == torch.float64 or x_TD.dim() != 2 or not 0 < x_TD.shape[1] <= _MAX_KERNEL_FEATURES:
+        return None
+    return gpu_kernels("norm_triton", x_TD.device) if x_TD.stride(1) == 1 else None
+
+
 class _RMSNorm(torch.autograd.Function):
     """Saves x and the inverse root mean square; the gradient of x goes through both."""
 
@@ -39,11 +55,18 @@ class _RMSNorm(torch.autograd.Function):
     def forward(ctx: Any, x_TD: torch.Tensor, rstd_T1: torch.Tensor, weight_D: torch.Tensor) -> torch.Tensor:
         ctx.save_for_backward(x_TD, rstd_T1)
         ctx.weight = weight_D
+        kernels = _kernels(x_TD)
+        if kernels is not None:
+            return kernels.rms_norm_rows(x_TD, rstd_T1, weight_D)
         return cast(cast(x_TD, rstd_T1.dtype) * rstd_T1, x_TD.dtype).mul_(weight_D)
 
     @staticmethod
     def backward(ctx: Any, *grads: torch.Tensor) -> Any:
         x_TD, rstd_T1 = ctx.saved_tensors
+        kernels = _kernels(x_TD)
+        if kernels is not None:
+            dx_TD, dw_D = kernels.rms_norm_gradients(grads[0], x_TD, rstd_T1, ctx.weight)
+            return dx_TD, None, cast(dw_D, ctx.weight.dtype)
         wide, features = rstd_T1.dtype, x_TD.shape[-1]
         weight_D, wide_TD, dy_TD = (cast(t, wide) for t in (ctx.weight, x_TD, grads[0]))
         # LayerNorm's kernel for a mean of 0 does it in one pass: dw = sum over tokens of rstd x dy, and

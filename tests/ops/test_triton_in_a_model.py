@@ -1,0 +1,81 @@
+"""A whole model on the Triton kernels of attention, SwiGLU and RMSNorm, under the interpreter.
+
+One test runs this file again in a process of its own, where TRITON_INTERPRET=1; here, its kernels' tests are skipped.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib
+import importlib.util
+import os
+
+import pytest
+import torch
+
+from k2train.activations.arena import HostArena
+from k2train.activations.offload import OffloadEngine
+from k2train.activations.store import ActivationStore
+from k2train.config.compose import load_config
+from k2train.model.context import MicrobatchContext
+from k2train.model.model import backward, build_model, forward
+from k2train.model.pieces import whole_model
+from k2train.ops import attention, norm, swiglu
+from k2train.ops.weight_grad import PlainGradients
+
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+
+pytestmark = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="needs triton")
+needs_interpreter = pytest.mark.skipif(not INTERPRETED, reason="runs in the process with TRITON_INTERPRET=1")
+
+
+def test_the_model_passes_its_tests_under_the_interpreter(pass_under_the_interpreter):
+    pass_under_the_interpreter(__file__, 5)
+
+
+@needs_interpreter
+@pytest.mark.parametrize(
+    "policies",
+    ["none", "recompute", "recompute activations.attention_output=recompute", "offload", "recompute_offload"],
+)
+def test_interpreted_kernels_in_a_model_give_its_gradients_and_save_what_has_a_name(policies, monkeypatch):
+    """A whole model in FP16 with the store of activations, which refuses a saved tensor without a name: the loss and every
+    gradient are those of a run that keeps everything to the bit, and about those of stock operations."""
+    config = load_config(["experiment=tiny", *f"activations={policies}".split()])
+    tiny = dataclasses.replace(config.model, num_hidden_layers=2)
+    tokens = torch.randint(tiny.vocab_size, (1, 40), generator=torch.Generator().manual_seed(0))
+
+    def run(store: ActivationStore | None) -> dict[str, torch.Tensor]:
+        model = build_model(tiny, whole_model(tiny), dtype=torch.float16)
+        model.initialise(0)
+        sink = PlainGradients()
+        context = MicrobatchContext(1, sink, targets=tokens.roll(-1, 1), loss_scale=1 / tokens.numel())
+        if store is not None:
+            context.saved = store.microbatch()
+        (loss,), records = forward(model, (tokens,), context)
+        if store is not None and config.activations.offloads:
+            context.saved.offload()
+            context.saved.reload()
+        backward(model, records, (None,), context)
+        gradients = {
+            piece.name: piece.view(sink.buffer(piece.parameter)) for piece in model.pieces() if piece.trained
+        }
+        return {"loss": loss, **gradients}
+
+    stock = run(None)
+    taken = set()
+
+    def kernels(module: str, device: torch.device):
+        taken.add(module)
+        return importlib.import_module(f"k2train.ops.{module}")
+
+    for user in (attention, norm, swiglu):
+        monkeypatch.setattr(user, "gpu_kernels", kernels)
+    plain = run(None)
+    engine = OffloadEngine(torch.device("cpu"), HostArena(pinned=False))
+    stored = run(ActivationStore(config.activations, engine))
+    for name, tensor in plain.items():
+        assert torch.equal(stored[name], tensor), name
+        assert (tensor - stock[name]).abs().max() <= 0.05 * stock[name].abs().max() + 1e-5, name
+    assert not all(torch.equal(tensor, stock[name]) for name, tensor in plain.items())
+    assert taken == {"attention_triton", "norm_triton", "swiglu_triton"}
