@@ -76,6 +76,16 @@ def bound() -> Callable[[torch.Tensor, torch.Tensor], torch.Tensor]:
     return _bound
 
 
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Tests called interpreted are for the process that `_pass_under_the_interpreter` starts, and are all it runs."""
+    if INTERPRETED:
+        return
+    elsewhere = [item for item in items if item.name.startswith("test_interpreted")]
+    if elsewhere:
+        config.hook.pytest_deselected(items=elsewhere)
+        items[:] = [item for item in items if not item.name.startswith("test_interpreted")]
+
+
 def _pass_under_the_interpreter(file: str, at_least: int) -> None:
     if INTERPRETED:
         pytest.skip("this is that process")

@@ -1,25 +1,20 @@
 """The Triton kernels of attention against the reference in float64: under the interpreter everywhere, and on a GPU.
 
-One test runs this file again in a process of its own, where TRITON_INTERPRET=1; here, its kernels' tests are skipped. The
+Tests called interpreted run in a process of their own, which one test starts (conftest). The
 interpreter cannot multiply BF16, so there the types are FP16 and FP32, for which the kernels are the same.
 """
 
 from __future__ import annotations
 
 import importlib.util
-import os
 
 import pytest
 import torch
 
 from k2train.ops.attention import causal_attention, causal_attention_reference
 
-INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
-GPU = torch.cuda.is_available() and not INTERPRETED
-
 pytestmark = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="needs triton")
-needs_interpreter = pytest.mark.skipif(not INTERPRETED, reason="runs in the process with TRITON_INTERPRET=1")
-needs_gpu = pytest.mark.skipif(not GPU, reason="needs a CUDA device")
+needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 
 # Positions on both sides of a block's 32, 64 and 128; features in one power of two, in two, and in less than their sum.
 LENGTHS = [1, 5, 33, 64, 130, 257]
@@ -96,21 +91,18 @@ def test_features_are_cut_into_two_powers_of_two_that_hold_them(kernels):
         assert sum(parts) <= max(16, 1 << (query - 1).bit_length(), 32 if 16 < query <= 32 else 0)
 
 
-@needs_interpreter
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
 @pytest.mark.parametrize("length", LENGTHS)
 def test_interpreted_kernels_equal_the_reference_at_every_length(length, dtype, kernels):
     check(kernels.fused_attention, inputs(length, (48, 32), dtype), 0.25)
 
 
-@needs_interpreter
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
 @pytest.mark.parametrize("widths", WIDTHS)
 def test_interpreted_kernels_equal_the_reference_at_every_width(widths, dtype, kernels):
     check(kernels.fused_attention, inputs(70, widths, dtype), widths[0] ** -0.5)
 
 
-@needs_interpreter
 @pytest.mark.parametrize("largest", [1e-3, 30.0, 1000.0])
 def test_interpreted_kernels_take_logits_of_any_size(largest, kernels):
     """K2's logits reach 1000 before QK-Clip."""
@@ -119,7 +111,6 @@ def test_interpreted_kernels_take_logits_of_any_size(largest, kernels):
     check(kernels.fused_attention, [q, k, v, dout], largest / top.item(), largest)
 
 
-@needs_interpreter
 def test_interpreted_largest_logits_are_those_of_positions_that_see_each_other(kernels):
     q, k = torch.zeros(1, 2, 70, 16), torch.zeros(1, 2, 70, 16)
     q[0, 0, 3, 0], k[0, 0, 50, 0] = 9.0, 9.0  # row 3 does not see key 50
@@ -129,7 +120,6 @@ def test_interpreted_largest_logits_are_those_of_positions_that_see_each_other(k
     assert (kernels.fused_attention(-q, k, k, 0.5)[1] == 0.0).all()
 
 
-@needs_interpreter
 def test_interpreted_kernels_need_no_gradient(kernels):
     q, k, v, _ = inputs(5, (16, 16), torch.float32)
     with torch.no_grad():

@@ -1,13 +1,12 @@
 """The Triton kernels of FP8 storage against the reference: under the interpreter everywhere, and on a GPU.
 
-One test runs this file again in a process of its own, where TRITON_INTERPRET=1; here, its kernels' tests are skipped.
+Tests called interpreted run in a process of their own, which one test starts (conftest).
 """
 
 from __future__ import annotations
 
 import importlib.util
 import math
-import os
 
 import pytest
 import torch
@@ -23,12 +22,8 @@ from k2train.ops.fp8 import (
     quantise_reference,
 )
 
-INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
-GPU = torch.cuda.is_available() and not INTERPRETED
-
 pytestmark = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="needs triton")
-needs_interpreter = pytest.mark.skipif(not INTERPRETED, reason="runs in the process with TRITON_INTERPRET=1")
-needs_gpu = pytest.mark.skipif(not GPU, reason="needs a CUDA device")
+needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 
 SHAPES = [(1, 1), (7, 5), (16, 127), (17, 128), (3, 129), (33, 300)]
 
@@ -79,7 +74,6 @@ def test_tensors_of_the_host_take_the_reference():
     assert fp8._kernels(torch.device("cpu")) is None
 
 
-@needs_interpreter
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize(("rows", "width"), SHAPES)
 def test_interpreted_kernels_equal_the_reference_bit_for_bit_where_no_cast_rounds(
@@ -95,7 +89,6 @@ def test_interpreted_kernels_equal_the_reference_bit_for_bit_where_no_cast_round
     assert torch.equal(back, x)
 
 
-@needs_interpreter
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize(("rows", "width"), SHAPES)
 def test_interpreted_codes_differ_only_where_the_interpreters_cast_does(rows, width, dtype, kernels, spread):
@@ -113,7 +106,6 @@ def test_interpreted_codes_differ_only_where_the_interpreters_cast_does(rows, wi
     assert (codes[x == 0] & 0x7F == 0).all()
 
 
-@needs_interpreter
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize(("rows", "width"), SHAPES)
 def test_interpreted_kernels_read_what_the_reference_wrote(rows, width, dtype, kernels):
@@ -125,7 +117,6 @@ def test_interpreted_kernels_read_what_the_reference_wrote(rows, width, dtype, k
     assert ((back - expected).abs() <= allowed * expected.abs()).all()
 
 
-@needs_interpreter
 @pytest.mark.parametrize("bad", [math.nan, -math.nan, math.inf, -math.inf])
 def test_interpreted_kernels_poison_and_count_tiles_that_are_not_finite(bad, kernels):
     x = scaled_rows(40, 300, torch.float32)
@@ -140,7 +131,6 @@ def test_interpreted_kernels_poison_and_count_tiles_that_are_not_finite(bad, ker
     assert back.isnan().sum() == 128 + 44
 
 
-@needs_interpreter
 @pytest.mark.parametrize("shape", [(0, 128), (3, 0)])
 def test_interpreted_kernels_take_empty_tensors(shape, kernels):
     codes, scales = kernels.quantise_rows(torch.empty(shape))

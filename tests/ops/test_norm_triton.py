@@ -1,24 +1,19 @@
 """The Triton kernels of RMSNorm against the reference in float64: under the interpreter everywhere, and on a GPU.
 
-One test runs this file again in a process of its own, where TRITON_INTERPRET=1; here, its kernels' tests are skipped.
+Tests called interpreted run in a process of their own, which one test starts (conftest).
 """
 
 from __future__ import annotations
 
 import importlib.util
-import os
 
 import pytest
 import torch
 
 from k2train.ops.norm import inverse_rms, rms_norm, rms_norm_reference
 
-INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
-GPU = torch.cuda.is_available() and not INTERPRETED
-
 pytestmark = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="needs triton")
-needs_interpreter = pytest.mark.skipif(not INTERPRETED, reason="runs in the process with TRITON_INTERPRET=1")
-needs_gpu = pytest.mark.skipif(not GPU, reason="needs a CUDA device")
+needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 
 EPS = 1e-5
 DTYPES = [torch.bfloat16, torch.float16, torch.float32]
@@ -79,7 +74,6 @@ def test_the_kernels_compile_for_an_h100(element, features, compile_for_h100, ke
     compile_for_h100(kernels._rms_norm_gradients, backward, {**block, "tokens": 1}, **options)
 
 
-@needs_interpreter
 @pytest.mark.parametrize("gap", [0, 3])
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize(("tokens", "features"), SHAPES)
@@ -95,7 +89,6 @@ def test_interpreted_kernels_equal_the_reference(tokens, features, dtype, gap, k
     torch.testing.assert_close(got_dweight.double(), dweight, rtol=1e-4, atol=1e-4)
 
 
-@needs_interpreter
 def test_interpreted_kernels_take_no_tokens(kernels):
     x, weight = torch.empty(0, 8), torch.rand(8)
     rstd = kernels.inverse_rms_rows(x, EPS)

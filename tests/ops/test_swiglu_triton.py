@@ -1,24 +1,19 @@
 """The Triton kernels of SwiGLU against the reference in float64: under the interpreter everywhere, and on a GPU.
 
-One test runs this file again in a process of its own, where TRITON_INTERPRET=1; here, its kernels' tests are skipped.
+Tests called interpreted run in a process of their own, which one test starts (conftest).
 """
 
 from __future__ import annotations
 
 import importlib.util
-import os
 
 import pytest
 import torch
 
 from k2train.ops.swiglu import swiglu, swiglu_reference, weighted_swiglu
 
-INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
-GPU = torch.cuda.is_available() and not INTERPRETED
-
 pytestmark = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="needs triton")
-needs_interpreter = pytest.mark.skipif(not INTERPRETED, reason="runs in the process with TRITON_INTERPRET=1")
-needs_gpu = pytest.mark.skipif(not GPU, reason="needs a CUDA device")
+needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 
 DTYPES = [torch.bfloat16, torch.float16, torch.float32]
 # Rows and width on both sides of a block's 4 and 256.
@@ -81,7 +76,6 @@ def test_the_kernels_compile_for_an_h100(element, weighted, compile_for_h100, ke
     )
 
 
-@needs_interpreter
 @pytest.mark.parametrize("weighted", [True, False])
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize(("rows", "width"), SHAPES)
@@ -98,7 +92,6 @@ def test_interpreted_kernels_equal_the_reference(rows, width, dtype, weighted, k
         assert got is None
 
 
-@needs_interpreter
 @pytest.mark.parametrize("shape", [(0, 8), (3, 0)])
 def test_interpreted_kernels_take_empty_tensors(shape, kernels):
     rows, width = shape

@@ -1,6 +1,6 @@
 """A whole model on the Triton kernels of attention, SwiGLU and RMSNorm, under the interpreter.
 
-One test runs this file again in a process of its own, where TRITON_INTERPRET=1; here, its kernels' tests are skipped.
+Tests called interpreted run in a process of their own, which one test starts (conftest).
 """
 
 from __future__ import annotations
@@ -8,7 +8,6 @@ from __future__ import annotations
 import dataclasses
 import importlib
 import importlib.util
-import os
 
 import pytest
 import torch
@@ -23,17 +22,13 @@ from k2train.model.pieces import whole_model
 from k2train.ops import attention, norm, swiglu
 from k2train.ops.weight_grad import PlainGradients
 
-INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
-
 pytestmark = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="needs triton")
-needs_interpreter = pytest.mark.skipif(not INTERPRETED, reason="runs in the process with TRITON_INTERPRET=1")
 
 
 def test_the_model_passes_its_tests_under_the_interpreter(pass_under_the_interpreter):
     pass_under_the_interpreter(__file__, 5)
 
 
-@needs_interpreter
 @pytest.mark.parametrize(
     "policies",
     ["none", "recompute", "recompute activations.attention_output=recompute", "offload", "recompute_offload"],
