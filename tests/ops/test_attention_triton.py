@@ -118,6 +118,9 @@ def test_interpreted_largest_logits_are_those_of_positions_that_see_each_other(k
     maxima = kernels.fused_attention(q, k, k, 0.5)[1]
     assert maxima.tolist() == [0.0, 40.5]
     assert (kernels.fused_attention(-q, k, k, 0.5)[1] == 0.0).all()
+    # Where all are negative, the zeros that fill a block up must not count.
+    ones = torch.ones(1, 2, 70, 16)
+    assert (kernels.fused_attention(-ones, ones, ones, 0.5)[1] == -8.0).all()
 
 
 def test_interpreted_kernels_need_no_gradient(kernels):
