@@ -143,6 +143,21 @@ def _store(ptr, value, position, length, stride, first, features, WIDTH: tl.cons
 
 
 @triton.jit
+def _store_parts(ptr, first, second, position, length, K: tl.constexpr, K1: tl.constexpr, K2: tl.constexpr):  # type: ignore[no-untyped-def]
+    """The other way; where there is no second part, it is left alone."""
+    _store(ptr, first, position, length, K, 0, K, K1)
+    if K2 > 0:
+        _store(ptr, second, position, length, K, K1, K, K2)
+
+
+@triton.jit
+def _of_head(q_ptr, k_ptr, v_ptr, out_ptr, head, heads, length, K: tl.constexpr, V: tl.constexpr):  # type: ignore[no-untyped-def]
+    """Where a head's queries, keys and values begin, each together in memory, and its output, beside the other heads'."""
+    out_ptr += ((head // heads) * length * heads + head % heads) * V
+    return q_ptr + head * length * K, k_ptr + head * length * K, v_ptr + head * length * V, out_ptr
+
+
+@triton.jit
 def _product(a, b):  # type: ignore[no-untyped-def]
     """a b with FP32 sums; FP32 inputs are not rounded to TF32."""
     return tl.dot(a, b, input_precision="ieee")
@@ -166,10 +181,7 @@ def _forward(  # type: ignore[no-untyped-def]
     block = tl.num_programs(1) - 1 - tl.program_id(1)
     # 64 bits: heads times positions times features may pass 2^31.
     head = tl.program_id(0).to(tl.int64)
-    q_ptr += head * length * K
-    k_ptr += head * length * K
-    v_ptr += head * length * V
-    out_ptr += ((head // heads) * length * heads + head % heads) * V
+    q_ptr, k_ptr, v_ptr, out_ptr = _of_head(q_ptr, k_ptr, v_ptr, out_ptr, head, heads, length, K, V)
     row = block * M + tl.arange(0, M)
     q1, q2 = _load_parts(q_ptr, row, length, K, K1, K2)
     exponent = scale * LOG2_E
@@ -202,11 +214,7 @@ def _row_gradients(  # type: ignore[no-untyped-def]
     """dq of a block of rows."""
     block = tl.num_programs(1) - 1 - tl.program_id(1)
     head = tl.program_id(0).to(tl.int64)
-    q_ptr += head * length * K
-    k_ptr += head * length * K
-    v_ptr += head * length * V
-    dq_ptr += head * length * K
-    dout_ptr += ((head // heads) * length * heads + head % heads) * V
+    q_ptr, k_ptr, v_ptr, dout_ptr = _of_head(q_ptr, k_ptr, v_ptr, dout_ptr, head, heads, length, K, V)
     row = block * M + tl.arange(0, M)
     q1, q2 = _load_parts(q_ptr, row, length, K, K1, K2)
     dout = _load(dout_ptr, row, length, heads * V, 0, V, VP)
@@ -225,9 +233,7 @@ def _row_gradients(  # type: ignore[no-untyped-def]
         dq1 += _product(ds, k1)
         if K2 > 0:
             dq2 += _product(ds, k2)
-    _store(dq_ptr, dq1 * scale, row, length, K, 0, K, K1)
-    if K2 > 0:
-        _store(dq_ptr, dq2 * scale, row, length, K, K1, K, K2)
+    _store_parts(dq_ptr + head * length * K, dq1 * scale, dq2 * scale, row, length, K, K1, K2)
 
 
 @triton.jit
@@ -238,10 +244,7 @@ def _key_gradients(  # type: ignore[no-untyped-def]
     """dk and dv of a block of keys. Scores and their gradients are held transposed (N, M)."""
     block = tl.program_id(1)
     head = tl.program_id(0).to(tl.int64)
-    q_ptr += head * length * K
-    k_ptr += head * length * K
-    v_ptr += head * length * V
-    dout_ptr += ((head // heads) * length * heads + head % heads) * V
+    q_ptr, k_ptr, v_ptr, dout_ptr = _of_head(q_ptr, k_ptr, v_ptr, dout_ptr, head, heads, length, K, V)
     column = block * N + tl.arange(0, N)
     k1, k2 = _load_parts(k_ptr, column, length, K, K1, K2)
     v = _load(v_ptr, column, length, V, 0, V, VP)
@@ -262,9 +265,5 @@ def _key_gradients(  # type: ignore[no-untyped-def]
         dk1 += _product(ds, q1)
         if K2 > 0:
             dk2 += _product(ds, q2)
-    dk_ptr += head * length * K
-    dv_ptr += head * length * V
-    _store(dk_ptr, dk1 * scale, column, length, K, 0, K, K1)
-    if K2 > 0:
-        _store(dk_ptr, dk2 * scale, column, length, K, K1, K, K2)
-    _store(dv_ptr, dv, column, length, V, 0, V, VP)
+    _store_parts(dk_ptr + head * length * K, dk1 * scale, dk2 * scale, column, length, K, K1, K2)
+    _store(dv_ptr + head * length * V, dv, column, length, V, 0, V, VP)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import importlib
 import importlib.util
 from types import ModuleType
@@ -9,6 +10,8 @@ from types import ModuleType
 import torch
 
 
+# Asked several times a layer; looking for a package that is not there searches the disk.
+@functools.cache
 def gpu_kernels(module: str, device: torch.device, capability: tuple[int, int] = (8, 0)) -> ModuleType | None:
     """The module of this package whose kernels run on `device`, imported at first use; None where they cannot run.
 
