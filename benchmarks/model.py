@@ -78,7 +78,9 @@ def shapes() -> dict[str, Shape]:
         tiny, vocab_size=2048, hidden_size=256, intermediate_size=768, moe_intermediate_size=128, n_routed_experts=32,
         num_experts_per_tok=4, num_attention_heads=8, q_lora_rank=128, kv_lora_rank=96,
     )  # fmt: skip
-    rows = [("k2_tiny", tiny, seq_len, tokens) for tokens in (8192, 2048) for seq_len in (128, 256, 512, 1024)]
+    rows = [
+        ("k2_tiny", tiny, seq_len, tokens) for tokens in (8192, 2048) for seq_len in (128, 256, 512, 1024)
+    ]
     rows += [("hidden256_experts32", wide, 256, tokens) for tokens in (8192, 2048)]
     return {
         f"{name}/{tokens // seq_len}x{seq_len}": Shape(config, tokens // seq_len, seq_len)

@@ -13,7 +13,7 @@ Policy = Literal["keep", "fp8", "recompute", "offload", "fp8_offload"]
 FP8_POLICIES: tuple[Policy, ...] = ("fp8", "fp8_offload")
 OFFLOAD_POLICIES: tuple[Policy, ...] = ("offload", "fp8_offload")
 Dtype = Literal["bfloat16", "float32", "float64"]
-DispatchCopies = Literal["per_expert", "per_rank", "per_node"]
+DispatchKind = Literal["per_expert", "per_rank", "per_node"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -36,6 +36,15 @@ class LayoutConfig:
     layers_per_virtual_stage: tuple[int, ...] | None = key(
         "transformer layers on each virtual stage in pipeline order; null balances them by cost", default=None,
         unit="layers")  # fmt: skip
+    dispatch: DispatchKind = key(
+        "how often a token is sent on its way to the experts: once for every expert it chose, once for every rank that holds "
+        "one, or once for every node that does and there once for every rank",
+        default="per_expert",
+    )
+    dispatch_parts: int = key(
+        "parts that a microbatch's tokens are sent in with dispatch=per_node, so that one travels between nodes while "
+        "another is passed on inside them; without effect where there is one hop",
+        default=1, unit="parts", minimum=1)  # fmt: skip
 
     def __post_init__(self) -> None:
         check_ranges("layout", self)
@@ -133,11 +142,6 @@ class ClusterConfig:
     internode_latency_seconds: float = key("fixed cost of a message between nodes", unit="seconds", minimum=0)
     device_memory_bytes: float = key("memory of a device", unit="bytes", above=0)
     host_memory_bytes: float = key("memory of a node's host", unit="bytes", above=0)
-    dispatch_copies: DispatchCopies = key(
-        "how often a token crosses the network on its way to the experts: once for every expert it chose, which is what "
-        "this program's all-to-all does, once for every rank that holds one, or once for every node",
-        default="per_expert",
-    )
     reserved_device_bytes: float = key("device memory taken by the driver, libraries and fragmentation", unit="bytes",
                                        default=0.0, minimum=0)  # fmt: skip
     # docs/optimizer.md: 50 M parameters in 50 ms on one core, seven FP32 numbers read or written for each.

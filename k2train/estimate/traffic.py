@@ -80,33 +80,33 @@ def local_peers(group_size: int, stride: int, gpus_per_node: int) -> int:
 
 
 @dataclass(frozen=True)
-class Dispatch:
-    """Bytes one rank sends in a dispatch, and as many in a combine, under even routing."""
+class Hop:
+    """Bytes one rank sends in one all-to-all under even routing; passed_on_bytes: read and written in memory before it, where
+    what came by an earlier hop is copied for the ranks it goes to next."""
 
     intranode_bytes: float
     internode_bytes: float
+    passed_on_bytes: float = 0.0
 
 
-def dispatch_traffic(w: Workload, layout: Layout, cluster: ClusterConfig) -> Dispatch:
-    """What a dispatch sends, by the way tokens are copied (`cluster.dispatch_copies`).
+def dispatch_hops(w: Workload, layout: Layout) -> tuple[Hop, ...]:
+    """What a dispatch sends, one all-to-all after the other, by `layout.dispatch`; a combine sends as much, the other way.
 
     per_expert: a row for every chosen expert, wherever it is. per_rank: one for every rank that holds a chosen expert.
-    per_node: one to every other node that holds one, where it is passed on to those ranks over NVLink, as DeepEP does.
+    per_node: one to every other node that holds one, where it is passed on to those ranks over NVLink. The routing weights
+    (4 bytes a slot), the counts and the choices (4 bytes a slot, once a forward) are left out.
     """
     ep, local = w.ep, local_peers(w.ep, 1, layout.gpus_per_node)
     token = float(w.tokens * w.model.hidden_size * w.element_bytes)
-    if cluster.dispatch_copies == "per_expert":
-        copies = w.model.num_experts_per_tok / ep
-        return Dispatch(token * copies * (local - 1), token * copies * (ep - local))
-    rank_share = hit_probability(w, 1)
-    if cluster.dispatch_copies == "per_rank":
-        return Dispatch(token * rank_share * (local - 1), token * rank_share * (ep - local))
-    other_nodes = -(-(ep - local) // local)
-    # Of what arrives on a node, the landing rank itself needs one part in `local`; the rest is passed on.
-    passed_on = (ep - local) * (local - 1) / local
-    return Dispatch(
-        token * rank_share * (local - 1 + passed_on), token * hit_probability(w, local) * other_nodes
-    )
+    if layout.dispatch == "per_expert":
+        copies = token * w.model.num_experts_per_tok / ep
+        return (Hop(copies * (local - 1), copies * (ep - local)),)
+    copies = token * hit_probability(w, 1)
+    nodes = -(-ep // local)
+    if layout.dispatch == "per_rank" or nodes == 1:
+        return (Hop(copies * (local - 1), copies * (ep - local)),)
+    between = Hop(0.0, token * hit_probability(w, local) * (nodes - 1))
+    return between, Hop(copies * (local - 1) * nodes, 0.0, 2 * copies * local * nodes)
 
 
 def hit_probability(w: Workload, num_ranks: int) -> float:
@@ -123,8 +123,16 @@ def all_to_all_seconds(w: Workload, layout: Layout, cluster: ClusterConfig) -> f
     """One dispatch or one combine."""
     if w.ep == 1:
         return 0.0
-    traffic = dispatch_traffic(w, layout, cluster)
-    return Network(cluster).exchange(traffic.intranode_bytes, traffic.internode_bytes)
+    network = Network(cluster)
+    memory = cluster.memory_bytes_per_second * cluster.memory_efficiency
+    parts = layout.relay_parts
+    seconds = [
+        network.exchange(hop.intranode_bytes / parts, hop.internode_bytes / parts)
+        + hop.passed_on_bytes / parts / memory
+        for hop in dispatch_hops(w, layout)
+    ]
+    # The hops of a part follow each other; those of different parts go over different wires.
+    return sum(seconds) + (parts - 1) * max(seconds)
 
 
 def hop_seconds(w: Workload, layout: Layout, cluster: ClusterConfig) -> float:

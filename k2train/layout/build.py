@@ -37,12 +37,21 @@ def build_layout(
     num_pieces = layout.pp * layout.vpp if placement is None else len(placement)
     _check_pieces(layout, model, num_pieces)
     _check_experts(layout, model)
+    _check_dispatch(layout, cluster.gpus_per_node)
     stages = tuple(range(layout.pp)) * layout.vpp if placement is None else tuple(placement)
     grid = RankGrid(layout.pp, resolve_edp(layout, cluster.gpus_per_node), layout.ep)
     counts = layout.layers_per_virtual_stage
     if counts is None:
         counts = balance(PipelineWeights(*piece_weights(model, seq_len)), stages)
-    return Layout(grid, cluster.gpus_per_node, _pieces(counts), stages, model.n_routed_experts)
+    return Layout(
+        grid,
+        cluster.gpus_per_node,
+        _pieces(counts),
+        stages,
+        model.n_routed_experts,
+        layout.dispatch,
+        layout.dispatch_parts,
+    )
 
 
 def resolve_edp(layout: LayoutConfig, gpus_per_node: int) -> int:
@@ -83,6 +92,15 @@ def _check_experts(layout: LayoutConfig, model: ModelConfig) -> None:
         raise ConfigError(
             "layout.ep", layout.ep, f"must divide model.n_routed_experts={model.n_routed_experts}"
         )
+
+
+def _check_dispatch(layout: LayoutConfig, gpus_per_node: int) -> None:
+    """Passing tokens on inside a node needs groups that lie on whole nodes alike."""
+    if layout.dispatch == "per_node" and layout.ep % gpus_per_node and gpus_per_node % layout.ep:
+        raise ConfigError("layout.dispatch", "per_node",
+                          f"layout.ep={layout.ep} must divide cluster.gpus_per_node={gpus_per_node} or be a multiple of it, "
+                          "so that every group has as many ranks on each of its nodes",
+                          "use layout.dispatch=per_rank")  # fmt: skip
 
 
 def _check_size(field: str, value: int, most: int) -> None:

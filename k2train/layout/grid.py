@@ -75,6 +75,12 @@ class RankGrid:
         first = pp_rank * self.dp
         return tuple(range(first, first + self.dp))
 
+    def relay_groups(self, rank: int, relay_ranks: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
+        """Of `rank`'s ep group, in runs of `relay_ranks`: the ranks of its run, and those at its place in every run."""
+        group = self.group("ep", rank)
+        run, place = divmod(group.index(rank), relay_ranks)
+        return group[run * relay_ranks : (run + 1) * relay_ranks], group[place::relay_ranks]
+
     def groups(self, axis: Axis) -> tuple[tuple[int, ...], ...]:
         """All groups of an axis, by their first rank. Every rank is in exactly one of them."""
         return tuple(group for rank in range(self.world) if (group := self.group(axis, rank))[0] == rank)

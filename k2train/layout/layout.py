@@ -10,6 +10,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from functools import cached_property
 
+from k2train.config.sections import DispatchKind
 from k2train.layout.grid import RankGrid
 
 
@@ -43,6 +44,8 @@ class Layout:
     placement: tuple[int, ...]
     """The stage (pp_rank) of every virtual stage."""
     n_routed_experts: int
+    dispatch: DispatchKind = "per_expert"
+    dispatch_parts: int = 1
 
     @property
     def pp(self) -> int:
@@ -83,6 +86,19 @@ class Layout:
         """The ranks on a machine."""
         first = node * self.gpus_per_node
         return range(first, min(first + self.gpus_per_node, self.world))
+
+    @property
+    def relay_ranks(self) -> int | None:
+        """How many neighbouring ranks of an expert-parallel group pass a token on among themselves, once it has reached one
+        of them: those of a node, or the whole group where each rank is sent its own copy. None: every expert is."""
+        if self.dispatch == "per_expert" or self.ep == 1:
+            return None
+        return min(self.ep, self.gpus_per_node) if self.dispatch == "per_node" else self.ep
+
+    @property
+    def relay_parts(self) -> int:
+        """The parts that a microbatch's tokens are sent in: more than one only where there are two hops to overlap."""
+        return self.dispatch_parts if self.relay_ranks not in (None, self.ep) else 1
 
     def stage_of(self, virtual_stage: int) -> int:
         """The stage a virtual stage lives on."""

@@ -1,14 +1,14 @@
 """Transformer layers as phases.
 
-A dense layer is attention and mlp. A MoE layer is attention (with norm, router and permutation), dispatch, experts and
-combine; what travels between its phases:
+A dense layer is attention and mlp. A MoE layer is attention (with norm and router), dispatch, experts and combine; what
+travels between its phases:
 
-    attention -> residual_TD normed_TD rows_ND weights_N token_of_row_N row_of_slot_TK counts_E
-    dispatch  -> residual_TD normed_TD rows_MD weights_M token_of_row_N row_of_slot_TK offsets_L
-    experts   -> partial_TD (residual + shared expert) rows_MD token_of_row_N row_of_slot_TK
+    attention -> residual_TD normed_TD weights_TK experts_TK counts_E
+    dispatch  -> residual_TD normed_TD rows_MD weights_M offsets_L
+    experts   -> partial_TD (residual + shared expert) rows_MD
     combine   -> x_TD
 
-Letters: T tokens, K experts per token, N = T x K rows here, M rows at local experts, E experts, L local experts, D hidden.
+Letters: T tokens, K experts per token, M rows at local experts, E experts, L local experts, D hidden.
 """
 
 from __future__ import annotations
@@ -25,9 +25,8 @@ from k2train.model.feed_forward import FeedForward, RoutedExperts
 from k2train.model.phase import CommunicationPhase, ComputePhase, Grads, Started, Tensors
 from k2train.model.pieces import Allocator, Piece
 from k2train.model.routing import Router
-from k2train.model.saved import Held, named_norm
+from k2train.model.saved import named_norm
 from k2train.ops.attention_tiles import AttentionScratch
-from k2train.ops.permute import gather_rows, gather_slots, sort_slots, sum_slots
 from k2train.ops.weight_grad import WeightGradSlot
 
 
@@ -64,7 +63,7 @@ class AttentionPhase(ComputePhase):
 
 
 class RoutedAttentionPhase(AttentionPhase):
-    """A MoE layer's attention, followed by its second norm, the router, and the copies of tokens sorted by expert."""
+    """A MoE layer's attention, followed by its second norm and the router."""
 
     def __init__(
         self, model: ModelConfig, layer: int, rotary: Rotary, scratch: AttentionScratch, allocator: Allocator
@@ -82,14 +81,11 @@ class RoutedAttentionPhase(AttentionPhase):
         names = ("attention_residual", "post_norm_output")
         normed_TD = named_norm(context.saved, names, residual_TD, self.post_norm, self.model.rms_norm_eps)
         experts_TK, weights_TK, counts_E = self.router(normed_TD, context, slot)
-        order = sort_slots(experts_TK)
-        context.saved.name("routing", extras=(order.token_of_row, order.row_of_slot))
-        rows_ND, weights_N = gather_rows(normed_TD, order), gather_slots(weights_TK, order)
-        return residual_TD, normed_TD, rows_ND, weights_N, order.token_of_row, order.row_of_slot, counts_E
+        return residual_TD, normed_TD, weights_TK, experts_TK, counts_E
 
 
 class DispatchPhase(CommunicationPhase):
-    """Rows and their weights to their experts; backward brings the gradients of both back."""
+    """Tokens and their weights to their experts' rows; backward brings the gradients of both back."""
 
     def __init__(self, layer: int, dispatcher: Dispatcher) -> None:
         super().__init__(f"layer{layer}.dispatch")
@@ -99,25 +95,27 @@ class DispatchPhase(CommunicationPhase):
         return []
 
     def start_forward(self, inputs: Tensors, context: MicrobatchContext) -> Started:
-        residual_TD, normed_TD, rows_ND, weights_N, token_of_row_N, row_of_slot_TK, counts_E = inputs
-        route = context.routes[self.layer] = self.dispatcher.route(counts_E)
-        pending = self.dispatcher.dispatch((rows_ND, weights_N), route)
-        return Started(pending, (residual_TD, normed_TD, token_of_row_N, row_of_slot_TK))
+        residual_TD, normed_TD, weights_TK, experts_TK, counts_E = inputs
+        route = context.routes[self.layer] = self.dispatcher.route(experts_TK, counts_E, context.saved)
+        pending = self.dispatcher.dispatch(normed_TD, route, weights_TK)
+        return Started(pending, (residual_TD, normed_TD))
 
     def finish_forward(self, started: Started, context: MicrobatchContext) -> tuple[Tensors, None]:
-        residual_TD, normed_TD, *order = started.rest
         rows_MD, weights_M = started.pending.wait()
-        return (residual_TD, normed_TD, rows_MD, weights_M, *order, context.routes[self.layer].offsets), None
+        return (*started.rest, rows_MD, weights_M, context.routes[self.layer].offsets), None
 
     def start_backward(self, record: None, grad_outputs: Grads, context: MicrobatchContext) -> Started:
-        dresidual_TD, dnormed_TD, drows_MD, dweights_M, *_ = grad_outputs
+        dresidual_TD, dnormed_TD, drows_MD, dweights_M, _ = grad_outputs
         assert drows_MD is not None
-        assert dweights_M is not None
-        pending = self.dispatcher.combine((drows_MD, dweights_M), context.routes.pop(self.layer))
+        pending = self.dispatcher.combine(drows_MD, context.routes.pop(self.layer), dweights_M)
         return Started(pending, (dresidual_TD, dnormed_TD))
 
     def finish_backward(self, started: Started, context: MicrobatchContext) -> Grads:
-        return (*started.rest, *started.pending.wait(), None, None, None)
+        dresidual_TD, dshared_TD = started.rest
+        dnormed_TD, dweights_TK = started.pending.wait()
+        if dshared_TD is not None:
+            dnormed_TD.add_(dshared_TD)
+        return dresidual_TD, dnormed_TD, dweights_TK, None, None
 
 
 class ExpertsPhase(ComputePhase):
@@ -140,17 +138,17 @@ class ExpertsPhase(ComputePhase):
         return self.routed.pieces() + (self.shared.pieces() if self.shared else [])
 
     def compute(self, inputs: Tensors, context: MicrobatchContext, slot: WeightGradSlot | None) -> Tensors:
-        residual_TD, normed_TD, rows_MD, weights_M, token_of_row_N, row_of_slot_TK, offsets_L = inputs
+        residual_TD, normed_TD, rows_MD, weights_M, offsets_L = inputs
         saved = context.saved
         saved.name("expert_input", rows_MD)
         saved.name("routing", extras=(weights_M, offsets_L))
         out_MD = self.routed(rows_MD, weights_M, offsets_L, slot, saved)
         partial_TD = self.shared(normed_TD, slot, saved).add_(residual_TD) if self.shared else residual_TD
-        return partial_TD, out_MD, token_of_row_N, row_of_slot_TK
+        return partial_TD, out_MD
 
 
 class CombinePhase(CommunicationPhase):
-    """Rows back to their tokens and added up; backward sends every token's gradient to its K rows."""
+    """Rows back to their tokens and added up; backward copies every token's gradient to its rows."""
 
     def __init__(self, layer: int, dispatcher: Dispatcher) -> None:
         super().__init__(f"layer{layer}.combine")
@@ -160,27 +158,24 @@ class CombinePhase(CommunicationPhase):
         return []
 
     def start_forward(self, inputs: Tensors, context: MicrobatchContext) -> Started:
-        partial_TD, rows_MD, token_of_row_N, row_of_slot_TK = inputs
-        pending = self.dispatcher.combine((rows_MD,), context.routes[self.layer])
-        return Started(pending, (partial_TD, token_of_row_N, row_of_slot_TK))
+        partial_TD, rows_MD = inputs
+        return Started(self.dispatcher.combine(rows_MD, context.routes[self.layer]), (partial_TD,))
 
-    def finish_forward(self, started: Started, context: MicrobatchContext) -> tuple[Tensors, Held]:
-        partial_TD, token_of_row_N, row_of_slot_TK = started.rest
-        (rows_ND,) = started.pending.wait()
-        context.routes[self.layer].settle()
-        held = context.saved.hold(token_of_row_N)
-        return (sum_slots(rows_ND, row_of_slot_TK).add_(partial_TD),), held
+    def finish_forward(self, started: Started, context: MicrobatchContext) -> tuple[Tensors, None]:
+        (partial_TD,) = started.rest
+        (sum_TD,) = started.pending.wait()
+        context.routes[self.layer].settle(context.saved)
+        return (sum_TD.add_(partial_TD),), None
 
-    def start_backward(self, record: Held, grad_outputs: Grads, context: MicrobatchContext) -> Started:
+    def start_backward(self, record: None, grad_outputs: Grads, context: MicrobatchContext) -> Started:
         (dx_TD,) = grad_outputs
         assert dx_TD is not None
-        drows_ND = dx_TD.index_select(0, record.get())
-        return Started(self.dispatcher.dispatch((drows_ND,), context.routes[self.layer]), (dx_TD,))
+        return Started(self.dispatcher.dispatch(dx_TD, context.routes[self.layer]), (dx_TD,))
 
     def finish_backward(self, started: Started, context: MicrobatchContext) -> Grads:
         (dx_TD,) = started.rest
         (drows_MD,) = started.pending.wait()
-        return dx_TD, drows_MD, None, None
+        return dx_TD, drows_MD
 
 
 class MlpPhase(ComputePhase):

@@ -1,14 +1,13 @@
 """Moving tokens to rows sorted by expert and back, by index in both directions.
 
-A token's copies are its slots (token, k); a row is one slot after the sort by expert. Both index tables are made once,
-so every direction is a gather: no masks, no scatter with duplicates, sums in a fixed order.
+A token's copies are its slots (token, k); a row is one slot after the sort by expert. Every direction is a gather: no
+masks, no scatter with duplicates, sums in a fixed order.
 Letters: T tokens, K experts per token, N = T x K rows, D features.
 """
 
 from __future__ import annotations
 
 import dataclasses
-from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -34,45 +33,20 @@ def sort_slots(experts_TK: torch.Tensor) -> Permutation:
     return Permutation(slot_of_row_N, row_of_slot_N.view(experts_TK.shape), token_of_row_N)
 
 
-def gather_rows(x_TD: torch.Tensor, permutation: Permutation) -> torch.Tensor:
-    """Each token's features at its K rows (N, D). Saves the index tables alone."""
-    return _GatherRows.apply(x_TD, permutation.token_of_row, permutation.row_of_slot)
-
-
-def gather_slots(w_TK: torch.Tensor, permutation: Permutation) -> torch.Tensor:
-    """The slots' values in row order (N,). Saves the index table alone."""
-    return _GatherSlots.apply(w_TK, permutation.slot_of_row, permutation.row_of_slot)
-
-
 def sum_slots(rows_ND: torch.Tensor, row_of_slot_TK: torch.Tensor) -> torch.Tensor:
-    """Every token's K rows added up (T, D); the transpose of gather_rows."""
+    """Every token's K rows added up (T, D); the transpose of copying each token to its rows."""
     # Gather and sum in one pass: the gathered (T, K, D) is never written.
     return F.embedding_bag(row_of_slot_TK, rows_ND, mode="sum")
 
 
-class _GatherRows(torch.autograd.Function):
-    @staticmethod
-    def forward(
-        ctx: Any, x_TD: torch.Tensor, token_of_row_N: torch.Tensor, row_of_slot_TK: torch.Tensor
-    ) -> torch.Tensor:
-        ctx.save_for_backward(row_of_slot_TK)
-        return x_TD.index_select(0, token_of_row_N)
+def sum_copies(copies_ND: torch.Tensor, source_of_copy_N: torch.Tensor, num_sources: int) -> torch.Tensor:
+    """The sum of each source's copies (S, D), any number of them, in the order they stand in; zero where there is none.
 
-    @staticmethod
-    def backward(ctx: Any, *grads: torch.Tensor) -> Any:
-        (row_of_slot_TK,) = ctx.saved_tensors
-        return sum_slots(grads[0], row_of_slot_TK), None, None
-
-
-class _GatherSlots(torch.autograd.Function):
-    @staticmethod
-    def forward(
-        ctx: Any, w_TK: torch.Tensor, slot_of_row_N: torch.Tensor, row_of_slot_TK: torch.Tensor
-    ) -> torch.Tensor:
-        ctx.save_for_backward(row_of_slot_TK)
-        return w_TK.reshape(-1).index_select(0, slot_of_row_N)
-
-    @staticmethod
-    def backward(ctx: Any, *grads: torch.Tensor) -> Any:
-        (row_of_slot_TK,) = ctx.saved_tensors
-        return grads[0].index_select(0, row_of_slot_TK.reshape(-1)).view(row_of_slot_TK.shape), None, None
+    The transpose of `sources.index_select(0, source_of_copy_N)`.
+    """
+    if not copies_ND.shape[0]:
+        return copies_ND.new_zeros(num_sources, copies_ND.shape[1])
+    sorted_N, order_N = torch.sort(source_of_copy_N, stable=True)
+    sources_S = torch.arange(num_sources, dtype=sorted_N.dtype, device=sorted_N.device)
+    first_S = torch.searchsorted(sorted_N, sources_S)
+    return F.embedding_bag(order_N, copies_ND, first_S, mode="sum")

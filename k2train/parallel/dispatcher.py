@@ -1,4 +1,4 @@
-"""The all-to-all that takes rows to their experts and brings them back: model.dispatcher's protocol over an ep group.
+"""The all-to-all that sends a row for every expert a token chose: model.dispatcher's protocol over an ep group.
 
 Expert e lives on ep rank e // L. Rows leave sorted by expert, so they are already sorted by destination; they arrive
 sorted by source and within a source by expert, and are sorted once more so that each local expert's rows are neighbours,
@@ -11,7 +11,10 @@ which is what a grouped product needs.
 Both moves are linear and each is the other's transpose; forward and backward share one Route. Any rank may send or
 receive nothing. Payloads keep their type: K2 computes in BF16 and sends BF16 (K2 report, section 2.4.3).
 
-Letters: E experts, L local experts, P ranks of the group, N rows here, M rows at local experts.
+`relay_dispatcher.py` sends a token once for every rank or node instead.
+
+Letters: T tokens, K experts per token, E experts, L local experts, P ranks of the group, N rows here, M rows at local
+experts.
 """
 
 from __future__ import annotations
@@ -21,8 +24,11 @@ from collections.abc import Callable
 
 import torch
 
-from k2train.model.dispatcher import Pending, Route, Tensors
+from k2train.model.dispatcher import Pending, Route, SlotOrder, Tensors
+from k2train.model.saved import SavedActivations
 from k2train.parallel.communicator import Communicator, Work
+
+_Last = Callable[[torch.Tensor], torch.Tensor]
 
 
 class ExpertRoute:
@@ -30,19 +36,23 @@ class ExpertRoute:
 
     here[p]: rows this rank has for rank p; there[p]: rows that come from rank p. arriving_PL: the same for each local
     expert. offsets (L,) int32: the row after each local expert's last. What is kept from forward to backward are these
-    counts; the two permutations, 16 bytes a row, are worked out from them when they are needed.
+    counts and `slots`, the order of the rows here; the order of those that arrive, 16 bytes a row, is worked out from the
+    counts when it is needed.
     """
 
-    def __init__(self, here: list[int], there: list[int], arriving_PL: torch.Tensor) -> None:
-        self.here, self.there, self.arriving_PL = here, there, arriving_PL
+    def __init__(
+        self, slots: SlotOrder, here: list[int], there: list[int], arriving_PL: torch.Tensor
+    ) -> None:
+        self.slots, self.here, self.there, self.arriving_PL = slots, here, there, arriving_PL
         self._orders: tuple[torch.Tensor, torch.Tensor] | None = None
 
     @property
     def offsets(self) -> torch.Tensor:
         return self.arriving_PL.sum(0).cumsum(0).to(torch.int32)
 
-    def settle(self) -> None:
+    def settle(self, saved: SavedActivations) -> None:
         """Let the permutations go until the backward."""
+        self.slots.settle(saved)
         self._orders = None
 
     @property
@@ -77,16 +87,16 @@ def _orders(arriving_PL: torch.Tensor, num_rows: int) -> tuple[torch.Tensor, tor
 
 @dataclasses.dataclass(frozen=True)
 class _Moving:
-    """Tensors under way, and what to do to each when it has arrived."""
+    """Tensors under way, and what to do to each when it has arrived: to tokens' rows, and to their weights if any come."""
 
     works: tuple[Work, ...]
     arrived: Tensors
-    then: Callable[[torch.Tensor], torch.Tensor]
+    then: tuple[_Last, _Last]
 
     def wait(self) -> Tensors:
         for work in self.works:
             work.wait()
-        return tuple(self.then(tensor) for tensor in self.arrived)
+        return tuple(last(tensor) for tensor, last in zip(self.arrived, self.then, strict=False))
 
 
 class AllToAllDispatcher:
@@ -101,32 +111,34 @@ class AllToAllDispatcher:
         self.group = group
         self.num_local = num_experts // group.size
 
-    def route(self, counts_E: torch.Tensor) -> ExpertRoute:
+    def route(self, experts_TK: torch.Tensor, counts_E: torch.Tensor, saved: SavedActivations) -> ExpertRoute:
+        slots = SlotOrder(experts_TK, saved)
         sent_PL = counts_E.to(torch.int64).view(self.group.size, self.num_local).contiguous()
         arriving_PL = torch.empty_like(sent_PL)
         self.group.all_to_all(arriving_PL, sent_PL)
         here, there = torch.stack([sent_PL.sum(1), arriving_PL.sum(1)]).tolist()
-        return ExpertRoute(here, there, arriving_PL)
+        return ExpertRoute(slots, here, there, arriving_PL)
 
-    def dispatch(self, tensors: Tensors, route: Route) -> Pending:
-        """Start moving tensors of N rows, sorted by expert, to tensors of M rows, sorted by local expert."""
+    def dispatch(self, x_TD: torch.Tensor, route: Route, weights_TK: torch.Tensor | None = None) -> Pending:
         assert isinstance(route, ExpertRoute)
-        order = route.to_expert
-        return self._move(tensors, route.here, route.there, lambda rows: rows.index_select(0, order))
+        order_M = route.to_expert
+        rows: Tensors = (route.slots.copy(x_TD),)
+        if weights_TK is not None:
+            rows += (route.slots.to_rows(weights_TK),)
 
-    def combine(self, tensors: Tensors, route: Route) -> Pending:
-        """Start moving tensors of M rows, sorted by local expert, back to the N rows they came from."""
+        def sort(arrived: torch.Tensor) -> torch.Tensor:
+            return arrived.index_select(0, order_M)
+
+        return self._move(rows, route.here, route.there, (sort, sort))
+
+    def combine(self, rows_MD: torch.Tensor, route: Route, weights_M: torch.Tensor | None = None) -> Pending:
         assert isinstance(route, ExpertRoute)
-        order = route.to_source
-        back = tuple(rows.index_select(0, order) for rows in tensors)
-        return self._move(back, route.there, route.here, lambda rows: rows)
+        order_M = route.to_source
+        rows = tuple(t.index_select(0, order_M) for t in (rows_MD, weights_M) if t is not None)
+        return self._move(rows, route.there, route.here, (route.slots.sum, route.slots.to_slots))
 
     def _move(
-        self,
-        tensors: Tensors,
-        leaving: list[int],
-        arriving: list[int],
-        then: Callable[[torch.Tensor], torch.Tensor],
+        self, tensors: Tensors, leaving: list[int], arriving: list[int], then: tuple[_Last, _Last]
     ) -> _Moving:
         works, arrived = [], []
         for tensor in tensors:

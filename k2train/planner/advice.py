@@ -14,7 +14,6 @@ from typing import Literal
 from k2train.config.compose import load_config
 from k2train.config.errors import ConfigError
 from k2train.config.schema import Config
-from k2train.estimate.traffic import local_peers
 from k2train.planner.memory import MICROBATCHES_PER_STAGE
 from k2train.planner.plan import Plan, build_plan
 
@@ -98,17 +97,16 @@ def _shorter(config: Config, plan: Plan) -> Config:
 def all_to_all_note(plan: Plan) -> str | None:
     """Where the steady phase waits for the all-to-all: how much, and what sending a token once per node would leave."""
     exposed = steady_ep_share(plan)
-    cluster = plan.config.cluster
-    ep = plan.assembly.layout.ep
-    crosses = local_peers(ep, 1, cluster.gpus_per_node) < ep
-    if exposed < EXPOSED_WORTH_A_NOTE or cluster.dispatch_copies == "per_node" or not crosses:
+    layout = plan.config.layout
+    gpus = plan.config.cluster.gpus_per_node
+    crosses_evenly = layout.ep > gpus and layout.ep % gpus == 0
+    if exposed < EXPOSED_WORTH_A_NOTE or layout.dispatch == "per_node" or not crosses_evenly:
         return None
-    other = dataclasses.replace(cluster, dispatch_copies="per_node")
-    tried = build_plan(dataclasses.replace(_shorter(plan.config, plan), cluster=other), check=False)
+    other = dataclasses.replace(layout, dispatch="per_node")
+    tried = build_plan(dataclasses.replace(_shorter(plan.config, plan), layout=other), check=False)
     return (
-        f"The all-to-all is not fully hidden: the steady phase waits for it {100 * exposed:.1f} % of its time. If a token "
-        f"crossed once per node instead of once per expert (cluster.dispatch_copies=per_node; planned only, the "
-        f"dispatcher does not do it) that would be {100 * steady_ep_share(tried):.1f} %."
+        f"The all-to-all is not fully hidden: the steady phase waits for it {100 * exposed:.1f} % of its time. With "
+        f"layout.dispatch=per_node, where a token crosses to a node once, that would be {100 * steady_ep_share(tried):.1f} %."
     )
 
 

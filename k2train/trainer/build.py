@@ -20,7 +20,7 @@ from k2train.estimate.activations import check_policies
 from k2train.layout.build import build_layout, num_microbatches
 from k2train.layout.layout import Layout
 from k2train.layout.tensors import TensorSpec, embedding_tensors, head_tensors, layer_tensors
-from k2train.model.dispatcher import LocalDispatcher
+from k2train.model.dispatcher import Dispatcher, LocalDispatcher
 from k2train.model.model import Model, build_model
 from k2train.model.pieces import ModelPart
 from k2train.ops.dtypes import DTYPES
@@ -30,6 +30,8 @@ from k2train.optim.optimizer import Optimizer
 from k2train.parallel.dispatcher import AllToAllDispatcher
 from k2train.parallel.groups import Groups
 from k2train.parallel.pipeline import PipelineTransport
+from k2train.parallel.relay_dispatcher import RelayDispatcher
+from k2train.parallel.side_stream import SideStream
 from k2train.planner.assemble import schedule_spec
 from k2train.runtime.stage import PipelineStage, Route
 from k2train.schedule import Schedule, build_schedule, validate
@@ -147,12 +149,23 @@ def build_run(
     )
 
 
+def build_dispatcher(
+    num_experts: int, groups: Groups, device: torch.device, num_parts: int = 1
+) -> Dispatcher:
+    """How this rank's tokens reach their experts. It communicates with nobody."""
+    if groups.ep.size == 1:
+        return LocalDispatcher()
+    if groups.relay is None:
+        return AllToAllDispatcher(groups.ep, num_experts)
+    return RelayDispatcher(groups.ep, groups.relay, groups.rail, num_experts, SideStream(device), num_parts)
+
+
 def build_models(config: Config, layout: Layout, groups: Groups, device: torch.device) -> dict[int, Model]:
     """The model parts of this rank's virtual stages, initialised, in the order of the model."""
     experts = config.model.n_routed_experts
     per_rank = experts // layout.ep
     mine = tuple(range(groups.ep.rank * per_rank, (groups.ep.rank + 1) * per_rank))
-    dispatcher = AllToAllDispatcher(groups.ep, experts) if layout.ep > 1 else LocalDispatcher()
+    dispatcher = build_dispatcher(experts, groups, device, layout.relay_parts)
     models = {}
     for virtual_stage, piece in enumerate(layout.virtual_stages):
         if layout.placement[virtual_stage] != groups.pp.rank:

@@ -106,7 +106,7 @@ def train(config: Config, words: Sequence[str] = ()) -> Outcome:
     with StopRequest() as stop, GarbageControl() as garbage:
 
         def run_rank(world: World) -> Outcome:
-            groups = build_groups(layout.grid, world)
+            groups = build_groups(layout.grid, world, layout.relay_ranks)
             run = build_run(config, layout, ready.schedule, corpus, groups, world.device)
             return train_rank(run, stop, garbage, words)
 

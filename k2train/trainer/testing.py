@@ -25,6 +25,15 @@ def run_on_ranks(
     corpus = open_corpus(config)
 
     def run_rank(world: World) -> T:
-        return fn(build_run(config, layout, schedule, corpus, build_groups(layout.grid, world), world.device))
+        return fn(
+            build_run(
+                config,
+                layout,
+                schedule,
+                corpus,
+                build_groups(layout.grid, world, layout.relay_ranks),
+                world.device,
+            )
+        )
 
     return run_distributed_test(run_rank, layout.world, backend, timeout_seconds)

@@ -9,7 +9,7 @@ from k2train.estimate.layer_ops import workload
 from k2train.estimate.traffic import (
     Network,
     all_to_all_seconds,
-    dispatch_traffic,
+    dispatch_hops,
     hit_probability,
     hop_seconds,
     local_peers,
@@ -36,8 +36,8 @@ def test_expected_copies_equal_the_mean_over_all_choices(
     model, train, make_layout, cluster, copies, ep, gpus
 ):
     small = dataclasses.replace(model, n_routed_experts=12, num_experts_per_tok=3)
-    cluster = dataclasses.replace(cluster, gpus_per_node=gpus, dispatch_copies=copies)
-    layout = make_layout(cluster, ep=ep, pp=1)
+    cluster = dataclasses.replace(cluster, gpus_per_node=gpus)
+    layout = make_layout(cluster, ep=ep, pp=1, dispatch=copies)
     w = workload(small, train, ep)
     near, far, choices = 0.0, 0.0, list(itertools.combinations(range(12), 3))
     for chosen in choices:
@@ -56,9 +56,10 @@ def test_expected_copies_equal_the_mean_over_all_choices(
             else:
                 far += len(outside) / local
     token = w.tokens * model.hidden_size * 2
-    traffic = dispatch_traffic(w, layout, cluster)
-    assert traffic.intranode_bytes == pytest.approx(token * near / len(choices))
-    assert traffic.internode_bytes == pytest.approx(token * far / len(choices))
+    hops = dispatch_hops(w, layout)
+    assert sum(hop.intranode_bytes for hop in hops) == pytest.approx(token * near / len(choices))
+    assert sum(hop.internode_bytes for hop in hops) == pytest.approx(token * far / len(choices))
+    assert len(hops) == (2 if copies == "per_node" and ep > gpus else 1)
 
 
 def test_hit_probability_is_certain_for_all_ranks_and_nothing_for_none(model, train):
@@ -85,12 +86,10 @@ def test_all_to_all_inside_a_node_never_touches_the_network(model, train, make_l
     assert all_to_all_seconds(workload(model, train, 1), make_layout(), cluster) == 0.0
 
 
-def test_copying_per_node_sends_less_than_per_rank_and_that_less_than_per_expert(
-    model, train, make_layout, cluster
-):
-    layout, w = make_layout(ep=8), workload(model, train, 8)
+def test_copying_per_node_sends_less_than_per_rank_and_that_less_than_per_expert(model, train, make_layout):
+    w = workload(model, train, 8)
     far = [
-        dispatch_traffic(w, layout, dataclasses.replace(cluster, dispatch_copies=copies)).internode_bytes
+        sum(hop.internode_bytes for hop in dispatch_hops(w, make_layout(ep=8, dispatch=copies)))
         for copies in ("per_node", "per_rank", "per_expert")
     ]
     assert far == sorted(far)

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from k2train.model.context import MicrobatchContext
-from k2train.model.dispatcher import Arrived
+from k2train.model.dispatcher import LocalDispatcher
 from k2train.model.model import backward, build_model, forward, forward_backward, forward_loss, logits
 from k2train.model.pieces import ModelPart, whole_model
 from k2train.ops.weight_grad import PlainGradients, WeightGradQueue
@@ -115,26 +115,11 @@ def test_communication_phases_run_in_halves(family, make_model):
         assert torch.equal(gradient, halves.gradients.buffers[parameter])
 
 
-@dataclasses.dataclass
-class ReversedRoute:
-    offsets: torch.Tensor
-    counts: list[int]
+class ReversedExperts(LocalDispatcher):
+    """Holds the experts in reverse order, so that rows come in another order than experts are numbered in."""
 
-    def settle(self):
-        pass
-
-
-class ReversedExperts:
-    """Holds the experts in reverse order, so rows really move; a stand-in for an exchange of uneven splits."""
-
-    def route(self, counts_E):
-        return ReversedRoute(counts_E.flip(0).cumsum(0).to(torch.int32), counts_E.tolist())
-
-    def dispatch(self, tensors, route):
-        return Arrived(tuple(torch.cat(t.split(route.counts)[::-1]) for t in tensors))
-
-    def combine(self, tensors, route):
-        return Arrived(tuple(torch.cat(t.split(route.counts[::-1])[::-1]) for t in tensors))
+    def route(self, experts_TK, counts_E, saved):
+        return super().route(len(counts_E) - 1 - experts_TK, counts_E.flip(0), saved)
 
 
 def test_the_order_in_which_a_rank_stores_its_experts_changes_nothing(families, make_model):

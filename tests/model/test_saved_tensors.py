@@ -72,9 +72,9 @@ def test_a_moe_layer_saves_the_named_tensors_and_no_others(family, make_model):
     names = {field.name for field in dataclasses.fields(ActivationsConfig)}
     assert set(table) <= names
     tokens = SEQUENCES * LENGTH
-    # Routing keeps scores, chosen experts and the permutation, and the experts' offsets.
+    # Routing keeps scores, chosen experts and the experts' offsets; a route's tables are held outside of autograd.
     experts, k = family.n_routed_experts, family.num_experts_per_tok
-    routing = [experts * tokens, *[k * tokens] * 2, experts]
+    routing = [experts * tokens, k * tokens, experts]
     expected = [width * tokens for parts in table.values() for width in parts] + routing
     got = [t.untyped_storage().nbytes() // t.element_size() for t in saved]
     assert sorted(got) == sorted(expected)

@@ -14,7 +14,7 @@ from k2train.config.model import YarnConfig
 from k2train.estimate.layer_costs import LOGITS_CHUNK_ELEMENTS
 from k2train.ops.cross_entropy import default_chunk_elements, linear_cross_entropy
 from k2train.ops.norm import inverse_rms, rms_norm, rms_norm_reference
-from k2train.ops.permute import gather_rows, gather_slots, sort_slots, sum_slots
+from k2train.ops.permute import sort_slots, sum_copies, sum_slots
 from k2train.ops.rotary import (
     RotaryTables,
     rotary_keys,
@@ -67,9 +67,6 @@ def test_gradcheck_of_every_custom_function():
         tables = RotaryTables.of(cos, sin, nope)
         assert check(lambda q, t=tables: rotary_queries(q, t), (leaf(2, 6, 3, nope + 4),))
         assert check(lambda kv, k, t=tables: rotary_keys(kv, k, t), (leaf(2, 6, 3, nope + 2), leaf(2, 6, 4)))
-    order = sort_slots(routing(5, 4, 3))
-    assert check(lambda x: gather_rows(x, order), (leaf(5, 2),))
-    assert check(lambda w: gather_slots(w, order), (leaf(5, 3),))
 
 
 @pytest.mark.parametrize("normalise", [True, False])
@@ -164,7 +161,6 @@ def test_operations_save_what_they_say_and_no_more():
     tables = RotaryTables.of(cos, sin, 3)
     assert num_saved(lambda: rotary_queries(leaf(1, 4, 2, 5), tables)) == 0
     assert num_saved(lambda: rotary_keys(leaf(1, 4, 2, 5), leaf(1, 4, 2), tables)) == 0
-    assert num_saved(lambda: gather_rows(x, sort_slots(routing(4, 3, 2)))) == 1
 
 
 def test_rows_are_sorted_by_expert_and_in_token_order_within_one():
@@ -174,6 +170,17 @@ def test_rows_are_sorted_by_expert_and_in_token_order_within_one():
     assert order.token_of_row.tolist() == [0, 1, 1, 2, 0, 2]
     rows = torch.arange(6.0).unsqueeze(1)
     assert sum_slots(rows, order.row_of_slot).squeeze(1).tolist() == [4.0, 3.0, 8.0]
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(("copies", "sources"), [(0, 3), (1, 1), (12, 5), (3, 9)])
+def test_copies_are_added_up_at_their_source(dtype, copies, sources):
+    """Against torch's index_add; small whole numbers, so that every type adds them exactly."""
+    generator = torch.Generator().manual_seed(copies)
+    source_N = torch.randint(sources, (copies,), generator=generator)
+    rows_ND = torch.randint(-4, 5, (copies, 3), generator=generator).to(dtype)
+    expected_SD = torch.zeros(sources, 3, dtype=dtype).index_add(0, source_N, rows_ND)
+    assert torch.equal(sum_copies(rows_ND, source_N, sources), expected_SD)
 
 
 def test_an_attached_loss_gets_its_gradient_and_changes_no_value():

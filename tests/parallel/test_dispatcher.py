@@ -1,4 +1,4 @@
-"""Rows reach their experts in order and come back, whoever has how many; each move is the transpose of the other."""
+"""Tokens reach their experts in order and come back, whoever has how many; each move is the transpose of the other."""
 
 from __future__ import annotations
 
@@ -7,152 +7,208 @@ from typing import Literal
 import pytest
 import torch
 
+from k2train.layout.grid import RankGrid
 from k2train.model.context import MicrobatchContext
+from k2train.model.dispatcher import Dispatcher
 from k2train.model.layers import CombinePhase, DispatchPhase
-from k2train.ops.permute import sort_slots
+from k2train.model.saved import KeepEverything
 from k2train.parallel.communicator import World
-from k2train.parallel.dispatcher import AllToAllDispatcher
+from k2train.parallel.groups import build_groups
+from k2train.parallel.relay_dispatcher import RelayRoute
 from k2train.parallel.testing import run_distributed_test
+from k2train.trainer.build import build_dispatcher
 
 Backend = Literal["threads", "processes"]
 BACKENDS: list[Backend] = ["threads", "processes"]
-LOADS = ["uneven", "all to one rank", "one rank has none", "nobody has any", "one expert gets all"]
-# (ranks, experts): one expert a rank, several, an odd group.
-SIZES = [(1, 3), (2, 2), (3, 6), (4, 8)]
+LOADS = ["uneven", "all to one rank", "one rank has one expert", "nobody has any", "one expert gets all"]
+# (ranks, experts, ranks a token is passed on among, parts it is sent in; None: a copy for every expert). One expert a rank,
+# several, an odd group, one node, nodes of one rank, nodes of several, parts of several tokens, of one, and of none.
+SIZES = [
+    (1, 3, None, 1), (2, 2, None, 1), (3, 6, None, 1), (4, 8, None, 1),
+    (2, 2, 2, 1), (3, 6, 3, 1), (4, 8, 4, 1), (2, 4, 1, 1), (4, 8, 2, 1), (6, 12, 2, 2), (6, 6, 3, 7), (4, 8, 2, 5),
+]  # fmt: skip
+TOKENS, FEATURES = 5, 3
 
 
-def counts(load: str, ranks: int, experts: int) -> torch.Tensor:
-    """(ranks, experts): how many rows each rank has for each expert."""
-    drawn = torch.randint(0, 4, (ranks, experts), generator=torch.Generator().manual_seed(ranks))
+def choices(load: str, ranks: int, experts: int) -> torch.Tensor:
+    """(ranks, T, K): distinct experts of every token, any number of tokens but the same on every rank."""
+    generator = torch.Generator().manual_seed(ranks * 100 + experts)
+    allowed = torch.arange(experts)
+    tokens = 0 if load == "nobody has any" else TOKENS
     if load == "all to one rank":
-        drawn[:, : experts - experts // ranks] = 0
-    elif load == "one rank has none":
-        drawn[0] = 0
-    elif load == "nobody has any":
-        drawn.zero_()
+        allowed = allowed[experts - experts // ranks :]
     elif load == "one expert gets all":
-        drawn[:, 1:] = 0
-    return drawn
+        allowed = allowed[:1]
+    top_k = min(3, len(allowed))
+    drawn = torch.rand(ranks, tokens, len(allowed), generator=generator).argsort(-1)[..., :top_k]
+    found = allowed[drawn]
+    if load == "one rank has one expert" and top_k == 1:
+        found[0] = 0
+    elif load == "one rank has one expert":
+        # Rank 0's tokens all choose the same experts, so that it has nothing for most of the others.
+        found[0] = torch.arange(top_k)
+    return found
 
 
-def rows(rank: int, counts_E: torch.Tensor) -> torch.Tensor:
-    """Rows sorted by expert that say where they come from: (rank, expert, number)."""
-    found = [(rank, e, i) for e, count in enumerate(counts_E.tolist()) for i in range(count)]
-    return torch.tensor(found, dtype=torch.float64).view(len(found), 3)
+def dispatcher_of(
+    world: World, ranks: int, experts: int, relay_ranks: int | None, num_parts: int = 1
+) -> Dispatcher:
+    groups = build_groups(RankGrid(1, 1, ranks), world, relay_ranks)
+    return build_dispatcher(experts, groups, torch.device("cpu"), num_parts)
+
+
+def counted(experts_TK: torch.Tensor, experts: int) -> torch.Tensor:
+    return torch.bincount(experts_TK.flatten(), minlength=experts)
+
+
+def random(rank: int, *shape: int) -> torch.Tensor:
+    return torch.randn(*shape, dtype=torch.float64, generator=torch.Generator().manual_seed(rank))
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
-@pytest.mark.parametrize(("ranks", "experts"), SIZES)
-def test_rows_arrive_sorted_by_expert_then_by_source_and_come_back(
-    backend: Backend, ranks: int, experts: int
+@pytest.mark.parametrize(("ranks", "experts", "relay_ranks", "num_parts"), SIZES)
+def test_rows_arrive_sorted_by_expert_then_by_source_and_then_by_token(
+    backend: Backend, ranks: int, experts: int, relay_ranks: int | None, num_parts: int
 ) -> None:
+    """The same rows, weights and offsets to the bit, however often a token was sent."""
     local = experts // ranks
 
     def check(world: World) -> None:
-        dispatcher = AllToAllDispatcher(world.group("ep", range(ranks)), experts)
+        dispatcher = dispatcher_of(world, ranks, experts, relay_ranks, num_parts)
         for load in LOADS:
-            every = counts(load, ranks, experts)
-            mine = rows(world.rank, every[world.rank])
-            route = dispatcher.route(every[world.rank])
-            arrived, weights = dispatcher.dispatch((mine, mine[:, 2]), route).wait()
+            every_PTK = choices(load, ranks, experts)
+            mine_TK = every_PTK[world.rank]
+            tokens, top_k = mine_TK.shape
+            numbers_T = torch.arange(tokens, dtype=torch.float64)
+            x_TD = torch.stack([torch.full_like(numbers_T, world.rank), numbers_T], 1)
+            weights_TK = x_TD.sum(1, keepdim=True) * 100 + mine_TK
+            route = dispatcher.route(mine_TK, counted(mine_TK, experts), KeepEverything())
+            rows_MD, weights_M = dispatcher.dispatch(x_TD, route, weights_TK).wait()
             here = range(world.rank * local, (world.rank + 1) * local)
-            expected = [(p, e, i) for e in here for p in range(ranks) for i in range(int(every[p, e].item()))]
-            assert torch.equal(arrived, torch.tensor(expected, dtype=torch.float64).view(-1, 3))
-            assert torch.equal(weights, arrived[:, 2])
+            expected = [
+                (e, p, t)
+                for e in here
+                for p in range(ranks)
+                for t in range(tokens)
+                if e in every_PTK[p, t].tolist()
+            ]
+            assert rows_MD.tolist() == [[p, t] for _, p, t in expected]
+            assert weights_M.tolist() == [(p + t) * 100 + e for e, p, t in expected]
             assert route.offsets.dtype == torch.int32
-            assert route.offsets.tolist() == every[:, list(here)].sum(0).cumsum(0).tolist()
-            assert torch.equal(dispatcher.combine((arrived,), route).wait()[0], mine)
+            assert route.offsets.tolist() == [sum(found[0] <= e for found in expected) for e in here]
+            sums_TD, back_TK = dispatcher.combine(rows_MD, route, weights_M).wait()
+            assert torch.equal(sums_TD, x_TD * top_k)
+            assert torch.equal(back_TK, weights_TK)
 
     run_distributed_test(check, ranks, backend)
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
-@pytest.mark.parametrize(("ranks", "experts"), SIZES)
-def test_dispatch_and_combine_are_transposes(backend: Backend, ranks: int, experts: int) -> None:
+@pytest.mark.parametrize(("ranks", "experts", "relay_ranks", "num_parts"), SIZES)
+def test_dispatch_and_combine_are_transposes(
+    backend: Backend, ranks: int, experts: int, relay_ranks: int | None, num_parts: int
+) -> None:
     def check(world: World) -> None:
-        group = world.group("ep", range(ranks))
-        dispatcher = AllToAllDispatcher(group, experts)
+        group = world.group("all", range(ranks))
+        dispatcher = dispatcher_of(world, ranks, experts, relay_ranks, num_parts)
         for load in LOADS:
-            counts_E = counts(load, ranks, experts)[world.rank]
-            route = dispatcher.route(counts_E)
-            generator = torch.Generator().manual_seed(world.rank)
-            x_ND = torch.randn(int(counts_E.sum()), 5, dtype=torch.float64, generator=generator)
-            y_MD = torch.randn(int(route.offsets[-1].item()), 5, dtype=torch.float64, generator=generator)
-            (moved_MD,) = dispatcher.dispatch((x_ND,), route).wait()
-            (back_ND,) = dispatcher.combine((y_MD,), route).wait()
-            products = torch.stack([(moved_MD * y_MD).sum(), (x_ND * back_ND).sum()])
-            group.all_reduce(products)
-            torch.testing.assert_close(products[0], products[1], rtol=1e-12, atol=1e-12)
+            mine_TK = choices(load, ranks, experts)[world.rank]
+            route = dispatcher.route(mine_TK, counted(mine_TK, experts), KeepEverything())
+            num_rows = int(route.offsets[-1].item())
+            x_TD, w_TK = random(world.rank, len(mine_TK), FEATURES), random(world.rank, *mine_TK.shape)
+            y_MD, v_M = random(world.rank, num_rows, FEATURES), random(world.rank, num_rows)
+            rows_MD, weights_M = dispatcher.dispatch(x_TD, route, w_TK).wait()
+            sums_TD, back_TK = dispatcher.combine(y_MD, route, v_M).wait()
+            forward = torch.stack([(rows_MD * y_MD).sum(), (weights_M * v_M).sum()])
+            backward = torch.stack([(x_TD * sums_TD).sum(), (w_TK * back_TK).sum()])
+            group.all_reduce(forward)
+            group.all_reduce(backward)
+            torch.testing.assert_close(forward, backward, rtol=1e-12, atol=1e-12)
 
     run_distributed_test(check, ranks, backend)
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
-def test_moves_under_way_at_once_do_not_mix(backend: Backend) -> None:
+@pytest.mark.parametrize(
+    ("ranks", "experts", "relay_ranks", "num_parts"), [(3, 6, None, 1), (4, 8, 2, 1), (4, 8, 2, 2)]
+)
+def test_moves_under_way_at_once_do_not_mix(
+    backend: Backend, ranks: int, experts: int, relay_ranks: int | None, num_parts: int
+) -> None:
     def check(world: World) -> None:
-        dispatcher = AllToAllDispatcher(world.group("ep", range(3)), 6)
-        tables = [counts(load, 3, 6)[world.rank] for load in LOADS]
-        routes = [dispatcher.route(table) for table in tables]
-        sent = [rows(world.rank, table) for table in tables]
-        moving = [dispatcher.dispatch((t,), route) for t, route in zip(sent, routes, strict=True)]
+        dispatcher = dispatcher_of(world, ranks, experts, relay_ranks, num_parts)
+        tables = [choices(load, ranks, experts)[world.rank] for load in LOADS]
+        routes = [dispatcher.route(t, counted(t, experts), KeepEverything()) for t in tables]
+        sent = [random(world.rank + index, len(t), FEATURES) for index, t in enumerate(tables)]
+        moving = [dispatcher.dispatch(x, route) for x, route in zip(sent, routes, strict=True)]
         arrived = [pending.wait()[0] for pending in reversed(moving)][::-1]
-        back = [dispatcher.combine((t,), route) for t, route in zip(arrived, routes, strict=True)]
-        for pending, t in zip(back, sent, strict=True):
-            assert torch.equal(pending.wait()[0], t)
+        back = [dispatcher.combine(t, route) for t, route in zip(arrived, routes, strict=True)]
+        for pending, x, table in zip(back, sent, tables, strict=True):
+            torch.testing.assert_close(pending.wait()[0], x * table.shape[1])
 
-    run_distributed_test(check, 3, backend)
+    run_distributed_test(check, ranks, backend)
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
-@pytest.mark.parametrize("favourites", [6, 2, 1])
-def test_backward_of_both_phases_is_the_gradient_of_their_forward(backend: Backend, favourites: int) -> None:
-    """The layer's exchange with experts that multiply by e + 1, against the same without any exchange, by autograd."""
+@pytest.mark.parametrize(("relay_ranks", "num_parts"), [(None, 1), (4, 1), (2, 1), (1, 1), (2, 3)])
+@pytest.mark.parametrize("load", LOADS)
+def test_backward_of_both_phases_is_the_gradient_of_their_forward(
+    backend: Backend, load: str, relay_ranks: int | None, num_parts: int
+) -> None:
+    """The layer's exchange with experts that multiply by weight and e + 1, against plain autograd without any exchange."""
 
     def check(world: World) -> None:
-        generator = torch.Generator().manual_seed(world.rank)
-        x_TD = torch.randn(4, 5, dtype=torch.float64, generator=generator)
-        top_k = min(2, favourites)
-        experts_TK = torch.rand(4, favourites, generator=generator).topk(top_k).indices + 6 - favourites
-        grad_TD = torch.randn(4, 5, dtype=torch.float64, generator=generator)
+        mine_TK = choices(load, 4, 8)[world.rank]
+        shape = (len(mine_TK), FEATURES)
+        x_TD, weights_TK = random(world.rank, *shape), random(world.rank + 9, *mine_TK.shape)
+        grad_TD, dshared_TD = random(world.rank + 19, *shape), random(world.rank + 29, *shape)
 
-        leaf_TD = x_TD.clone().requires_grad_()
-        plain_TD = leaf_TD + sum((experts_TK[:, k : k + 1] + 1) * leaf_TD for k in range(top_k))
-        (dplain_TD,) = torch.autograd.grad(plain_TD, leaf_TD, grad_TD)
+        leaves = x_TD.clone().requires_grad_(), weights_TK.clone().requires_grad_()
+        factor_TK = leaves[1] * (mine_TK + 1)
+        plain_TD = x_TD + factor_TK.sum(1, keepdim=True) * leaves[0]
+        dplain_TD, dweights_TK = torch.autograd.grad(plain_TD, leaves, grad_TD)
 
-        order = sort_slots(experts_TK)
-        dispatcher = AllToAllDispatcher(world.group("ep", range(3)), 6)
+        dispatcher = dispatcher_of(world, 4, 8, relay_ranks, num_parts)
         dispatch, combine = DispatchPhase(0, dispatcher), CombinePhase(0, dispatcher)
         context = MicrobatchContext(num_sequences=1)
-        rows_ND = x_TD[order.token_of_row]
-        counts_E = torch.bincount(experts_TK.flatten(), minlength=6)
-        inputs = (x_TD, x_TD, rows_ND, rows_ND[:, 0], order.token_of_row, order.row_of_slot, counts_E)
-        outputs, _ = dispatch.forward(inputs, context)
-        _, _, rows_MD, _, token_of_row, row_of_slot, offsets_L = outputs
+        inputs = (x_TD, x_TD, weights_TK, mine_TK, counted(mine_TK, 8))
+        (_, _, rows_MD, weights_M, offsets_L), _ = dispatch.forward(inputs, context)
         per_expert_L = torch.diff(offsets_L, prepend=torch.zeros(1, dtype=torch.int32))
-        factor_M1 = torch.repeat_interleave(
-            torch.arange(2, dtype=torch.float64) + 2 * world.rank + 1, per_expert_L
-        ).unsqueeze(1)
-        (out_TD,), record = combine.forward((x_TD, rows_MD * factor_M1, token_of_row, row_of_slot), context)
+        number_M = torch.repeat_interleave(torch.arange(1.0, 3.0) + 2 * world.rank, per_expert_L)
+        factor_M1 = (weights_M * number_M).unsqueeze(1)
+        (out_TD,), record = combine.forward((x_TD, rows_MD * factor_M1), context)
         torch.testing.assert_close(out_TD, plain_TD.detach())
 
-        dpartial_TD, drows_MD, *_ = combine.backward(record, (grad_TD,), context)
+        dpartial_TD, drows_MD = combine.backward(record, (grad_TD,), context)
         assert dpartial_TD is not None
         assert drows_MD is not None
-        zero_M = torch.zeros(len(drows_MD), dtype=torch.float64)
-        grads = (
-            torch.zeros_like(x_TD),
-            torch.zeros_like(x_TD),
-            drows_MD * factor_M1,
-            zero_M,
-            None,
-            None,
-            None,
-        )
-        *_, drows_ND, dweights_N, _, _, _ = dispatch.backward(None, grads, context)
-        assert drows_ND is not None
-        assert dweights_N is not None
-        dx_TD = dpartial_TD.index_add(0, order.token_of_row, drows_ND)
-        torch.testing.assert_close(dx_TD, dplain_TD)
+        assert torch.equal(dpartial_TD, grad_TD)
+        dweights_M = (drows_MD * rows_MD).sum(1) * number_M
+        grads = (dpartial_TD, dshared_TD, drows_MD * factor_M1, dweights_M, None)
+        dresidual_TD, dnormed_TD, dback_TK, *_ = dispatch.backward(None, grads, context)
+        torch.testing.assert_close(dresidual_TD, grad_TD)
+        torch.testing.assert_close(dnormed_TD, dplain_TD + dshared_TD)
+        torch.testing.assert_close(dback_TK, dweights_TK)
         assert not context.routes
 
-    run_distributed_test(check, 3, backend)
+    run_distributed_test(check, 4, backend)
+
+
+def test_a_token_crosses_to_a_node_once_and_there_reaches_every_rank_once() -> None:
+    """Rows each rank sends over each hop, counted by hand: experts 4 to 7 are ranks 2 and 3, on the other node of two."""
+    chosen = torch.tensor([[0, 1, 4], [4, 5, 6], [2, 4, 6], [0, 1, 1]])
+    chosen[3, 2] = 3
+
+    def check(world: World) -> list[list[int]]:
+        mine_TK = chosen if world.rank == 0 else chosen.new_zeros(4, 3) + torch.arange(3)
+        dispatcher = dispatcher_of(world, 4, 8, 2)
+        route = dispatcher.route(mine_TK, counted(mine_TK, 8), KeepEverything())
+        assert isinstance(route, RelayRoute)
+        (hops,) = route.parts
+        return [hop.leaving for hop in hops]
+
+    between, inside = run_distributed_test(check, 4, "threads")[0]
+    # Of rank 0's tokens 0, 2 and 3 stay on its node; 0, 1 and 2 go to the other, each once.
+    assert between == [3, 3]
+    # On its own node rank 0 keeps tokens 0 and 3 and hands on 2 and 3; rank 2's four need rank 0 (experts 0, 1) and 1 (2).
+    assert inside == [2 + 4, 2 + 4]

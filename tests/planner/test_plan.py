@@ -16,7 +16,7 @@ K2_SHORT = [
     "experiment=k2",
     "train.global_batch_tokens=6291456",
 ]  # 96 microbatches: the peaks of the full step
-PER_NODE = "cluster.dispatch_copies=per_node"
+PER_EXPERT = "layout.dispatch=per_expert"
 
 
 @pytest.fixture(scope="module")
@@ -25,8 +25,8 @@ def k2():
 
 
 @pytest.fixture(scope="module")
-def k2_per_node():
-    return build_plan(load_config([*K2_SHORT, PER_NODE]), check=False)
+def k2_per_expert():
+    return build_plan(load_config([*K2_SHORT, PER_EXPERT]), check=False)
 
 
 def test_busy_time_and_waits_add_up_to_the_pipeline_on_every_stage(k2):
@@ -88,16 +88,18 @@ def test_pipeline_messages_of_k2_are_exposed_in_warmup_and_cooldown_only(k2, k2_
     assert late < 2e-4 * k2_per_node.simulation.makespan_seconds
 
 
-def test_the_all_to_all_of_k2_hides_if_tokens_cross_once_per_node_and_not_once_per_expert(k2, k2_per_node):
-    assert k2_per_node.busiest.steady.ep == 0.0
-    assert steady_ep_share(k2) > 0.005
-    assert "per_node" in all_to_all_note(k2)
-    assert all_to_all_note(k2_per_node) is None
+def test_the_all_to_all_of_k2_hides_if_tokens_cross_once_per_node_and_not_once_per_expert(k2, k2_per_expert):
+    """As the report says; in four parts, since hops one after the other would show a little."""
+    assert k2.busiest.steady.ep == 0.0
+    assert all_to_all_note(k2) is None
+    whole = build_plan(load_config([*K2_SHORT, "layout.dispatch_parts=1"]), check=False)
+    assert 0.0 < steady_ep_share(whole) < steady_ep_share(k2_per_expert)
+    assert "per_node" in all_to_all_note(k2_per_expert)
 
 
 @pytest.mark.parametrize("copies", ["per_expert", "per_node"])
 def test_no_other_schedule_is_faster_than_k2s_at_k2s_shape(copies):
-    words = [*K2_SHORT, f"cluster.dispatch_copies={copies}"]
+    words = [*K2_SHORT, f"layout.dispatch={copies}"]
     k2 = build_plan(load_config(words), check=False)
     for kind in ("interleaved_1f1b", "1f1b", "zb_h1", "dualpipe", "dualpipe_v"):
         vpp = [] if kind == "interleaved_1f1b" else ["layout.vpp=1"]

@@ -23,7 +23,7 @@ def test_plan_and_model_have_the_same_phases_on_the_same_streams(words, vpp):
     layout, device = assembly.layout, torch.device("cpu")
 
     def phases_of(world: World) -> list[list[Stream]]:
-        models = build_models(config, layout, build_groups(layout.grid, world), device)
+        models = build_models(config, layout, build_groups(layout.grid, world, layout.relay_ranks), device)
         return [[stream_of(phase) for phase in model.phases] for model in models.values()]
 
     for streams in run_threads(2, phases_of):
