@@ -11,7 +11,7 @@ from dataclasses import dataclass, fields
 
 from k2train.config.errors import ConfigError
 from k2train.config.sections import FP8_POLICIES, OFFLOAD_POLICIES, ActivationsConfig, Policy
-from k2train.estimate.layer_ops import Workload
+from k2train.estimate.layer_ops import Workload, hit_probability
 from k2train.estimate.work import accumulation_bytes
 
 FP8_TILE = 128
@@ -149,8 +149,19 @@ def _extra_bytes(w: Workload, moe: bool) -> dict[str, int]:
 
 
 def _routing_bytes(w: Workload, wide: int) -> int:
-    """Scores of all experts; of every (token, expert) pair its expert, its row, its token (8 bytes each) and, at the expert,
-    its weight; the row after each local expert's last; with a balance loss, every sequence's loads."""
+    """Scores of all experts; of every (token, expert) pair its expert (8 bytes) and, at the expert, its weight; the tables of
+    the route; the row after each local expert's last; with a balance loss, every sequence's loads."""
     experts = w.model.n_routed_experts
     loads = 8 * w.microbatch_size * experts if w.balance_loss else 0
-    return wide * w.tokens * experts + (3 * 8 + wide) * w.rows + 4 * (experts // w.ep) + loads
+    return wide * w.tokens * experts + (8 + wide) * w.rows + table_bytes(w) + 4 * (experts // w.ep) + loads
+
+
+def table_bytes(w: Workload) -> int:
+    """Of every (token, expert) pair its row and its token (8 bytes each); where tokens are passed on, 4 bytes for every copy
+    in every hop and 8 for every pair that arrives, as many as are to be expected."""
+    if w.relay_ranks is None:
+        return 16 * w.rows
+    copies = w.tokens * w.ep * hit_probability(w, 1)
+    if w.relay_ranks < w.ep:
+        copies += w.tokens * (w.ep // w.relay_ranks) * hit_probability(w, w.relay_ranks)
+    return round(4 * copies) + 8 * w.rows

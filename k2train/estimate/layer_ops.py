@@ -32,6 +32,8 @@ class Workload:
     """Whether the sequence-wise balance loss is on, which keeps every sequence's loads."""
     fused_attention: bool = False
     """Whether attention takes its GPU kernels (ops.attention), which keep a number of each head and token."""
+    relay_ranks: int | None = None
+    """`Layout.relay_ranks`: whether a token's copies are passed on, and among how many ranks."""
 
     @property
     def tokens(self) -> int:
@@ -48,13 +50,30 @@ class Workload:
         return ELEMENT_BYTES[self.dtype]
 
 
-def workload(model: ModelConfig, train: TrainConfig, ep: int) -> Workload:
+def workload(model: ModelConfig, train: TrainConfig, ep: int, relay_ranks: int | None = None) -> Workload:
     """The microbatch that `train` asks for."""
     balance_loss = train.balance_loss_alpha > 0
     fused_attention = train.device != "cpu" and train.dtype == "bfloat16"
     return Workload(
-        model, train.seq_len, train.microbatch_size, train.dtype, ep, balance_loss, fused_attention
+        model,
+        train.seq_len,
+        train.microbatch_size,
+        train.dtype,
+        ep,
+        balance_loss,
+        fused_attention,
+        relay_ranks,
     )
+
+
+def hit_probability(w: Workload, num_ranks: int) -> float:
+    """Chance that at least one of a token's experts is on given ranks, if every choice of experts is as likely."""
+    experts, chosen = w.model.n_routed_experts, w.model.num_experts_per_tok
+    held = min(experts, num_ranks * (experts // w.ep))
+    missed = 1.0
+    for drawn in range(chosen):
+        missed *= max(0, experts - held - drawn) / (experts - drawn)
+    return 1.0 - missed
 
 
 def product(

@@ -12,7 +12,7 @@ import math
 from dataclasses import dataclass
 
 from k2train.config.sections import ClusterConfig
-from k2train.estimate.layer_ops import Workload
+from k2train.estimate.layer_ops import Workload, hit_probability
 from k2train.layout.layout import Layout
 
 
@@ -107,16 +107,6 @@ def dispatch_hops(w: Workload, layout: Layout) -> tuple[Hop, ...]:
         return (Hop(copies * (local - 1), copies * (ep - local)),)
     between = Hop(0.0, token * hit_probability(w, local) * (nodes - 1))
     return between, Hop(copies * (local - 1) * nodes, 0.0, 2 * copies * local * nodes)
-
-
-def hit_probability(w: Workload, num_ranks: int) -> float:
-    """Chance that at least one of a token's experts is on given ranks, if every choice of experts is as likely."""
-    experts, chosen = w.model.n_routed_experts, w.model.num_experts_per_tok
-    held = min(experts, num_ranks * (experts // w.ep))
-    missed = 1.0
-    for drawn in range(chosen):
-        missed *= max(0, experts - held - drawn) / (experts - drawn)
-    return 1.0 - missed
 
 
 def all_to_all_seconds(w: Workload, layout: Layout, cluster: ClusterConfig) -> float:

@@ -92,7 +92,7 @@ def build_estimator(
 ) -> Estimator:
     """Cost the layers of a model. Raises ConfigError for activation policies that cannot be carried out."""
     check_policies(policies)
-    w = workload(model, train, layout.ep)
+    w = workload(model, train, layout.ep, layout.relay_ranks)
     machine = Machine(cluster, train.dtype)
     exchange = all_to_all_seconds(w, layout, cluster)
     dense, moe = (transformer_layer(w, policies, machine, exchange, moe) for moe in (False, True))

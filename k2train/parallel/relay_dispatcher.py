@@ -154,7 +154,7 @@ class RelayDispatcher:
 
         num_choices = experts_TK.shape[1]
         row_PTK = row_PT.unsqueeze(-1).expand_as(chosen_PTK)
-        place_PTK = row_PTK * num_choices + torch.arange(num_choices, device=row_PT.device)
+        place_PTK = row_PTK * num_choices + torch.arange(num_choices, dtype=torch.int32, device=row_PT.device)
         expert, row, place = (
             _selected(values, chosen_PTK, num_chosen) for values in (choices_PTK, row_PTK, place_PTK)
         )
@@ -195,7 +195,7 @@ class RelayDispatcher:
             rows_MD, *weights = rows
             shape = sum(route.rows_of_parts), route.num_choices
             # A place belongs to one expert, so nothing is added up here: the other places wait for other ranks.
-            placed = (w.new_zeros(shape).view(-1).scatter_(0, place_M, w).view(shape) for w in weights)
+            placed = (w.new_zeros(shape).view(-1).scatter_(0, place_M.long(), w).view(shape) for w in weights)
             sums = sum_copies(rows_MD, row_M, shape[0]), *placed
             moving: list[Pending] = [Arrived(part) for part in _parts(sums, route.rows_of_parts)]
             for hop in reversed(range(len(self.hop_groups))):
@@ -221,7 +221,7 @@ class RelayDispatcher:
         """The hops of one part, their tables, and the row at this rank of every rank's token (P, T) that comes here."""
         hops, tables = [], []
         num_rows = masks[0][0].shape[-1]
-        row_of_token = torch.arange(num_rows, device=masks[0][0].device)
+        row_of_token = torch.arange(num_rows, dtype=torch.int32, device=masks[0][0].device)
         for group, (outgoing, incoming) in zip(self.hop_groups, masks, strict=True):
             leaving, arriving = next(sizes), next(sizes)
             tables.append(_selected(row_of_token.expand_as(outgoing), outgoing, sum(leaving)))
@@ -281,8 +281,8 @@ def _to_host(counts: Sequence[torch.Tensor]) -> list[list[int]]:
 
 
 def _numbered(mask: torch.Tensor) -> torch.Tensor:
-    """The place of every True among all of them."""
-    return mask.flatten().cumsum(0).sub_(1).view(mask.shape)
+    """The place of every True among all of them, int32 like all tables."""
+    return mask.flatten().cumsum(0, dtype=torch.int32).sub_(1).view(mask.shape)
 
 
 def _selected(values: torch.Tensor, mask: torch.Tensor, size: int) -> torch.Tensor:

@@ -59,6 +59,7 @@ def layout_document(plan: Plan) -> dict[str, Any]:
     return {
         "world": layout.world, "nodes": layout.num_nodes, "gpus_per_node": layout.gpus_per_node,
         "pp": layout.pp, "vpp": layout.vpp, "ep": layout.ep, "edp": layout.edp, "dp": layout.dp,
+        "dispatch": layout.dispatch, "dispatch_parts": layout.relay_parts,
         "num_microbatches": schedule.num_microbatches,
         "virtual_stages": [
             {"stage": schedule.placement[index], "first_layer": piece.first, "num_layers": piece.num_layers,

@@ -23,6 +23,7 @@ from k2train.config.schema import Config
 from k2train.config.sections import ActivationsConfig
 from k2train.estimate.activations import SavedTensor, saved_tensors
 from k2train.estimate.layer_ops import Workload, workload
+from k2train.layout.build import build_layout
 from k2train.layout.tensors import layer_tensors
 from k2train.model.context import MicrobatchContext
 from k2train.model.model import build_model, forward
@@ -78,7 +79,8 @@ def measure_memory(config: Config, device: torch.device) -> MemoryReport:
     small = two_layers(narrowed(config.model, divisor), kinds)
     here = microbatch(config, small, device)
     measured = measured_bytes(small, here, config.activations, device)
-    whole = workload(config.model, config.train, config.layout.ep)
+    layout = build_layout(config.layout, config.cluster, config.model, config.train.seq_len)
+    whole = workload(config.model, config.train, layout.ep, layout.relay_ranks)
     layers = {}
     for layer, kind in enumerate(kinds):
         moe = kind == "MoE layer"

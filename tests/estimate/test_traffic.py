@@ -5,12 +5,11 @@ import itertools
 
 import pytest
 
-from k2train.estimate.layer_ops import workload
+from k2train.estimate.layer_ops import hit_probability, workload
 from k2train.estimate.traffic import (
     Network,
     all_to_all_seconds,
     dispatch_hops,
-    hit_probability,
     hop_seconds,
     local_peers,
 )

@@ -115,12 +115,25 @@ def test_nodes_that_do_not_hold_whole_model_parallel_groups_name_the_nearest():
     ({"pp": 2, "layers_per_virtual_stage": (12,)}, "layout.layers_per_virtual_stage", "1 entries"),
     ({"pp": 2, "layers_per_virtual_stage": (13, -1)}, "layout.layers_per_virtual_stage", "negative"),
     ({"pp": 2, "layers_per_virtual_stage": (5, 6)}, "layout.layers_per_virtual_stage", "places 11 layers"),
+    ({"ep": 12, "dispatch": "per_node"}, "layout.dispatch", "use layout.dispatch=per_rank"),
+    ({"ep": 3, "dispatch": "per_node"}, "layout.dispatch", "layout.ep=3 must divide cluster.gpus_per_node=8"),
 ])  # fmt: skip
 def test_impossible_layouts_are_refused_with_field_and_remedy(make_layout, fields, field, part):
     with pytest.raises(ConfigError) as caught:
         make_layout(**fields)
     assert caught.value.field == field
     assert part in str(caught.value)
+
+
+@pytest.mark.parametrize(("ep", "dispatch", "relay_ranks", "relay_parts"), [
+    (1, "per_node", None, 1), (12, "per_expert", None, 1), (12, "per_rank", 12, 1),
+    (8, "per_node", 8, 1), (24, "per_node", 8, 4), (4, "per_node", 4, 1),
+])  # fmt: skip
+def test_tokens_are_passed_on_inside_nodes_and_in_parts_where_there_are_several(
+    make_layout, ep, dispatch, relay_ranks, relay_parts
+):
+    layout = make_layout(ep=ep, dispatch=dispatch, dispatch_parts=4)
+    assert (layout.relay_ranks, layout.relay_parts) == (relay_ranks, relay_parts)
 
 
 @pytest.mark.parametrize("fields", [{"pp": 0}, {"ep": -1}, {"vpp": 0}, {"edp": 0}, {"nodes": -32}])

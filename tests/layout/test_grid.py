@@ -52,6 +52,19 @@ def test_two_groups_of_crossing_axes_meet_in_one_rank(grid):
         }
 
 
+@pytest.mark.parametrize("grid", GRIDS, ids=str)
+def test_relay_groups_cut_every_expert_group_into_neighbours_and_cross_them_once(grid):
+    for size in (size for size in range(1, grid.ep + 1) if grid.ep % size == 0):
+        for rank in range(grid.world):
+            neighbours, places = grid.relay_groups(rank, size)
+            assert neighbours == tuple(range(neighbours[0], neighbours[0] + size))
+            assert len(places) == grid.ep // size
+            assert set(neighbours) | set(places) <= set(grid.group("ep", rank))
+            assert set(neighbours) & set(places) == {rank}
+            assert all(grid.relay_groups(peer, size)[0] == neighbours for peer in neighbours)
+            assert all(grid.relay_groups(peer, size)[1] == places for peer in places)
+
+
 def test_ranks_outside_the_world_are_refused():
     grid = RankGrid(2, 1, 2)
     for rank in (-1, 4):

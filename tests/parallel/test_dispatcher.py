@@ -7,6 +7,10 @@ from typing import Literal
 import pytest
 import torch
 
+from k2train.config.compose import load_config
+from k2train.config.sections import DispatchKind
+from k2train.estimate.activations import table_bytes
+from k2train.estimate.layer_ops import hit_probability, workload
 from k2train.layout.grid import RankGrid
 from k2train.model.context import MicrobatchContext
 from k2train.model.dispatcher import Dispatcher
@@ -212,3 +216,35 @@ def test_a_token_crosses_to_a_node_once_and_there_reaches_every_rank_once() -> N
     assert between == [3, 3]
     # On its own node rank 0 keeps tokens 0 and 3 and hands on 2 and 3; rank 2's four need rank 0 (experts 0, 1) and 1 (2).
     assert inside == [2 + 4, 2 + 4]
+
+
+@pytest.mark.parametrize(("dispatch", "num_parts"), [("per_rank", 1), ("per_node", 1), ("per_node", 3)])
+def test_a_routes_tables_take_the_bytes_that_even_routing_makes_them_take(
+    dispatch: DispatchKind, num_parts: int
+) -> None:
+    """Drawn evenly, many tokens: within 2 % of `estimate`'s expectation; and copies between ranks as `estimate` has them."""
+    tokens, top_k, experts, ranks = 2000, 3, 16, 4
+    relay_ranks = 2 if dispatch == "per_node" else 4
+
+    def check(world: World) -> tuple[int, list[int]]:
+        generator = torch.Generator().manual_seed(world.rank)
+        mine_TK = torch.rand(tokens, experts, generator=generator).argsort(-1)[:, :top_k]
+        dispatcher = dispatcher_of(world, ranks, experts, relay_ranks, num_parts)
+        route = dispatcher.route(mine_TK, counted(mine_TK, experts), KeepEverything())
+        assert isinstance(route, RelayRoute)
+        num_bytes = sum(table.numel() * table.element_size() for table in route.tables)
+        hops = [sum(sum(part[hop].leaving) for part in route.parts) for hop in range(len(route.parts[0]))]
+        return num_bytes, hops
+
+    found = run_distributed_test(check, ranks, "threads")
+    config = load_config([
+        f"model.n_routed_experts={experts}", f"model.num_experts_per_tok={top_k}", f"train.seq_len={tokens}",
+        f"train.global_batch_tokens={tokens}", "train.microbatch_size=1", "model.max_position_embeddings=4096",
+    ])  # fmt: skip
+    w = workload(config.model, config.train, ranks, relay_ranks)
+    expected = [tokens * ranks * hit_probability(w, 1)]
+    if dispatch == "per_node":
+        expected.insert(0, tokens * 2 * hit_probability(w, 2))
+    sizes = [sum(rank[1][hop] for rank in found) / ranks for hop in range(len(expected))]
+    assert sizes == pytest.approx(expected, rel=0.02)
+    assert sum(rank[0] for rank in found) / ranks == pytest.approx(table_bytes(w), rel=0.02)

@@ -77,15 +77,15 @@ def test_k2_needs_host_resident_states_less_as_the_cluster_grows(k2):
     assert many.parameters == few.parameters == k2.memory[1].parameters
 
 
-def test_pipeline_messages_of_k2_are_exposed_in_warmup_and_cooldown_only(k2, k2_per_node):
+def test_pipeline_messages_of_k2_are_exposed_in_warmup_and_cooldown_only(k2, k2_per_expert):
     """With quick all-to-alls a stage meets one late message where the steady phase begins: less than W, 12.8 ms, in all."""
-    for plan in (k2, k2_per_node):
+    for plan in (k2, k2_per_expert):
         assert plan.busiest.warmup.pp > 0.0
         assert plan.busiest.waits.copy == 0.0
-    assert k2.busiest.steady.pp == 0.0
-    late = k2_per_node.busiest.steady.pp
-    assert late < k2_per_node.assembly.costs.virtual_stages[1].weight_grad_seconds
-    assert late < 2e-4 * k2_per_node.simulation.makespan_seconds
+    assert k2_per_expert.busiest.steady.pp == 0.0
+    late = k2.busiest.steady.pp
+    assert late < k2.assembly.costs.virtual_stages[1].weight_grad_seconds
+    assert late < 2e-4 * k2.simulation.makespan_seconds
 
 
 def test_the_all_to_all_of_k2_hides_if_tokens_cross_once_per_node_and_not_once_per_expert(k2, k2_per_expert):
@@ -147,15 +147,15 @@ def test_curves_are_read_between_their_points():
     assert sampled(curve, 4.0, points=4) == [0, 5, 2, 7]
 
 
-def test_sparsity_and_heads_move_the_plan_the_way_the_report_says(k2_per_node):
-    config = k2_per_node.config
+def test_sparsity_and_heads_move_the_plan_the_way_the_report_says(k2):
+    config = k2.config
     dense = dataclasses.replace(config, model=dataclasses.replace(config.model, num_attention_heads=128))
     heavier = build_plan(dense, check=False)
-    assert heavier.step_seconds > k2_per_node.step_seconds
+    assert heavier.step_seconds > k2.step_seconds
     fewer = dataclasses.replace(config, model=dataclasses.replace(config.model, n_routed_experts=64))
     smaller = build_plan(fewer, check=False)
-    assert smaller.states[1].expert_elements * 6 == k2_per_node.states[1].expert_elements
-    assert smaller.step_seconds < k2_per_node.step_seconds
+    assert smaller.states[1].expert_elements * 6 == k2.states[1].expert_elements
+    assert smaller.step_seconds < k2.step_seconds
 
 
 @pytest.mark.parametrize(

@@ -169,6 +169,19 @@ PROCESSES = [
     ("zb_h1", (2, 1, 3, 1)),
 ]
 
+# kind, degrees, how tokens are sent, GPUs of a node, what else: one, two and three nodes to a group, parts of a sequence's
+# 16 tokens that divide them and do not, and the store of activations.
+DISPATCHES = [
+    ("gpipe", (1, 1, 4, 1), "per_rank", 8, ()),
+    ("k2", (2, 2, 3, 1), "per_rank", 2, ()),
+    ("k2", (2, 2, 4, 1), "per_node", 8, ()),
+    ("k2", (2, 2, 4, 1), "per_node", 2, ()),
+    ("k2", (2, 1, 4, 1), "per_node", 2, ("layout.dispatch_parts=4",)),
+    ("1f1b", (1, 1, 6, 2), "per_node", 2, ("layout.dispatch_parts=3",)),
+    ("interleaved_1f1b", (3, 2, 4, 1), "per_node", 1, ("layout.dispatch_parts=20",)),
+    ("k2", (3, 1, 4, 1), "per_node", 2, ("layout.dispatch_parts=2", "activations=recompute_offload")),
+]
+
 
 @pytest.fixture(scope="module")
 def model_words(corpus_prefix: str, tmp_path_factory: pytest.TempPathFactory) -> list[str]:
@@ -202,6 +215,34 @@ def test_a_layout_of_threads_equals_one_rank(
 def test_the_grid_runs_pairs(model_words: list[str]) -> None:
     schedule = build_layouts(load_config([*model_words, "schedule=k2", *layout(2, 2, 2, 1)]))[1]
     assert any(isinstance(step, Pair) for stage in schedule.stages for step in stage)
+
+
+def dispatch_words(kind: str, degrees: tuple[int, ...], dispatch: str, gpus: int) -> list[str]:
+    return [
+        f"schedule={kind}",
+        *layout(*degrees),
+        f"layout.dispatch={dispatch}",
+        f"cluster.gpus_per_node={gpus}",
+    ]
+
+
+@pytest.mark.parametrize(("kind", "degrees", "dispatch", "gpus", "more"), DISPATCHES)
+def test_however_tokens_are_sent_a_layout_equals_one_rank(
+    model_words: list[str],
+    one_rank: Trained,
+    kind: str,
+    degrees: tuple[int, ...],
+    dispatch: str,
+    gpus: int,
+    more: tuple[str, ...],
+) -> None:
+    words = [*model_words, *dispatch_words(kind, degrees, dispatch, gpus), *more]
+    assert_close(train_layout(words), one_rank)
+
+
+def test_tokens_passed_on_by_processes_equal_one_rank(model_words: list[str], one_rank: Trained) -> None:
+    words = dispatch_words("k2", (1, 1, 4, 1), "per_node", 2)
+    assert_close(train_layout([*model_words, *words, "layout.dispatch_parts=2"], "processes"), one_rank)
 
 
 @pytest.mark.parametrize(("kind", "degrees"), PROCESSES)
@@ -241,6 +282,8 @@ def test_all_tokens_on_one_ranks_experts_equal_one_rank(model_words: list[str]) 
     for kind, degrees in (("k2", (2, 2, 4, 1)), ("1f1b", (1, 1, 4, 3))):
         words = [*model_words, f"schedule={kind}", *layout(*degrees)]
         assert_close(train_layout(words, prepare=prepare), single)
+    words = [*model_words, *dispatch_words("k2", (2, 2, 4, 1), "per_node", 2), "layout.dispatch_parts=2"]
+    assert_close(train_layout(words, prepare=prepare), single)
 
 
 def metrics_after(run_dir: Path, step: int) -> list[dict[str, Any]]:
