@@ -103,7 +103,8 @@ def elementwise(w: Workload, name: str, numbers: float, produces: str | None = N
 
 
 def attention_phase(w: Workload, moe: bool) -> list[Op]:
-    """Norm, MLA, residual, norm; in a MoE layer also router and permutation."""
+    """Norm, MLA, residual, norm; in a MoE layer also router and the copies of tokens for the dispatch, counted as one for
+    every expert however they are sent."""
     model, tokens = w.model, w.tokens
     hidden = model.hidden_size
     ops = [

@@ -91,7 +91,7 @@ def layout_table(plan: Plan) -> Table:
 
 def _dispatch(layout: Layout) -> str:
     parts = f", in {layout.relay_parts} parts" if layout.relay_parts > 1 else ""
-    return f"a token is sent once {layout.dispatch.replace('_', ' ')} that it needs{parts} (layout.dispatch)"
+    return f"a token is sent once {layout.dispatch.replace('_', ' ')} it goes to{parts} (layout.dispatch)"
 
 
 def _switches(plan: Plan) -> str:
