@@ -18,7 +18,7 @@ from k2train.model.layers import CombinePhase, DispatchPhase
 from k2train.model.saved import KeepEverything
 from k2train.parallel.communicator import World
 from k2train.parallel.groups import build_groups
-from k2train.parallel.relay_dispatcher import RelayRoute
+from k2train.parallel.relay_route import RelayRoute
 from k2train.parallel.testing import run_distributed_test
 from k2train.trainer.build import build_dispatcher
 
