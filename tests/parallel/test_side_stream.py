@@ -1,0 +1,29 @@
+"""Work beside the main stream: right results, whatever becomes of its inputs meanwhile."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from k2train.parallel.side_stream import SideStream
+
+
+@pytest.mark.parametrize("kind", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
+def test_results_are_right_though_inputs_are_freed_and_their_memory_is_used_again(kind: str) -> None:
+    device = torch.device(kind)
+    side = SideStream(device)
+    pending = []
+    for index in range(8):
+        # Written by the main stream just before, freed just after, and asked for again by the next round.
+        x = torch.full((1024, 1024), float(index), device=device)
+        factor = torch.full((1024, 1), 2.0, device=device)
+
+        def work(t: torch.Tensor, factor: torch.Tensor = factor) -> tuple[torch.Tensor, ...]:
+            return (t * factor, t + 1)
+
+        pending.append(side.start(work, (x,), reads=(factor,)))
+        del x, factor, work
+    for index, started in enumerate(pending):
+        doubled, next_one = started.wait()
+        assert torch.equal(doubled, torch.full_like(doubled, 2.0 * index))
+        assert torch.equal(next_one, torch.full_like(next_one, index + 1.0))
