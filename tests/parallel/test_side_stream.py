@@ -8,7 +8,10 @@ import torch
 from k2train.parallel.side_stream import SideStream
 
 
-@pytest.mark.parametrize("kind", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
+needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+
+
+@pytest.mark.parametrize("kind", ["cpu", pytest.param("cuda", marks=[pytest.mark.gpu, needs_gpu])])
 def test_results_are_right_though_inputs_are_freed_and_their_memory_is_used_again(kind: str) -> None:
     device = torch.device(kind)
     side = SideStream(device)
