@@ -100,6 +100,12 @@ class Layout:
         """The parts that a microbatch's tokens are sent in: more than one only where there are two hops to overlap."""
         return self.dispatch_parts if self.relay_ranks not in (None, self.ep) else 1
 
+    @property
+    def dispatch_words(self) -> str:
+        """How tokens reach their experts, for people."""
+        parts = f", in {self.relay_parts} parts" if self.relay_parts > 1 else ""
+        return f"a token is sent once {self.dispatch.replace('_', ' ')} it goes to{parts}"
+
     def stage_of(self, virtual_stage: int) -> int:
         """The stage a virtual stage lives on."""
         return self.placement[virtual_stage]

@@ -10,7 +10,6 @@ from rich.table import Table
 
 from k2train.estimate.activations import SavedTensor
 from k2train.estimate.parameters import model_parameters
-from k2train.layout.layout import Layout
 from k2train.planner.advice import Advice, problems
 from k2train.planner.memory import StageMemory
 from k2train.planner.plan import Plan
@@ -81,17 +80,12 @@ def layout_table(plan: Plan) -> Table:
         ("world", f"{layout.world} ranks on {layout.num_nodes} nodes of {layout.gpus_per_node}"),
         ("pipeline", f"{layout.pp} stages x {virtual} virtual stages (layout.pp, layout.vpp)"),
         ("experts", f"{layout.ep}-way (layout.ep){moe if config.model.num_moe_layers else ''}"),
-        *([("all-to-all", _dispatch(layout))] if layout.ep > 1 and config.model.num_moe_layers else []),
+        *([("all-to-all", f"{layout.dispatch_words} (layout.dispatch)")] if layout.ep > 1 and config.model.num_moe_layers else []),
         ("replicas", f"{layout.edp} of an expert (layout.edp), {layout.dp} of anything else on a stage"),
         ("batch", f"{count(config.train.global_batch_tokens)} tokens = {layout.dp} ranks x {schedule.num_microbatches} "
                   f"microbatches x {config.train.microbatch_size} x {config.train.seq_len}"),
         ("schedule", f"{schedule.name}, {_switches(plan)}"),
     ])  # fmt: skip
-
-
-def _dispatch(layout: Layout) -> str:
-    parts = f", in {layout.relay_parts} parts" if layout.relay_parts > 1 else ""
-    return f"a token is sent once {layout.dispatch.replace('_', ' ')} it goes to{parts} (layout.dispatch)"
 
 
 def _switches(plan: Plan) -> str:

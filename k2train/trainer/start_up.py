@@ -79,6 +79,7 @@ def feature_table(run: Run) -> Table:
         ),
         ("balance loss", f"alpha {train.balance_loss_alpha:g}" if train.balance_loss_alpha else "off"),
         ("correction bias", f"rate {train.bias_update_rate:g}" if train.bias_update_rate else "off"),
+        *([("all-to-all", run.layout.dispatch_words)] if run.layout.ep > 1 else []),
         ("paired forward and backward", "on" if schedule.pair_forward_backward else "off"),
         ("weight gradients split off", "on" if schedule.split_weight_grad else "off"),
         ("activations", ", ".join(f"{count} {policy}" for policy, count in policies.items())),

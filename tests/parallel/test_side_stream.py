@@ -7,7 +7,6 @@ import torch
 
 from k2train.parallel.side_stream import SideStream
 
-
 needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
 
 
