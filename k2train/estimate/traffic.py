@@ -125,7 +125,7 @@ def all_to_all_seconds(w: Workload, layout: Layout, cluster: ClusterConfig) -> f
     return sum(seconds) + (parts - 1) * max(seconds)
 
 
-def hop_seconds(w: Workload, layout: Layout, cluster: ClusterConfig) -> float:
+def message_seconds(w: Workload, layout: Layout, cluster: ClusterConfig) -> float:
     """A microbatch's activations, or their gradient, from a stage to its neighbour, the slowest rank's."""
     num_bytes = float(w.tokens * w.model.hidden_size * w.element_bytes)
     if layout.pp == 1:

@@ -13,7 +13,7 @@ from k2train.config.sections import ActivationsConfig, ClusterConfig, TrainConfi
 from k2train.estimate.activations import SavedTensor, check_policies
 from k2train.estimate.layer_costs import LayerCosts, TimedPhase, embedding, head, transformer_layer
 from k2train.estimate.layer_ops import Workload, workload
-from k2train.estimate.traffic import Network, all_to_all_seconds, hop_seconds
+from k2train.estimate.traffic import Network, all_to_all_seconds, message_seconds
 from k2train.estimate.work import Machine
 from k2train.layout.layout import Layout, VirtualStage
 
@@ -25,7 +25,7 @@ class VirtualStageEstimate:
     forward: tuple[TimedPhase, ...]
     backward_input: tuple[TimedPhase, ...]
     weight_grad_seconds: float
-    hop_seconds: float
+    message_seconds: float
     """Its output on the way to the next stage; the gradient on the way back takes as long."""
     offload_bytes: int
     offload_seconds: float
@@ -46,7 +46,7 @@ class Estimator:
 
     workload: Workload
     network: Network
-    hop: float
+    message_seconds: float
     embedding: LayerCosts
     dense: LayerCosts
     moe: LayerCosts
@@ -61,7 +61,7 @@ class Estimator:
             forward=tuple(phase for part in parts for phase in part.forward),
             backward_input=tuple(phase for part in reversed(parts) for phase in part.backward_input),
             weight_grad_seconds=sum(part.weight_grad_seconds for part in parts),
-            hop_seconds=self.hop,
+            message_seconds=self.message_seconds,
             offload_bytes=offload_bytes,
             offload_seconds=self.network.host_copy(offload_bytes),
             device_bytes=sum(tensor.device_bytes for tensor in saved),
@@ -99,7 +99,7 @@ def build_estimator(
     return Estimator(
         w,
         Network(cluster),
-        hop_seconds(w, layout, cluster),
+        message_seconds(w, layout, cluster),
         embedding(w, machine),
         dense,
         moe,

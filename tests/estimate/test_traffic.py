@@ -10,7 +10,7 @@ from k2train.estimate.traffic import (
     Network,
     all_to_all_seconds,
     dispatch_hops,
-    hop_seconds,
+    message_seconds,
     local_peers,
 )
 
@@ -95,12 +95,12 @@ def test_copying_per_node_sends_less_than_per_rank_and_that_less_than_per_expert
     assert len(set(far)) == 3
 
 
-def test_a_hop_crosses_nodes_as_soon_as_the_world_does(model, train, make_layout, cluster):
+def test_a_pipeline_message_crosses_nodes_as_soon_as_the_world_does(model, train, make_layout, cluster):
     w = workload(model, train, 2)
     num_bytes = 1024 * 256 * 2
-    assert hop_seconds(w, make_layout(pp=2, ep=2), cluster) == num_bytes / 1e11
-    assert hop_seconds(w, make_layout(pp=4, ep=2), cluster) == num_bytes / 2.5e10
-    assert hop_seconds(w, make_layout(pp=1, ep=2), cluster) == 0.0
+    assert message_seconds(w, make_layout(pp=2, ep=2), cluster) == num_bytes / 1e11
+    assert message_seconds(w, make_layout(pp=4, ep=2), cluster) == num_bytes / 2.5e10
+    assert message_seconds(w, make_layout(pp=1, ep=2), cluster) == 0.0
 
 
 @pytest.mark.parametrize(("size", "near", "rate"), [(4, 4, 1e11), (8, 4, 1e11), (8, 2, 5e10), (8, 1, 2.5e10)])

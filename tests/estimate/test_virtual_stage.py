@@ -47,7 +47,7 @@ def test_an_empty_piece_costs_nothing_but_its_message(make_estimator):
     estimate = make_estimator(pp=2).virtual_stage(VirtualStage(2, 2))
     assert estimate.forward == estimate.backward_input == ()
     assert estimate.offload_bytes == estimate.device_bytes == estimate.weight_queue_bytes == 0
-    assert estimate.hop_seconds > 0
+    assert estimate.message_seconds > 0
 
 
 def test_offloaded_bytes_take_bus_time(make_estimator, policies, train):
