@@ -10,8 +10,8 @@ from k2train.estimate.traffic import (
     Network,
     all_to_all_seconds,
     dispatch_hops,
-    message_seconds,
     local_peers,
+    message_seconds,
 )
 
 
