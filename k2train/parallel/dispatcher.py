@@ -19,16 +19,12 @@ experts.
 
 from __future__ import annotations
 
-import dataclasses
-from collections.abc import Callable
-
 import torch
 
 from k2train.model.dispatcher import Pending, Route, SlotOrder, Tensors
 from k2train.model.saved import SavedActivations
-from k2train.parallel.communicator import Communicator, Work
-
-_Last = Callable[[torch.Tensor], torch.Tensor]
+from k2train.parallel.communicator import Communicator
+from k2train.parallel.exchange import start_exchange
 
 
 class ExpertRoute:
@@ -85,20 +81,6 @@ def _orders(arriving_PL: torch.Tensor, num_rows: int) -> tuple[torch.Tensor, tor
     return to_expert_M, to_source_M
 
 
-@dataclasses.dataclass(frozen=True)
-class _Moving:
-    """Tensors under way, and what to do to each when it has arrived: to tokens' rows, and to their weights if any come."""
-
-    works: tuple[Work, ...]
-    arrived: Tensors
-    then: tuple[_Last, _Last]
-
-    def wait(self) -> Tensors:
-        for work in self.works:
-            work.wait()
-        return tuple(last(tensor) for tensor, last in zip(self.arrived, self.then, strict=False))
-
-
 class AllToAllDispatcher:
     """Dispatcher over an expert-parallel group whose ranks hold equal numbers of consecutive experts.
 
@@ -129,20 +111,11 @@ class AllToAllDispatcher:
         def sort(arrived: torch.Tensor) -> torch.Tensor:
             return arrived.index_select(0, order_M)
 
-        return self._move(rows, route.here, route.there, (sort, sort))
+        return start_exchange(self.group, rows, route.here, route.there, (sort, sort))
 
     def combine(self, rows_MD: torch.Tensor, route: Route, weights_M: torch.Tensor | None = None) -> Pending:
         assert isinstance(route, ExpertRoute)
         order_M = route.to_source
         rows = tuple(t.index_select(0, order_M) for t in (rows_MD, weights_M) if t is not None)
-        return self._move(rows, route.there, route.here, (route.slots.sum, route.slots.to_slots))
-
-    def _move(
-        self, tensors: Tensors, leaving: list[int], arriving: list[int], then: tuple[_Last, _Last]
-    ) -> _Moving:
-        works, arrived = [], []
-        for tensor in tensors:
-            out = tensor.new_empty(sum(arriving), *tensor.shape[1:])
-            works.append(self.group.start_all_to_all(out, tensor.contiguous(), arriving, leaving))
-            arrived.append(out)
-        return _Moving(tuple(works), tuple(arrived), then)
+        last = route.slots.sum, route.slots.to_slots
+        return start_exchange(self.group, rows, route.there, route.here, last)

@@ -30,7 +30,8 @@ from k2train.model.dispatcher import Arrived, Pending, Route, Tensors
 from k2train.model.saved import SavedActivations
 from k2train.ops.permute import sum_copies
 from k2train.parallel.communicator import Communicator
-from k2train.parallel.relay_route import RelayRoute, build_route, like
+from k2train.parallel.exchange import like
+from k2train.parallel.relay_route import RelayRoute, build_route
 from k2train.parallel.side_stream import SideStream
 
 

@@ -11,31 +11,18 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 
 import torch
 
 from k2train.model.dispatcher import RouteTables, Tensors
 from k2train.model.saved import SavedActivations
 from k2train.ops.permute import sum_copies
-from k2train.parallel.communicator import Communicator, Work
+from k2train.parallel.communicator import Communicator
+from k2train.parallel.exchange import Moving, start_exchange
 
 Masks = tuple[torch.Tensor, torch.Tensor]
 """Which copies leave in a hop, and which arrive."""
-
-
-@dataclasses.dataclass(frozen=True)
-class Moving:
-    """Tensors under way, and what is made of them when they have arrived."""
-
-    works: Sequence[Work]
-    arrived: Tensors
-    then: Callable[[torch.Tensor], torch.Tensor] | None = None
-
-    def wait(self) -> Tensors:
-        for work in self.works:
-            work.wait()
-        return self.arrived if self.then is None else tuple(self.then(t) for t in self.arrived)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -54,21 +41,16 @@ class Hop:
     def go(self, rows: Tensors, row_of_copy: torch.Tensor, outs: Tensors | None = None) -> Moving:
         """Rows to their copies, where those are needed; into outs where they are given."""
         copies = tuple(t.index_select(0, row_of_copy) for t in rows)
-        if outs is None:
-            outs = like(copies, self.num_arriving)
-        return Moving(self._start(outs, copies, self.arriving, self.leaving), outs)
+        return start_exchange(self.group, copies, self.leaving, self.arriving, outs=outs)
 
     def back(self, copies: Tensors, row_of_copy: torch.Tensor) -> Moving:
         """The transpose: copies to the sums of each row's."""
-        outs = like(copies, sum(self.leaving))
-        works = self._start(outs, copies, self.leaving, self.arriving)
-        return Moving(works, outs, lambda t: sum_copies(t, row_of_copy, self.num_rows))
 
-    def _start(self, outs: Tensors, tensors: Tensors, arriving: list[int], leaving: list[int]) -> list[Work]:
-        return [
-            self.group.start_all_to_all(out, t.contiguous(), arriving, leaving)
-            for out, t in zip(outs, tensors, strict=True)
-        ]
+        def add_up(returned: torch.Tensor) -> torch.Tensor:
+            return sum_copies(returned, row_of_copy, self.num_rows)
+
+        then = (add_up,) * len(copies)
+        return start_exchange(self.group, copies, self.arriving, self.leaving, then)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -174,11 +156,6 @@ def hop_masks(owner_PTK: torch.Tensor, ranks_per_node: int, rank: int) -> list[M
     between = crossing_NTN[node].t(), crossing_NTN[:, :, node]
     inside = on_rail_NTNG[:, :, node].permute(2, 0, 1), needed_NGTNG[:, :, :, node, place].transpose(0, 1)
     return [between, inside]
-
-
-def like(tensors: Tensors, num_rows: int) -> Tensors:
-    """Room for so many rows of each."""
-    return tuple(t.new_empty(num_rows, *t.shape[1:]) for t in tensors)
 
 
 def _one_after_the_other(rows: Sequence[torch.Tensor], sizes: Sequence[int]) -> list[torch.Tensor]:
