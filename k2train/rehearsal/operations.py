@@ -50,7 +50,7 @@ def measure(function: Any, arguments: Sequence[Any], keywords: dict[str, Any], r
     """The work of one call of an operation; None where nothing is launched."""
     packet = function.overloadpacket
     name = str(packet.__name__)
-    if name in _ALLOCATING or _is_view(function):
+    if function.namespace == "prim" or name in _ALLOCATING or _is_view(function):
         return None
     inputs = _tensors((arguments, keywords))
     outputs = _tensors(result)
