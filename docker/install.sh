@@ -35,7 +35,7 @@ project() {
 # isolation pip builds k2train anew, too, and fetches no build tools: all of them must be there before.
 extras() {
   install hatchling setuptools wheel pybind11 ninja
-  install "${PIP_ARGS[@]}" --no-build-isolation "$SOURCES[$1]"
+  install "${PIP_ARGS[@]}" --no-build-isolation "${SOURCES}[$1]"
 }
 
 case "${1:-}" in

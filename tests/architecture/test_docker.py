@@ -14,7 +14,9 @@ import pytest
 
 ROOT = Path(__file__).parents[2]
 DOCKERFILE = (ROOT / "docker" / "Dockerfile").read_text()
-STEPS = [tuple(shlex.split(words)) for words in re.findall(r"^RUN /src/docker/install\.sh (.*)$", DOCKERFILE, re.M)]
+STEPS = [
+    tuple(shlex.split(words)) for words in re.findall(r"^RUN /src/docker/install\.sh (.*)$", DOCKERFILE, re.M)
+]
 COPIES = [line.split() for line in re.findall(r"^COPY (.*)$", DOCKERFILE, re.M)]
 
 
@@ -59,7 +61,9 @@ def test_the_entry_point_is_copied_and_can_be_run() -> None:
 
 
 def test_an_unknown_step_is_refused() -> None:
-    done = subprocess.run([ROOT / "docker" / "install.sh", "all"], capture_output=True, text=True, check=False)
+    done = subprocess.run(
+        [ROOT / "docker" / "install.sh", "all"], capture_output=True, text=True, check=False
+    )
     assert (done.returncode, done.stderr.split(":")[0]) == (2, "usage")
 
 
