@@ -233,6 +233,31 @@ class TelemetryConfig:
 
 
 @dataclasses.dataclass(frozen=True)
+class RehearseConfig:
+    """`rehearse`: which rank `k2train rehearse` runs, and what it writes."""
+
+    stage: int = key("stage of the pipeline whose rank is rehearsed, from 0", default=0, minimum=0)
+    data_rank: int = key(
+        "which of the stage's ranks, from 0 to layout.edp * layout.ep - 1", default=0, minimum=0
+    )
+    microbatches: int | None = key(
+        "microbatches of the rehearsed step; null takes the whole batch",
+        unit="microbatches",
+        default=None,
+        minimum=1,
+    )
+    skew: float = key(
+        "how unevenly experts are chosen: deviation of the logarithm of an expert's popularity, 0 for chance alone",
+        default=0.0, minimum=0.0,
+    )  # fmt: skip
+    json: str | None = key("file for the machine-readable report", default=None)
+    picture: str | None = key("PNG file for memory over the step, planned and rehearsed", default=None)
+
+    def __post_init__(self) -> None:
+        check_ranges("rehearse", self)
+
+
+@dataclasses.dataclass(frozen=True)
 class PlanConfig:
     """`plan`: what `k2train plan` writes besides its tables."""
 
