@@ -192,7 +192,8 @@ class TrainConfig:
         above=0,
     )
     bind_cores: bool = key(
-        "on CPUs, give each process of a launcher its own share of the cores (Linux)", default=True
+        "give each process of a launcher its own share of the cores, on GPUs of those of its GPU's NUMA node (Linux)",
+        default=True,
     )
     init_from: str | None = key(
         "checkpoint directory whose weights start the run, written by import-hf or train", default=None
