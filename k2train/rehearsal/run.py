@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import cast
 
 import torch
@@ -24,6 +24,7 @@ from k2train.rehearsal.numbers import Numbers
 from k2train.rehearsal.observer import Birth, Observer, Peak, Place
 from k2train.rehearsal.phases import WatchedModel
 from k2train.rehearsal.world import Counts, RehearsedWorld
+from k2train.runtime.recorder import Message
 from k2train.runtime.stage import PipelineStage
 from k2train.schedule.actions import Pair, Step
 from k2train.trainer.build import Run, build_layouts, build_run
@@ -54,21 +55,21 @@ class Rehearsal:
 
 
 class Recording:
-    """Stands where trainer.step expects a recorder: it is shown every step of the action list, and what is waited for."""
+    """Implements runtime.recorder.Watcher: tells the observer of every step, and keeps the peak of the action list."""
 
     def __init__(self, observer: Observer) -> None:
         self._observer = observer
         self.pipeline_peak = Peak()
         self.pipeline_ended = 0.0
 
-    def watch(self, steps: Iterator[Step]) -> Iterator[Step]:
+    def watch(self, steps: Iterable[Step]) -> Iterator[Step]:
         self._observer.forget_peak()
         yield from self._observer.watch(steps, kind_of_step)
         self.pipeline_peak, self.pipeline_ended = self._observer.peak, time.perf_counter()
         self._observer.forget_peak()
 
-    def wait(self, message: object) -> torch.Tensor:
-        return message.wait()  # type: ignore[attr-defined, no-any-return]
+    def wait(self, message: Message) -> torch.Tensor:
+        return message.wait()
 
 
 def kind_of_step(step: Step) -> str:
@@ -92,7 +93,7 @@ def rehearse(config: Config) -> Rehearsal:
     layout, schedule = build_layouts(config)
     plan = build_plan(config, check=False)
     rank = section.stage * layout.dp + section.data_rank
-    numbers = Numbers(config, layout, rank, section.skew)
+    numbers = Numbers(config, layout, rank % layout.ep, section.skew)
     device = RehearsedDevice(DEVICE, numbers.answer)
     observer = Observer(device)
     counts = Counts(lambda: observer.place.kind)

@@ -98,7 +98,7 @@ def seconds_of(work: Work, flops: float, num_bytes: float, launches: int, machin
 def seconds_by_place(rehearsal: Rehearsal, stream: str = "main") -> dict[Place, float]:
     """Roofline seconds of what was launched on one stream."""
     machine = Machine(rehearsal.config.cluster, "bfloat16")
-    seconds: collections.Counter[Place] = collections.Counter()
+    seconds: dict[Place, float] = collections.defaultdict(float)
     for (place, on), tallies in rehearsal.observer.work.items():
         if on == stream:
             for work, tally in tallies.items():
@@ -108,7 +108,7 @@ def seconds_by_place(rehearsal: Rehearsal, stream: str = "main") -> dict[Place, 
 
 def seconds_beside(rehearsal: Rehearsal) -> list[Beside]:
     """Compute seconds of the whole action list: forwards, input gradients, weight gradients, and their sum."""
-    rehearsed = collections.Counter[str]()
+    rehearsed: dict[str, float] = collections.defaultdict(float)
     for place, seconds in seconds_by_place(rehearsal).items():
         rehearsed[place.kind] += seconds
     planned = planned_seconds(rehearsal)
@@ -140,7 +140,7 @@ def wide_products(rehearsal: Rehearsal, least_flops: float = 1e9) -> list[tuple[
 
 def flops_by_dtype(rehearsal: Rehearsal) -> dict[str, float]:
     """FLOPs of products and attention, by the type of their factors."""
-    flops: collections.Counter[str] = collections.Counter()
+    flops: dict[str, float] = collections.defaultdict(float)
     for tallies in rehearsal.observer.work.values():
         for work, tally in tallies.items():
             flops[str(work.dtype).removeprefix("torch.")] += tally.flops
