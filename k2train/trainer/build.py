@@ -117,10 +117,19 @@ def open_corpus(config: Config) -> Corpus:
 
 
 def build_run(
-    config: Config, layout: Layout, schedule: Schedule, corpus: Corpus, groups: Groups, device: Device
+    config: Config,
+    layout: Layout,
+    schedule: Schedule,
+    corpus: Corpus,
+    groups: Groups,
+    device: Device,
+    initialise: bool = True,
 ) -> Run:
-    """One rank's share of the run, weights initialised from the seed. Every rank calls it; it communicates with nobody."""
-    models = build_models(config, layout, groups, device.torch_device)
+    """One rank's share of the run. Every rank calls it; it communicates with nobody.
+
+    initialise: fill the weights from the seed; False leaves them as memory is.
+    """
+    models = build_models(config, layout, groups, device.torch_device, initialise)
     catalogue = {
         spec.name: spec for model in models.values() for spec in part_tensors(config.model, model.part)
     }
@@ -163,8 +172,10 @@ def build_dispatcher(
     return RelayDispatcher(groups.ep, groups.relay, groups.rail, num_experts, SideStream(device), num_parts)
 
 
-def build_models(config: Config, layout: Layout, groups: Groups, device: torch.device) -> dict[int, Model]:
-    """The model parts of this rank's virtual stages, initialised, in the order of the model."""
+def build_models(
+    config: Config, layout: Layout, groups: Groups, device: torch.device, initialise: bool = True
+) -> dict[int, Model]:
+    """The model parts of this rank's virtual stages, in the order of the model."""
     experts = config.model.n_routed_experts
     per_rank = experts // layout.ep
     mine = tuple(range(groups.ep.rank * per_rank, (groups.ep.rank + 1) * per_rank))
@@ -175,7 +186,8 @@ def build_models(config: Config, layout: Layout, groups: Groups, device: torch.d
             continue
         part = ModelPart(tuple(piece.layers), piece.embedding, piece.head, mine)
         model = build_model(config.model, part, DTYPES[config.train.dtype], device, dispatcher)
-        model.initialise(config.train.seed)
+        if initialise:
+            model.initialise(config.train.seed)
         models[virtual_stage] = model
     return models
 
