@@ -117,6 +117,9 @@ class RehearsedDevice(Device):
     def synchronize(self) -> None:
         self.note_host_wait("device")
 
+    def peak_bytes(self) -> int:
+        return 0
+
     @contextlib.contextmanager
     def issuing_to(self, stream: RehearsedStream) -> Iterator[None]:
         """Operations called inside go to this stream."""

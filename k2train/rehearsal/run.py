@@ -102,7 +102,7 @@ def rehearse(config: Config) -> Rehearsal:
         world = RehearsedWorld(rank, layout.world, DEVICE, counts)
         groups = build_groups(layout.grid, world, layout.relay_ranks)
         corpus = cast(Corpus, NoCorpus(config.train.seq_len))
-        run = build_run(config, layout, schedule, corpus, groups, DEVICE, initialise=False)
+        run = build_run(config, layout, schedule, corpus, groups, device, initialise=False)
         run = watched_run(run, observer)
         states, built = observer.bytes_alive, time.perf_counter()
         before = set(observer.alive.values())

@@ -16,6 +16,7 @@ from k2train.config.errors import ConfigError
 from k2train.config.model import ModelConfig
 from k2train.config.schema import Config
 from k2train.data.corpus import Corpus, build_corpus
+from k2train.device.protocol import Device
 from k2train.estimate.activations import check_policies
 from k2train.layout.build import build_layout, num_microbatches
 from k2train.layout.layout import Layout
@@ -46,7 +47,7 @@ class Run:
     layout: Layout
     schedule: Schedule
     groups: Groups
-    device: torch.device
+    device: Device
     models: Mapping[int, Model]
     optimizer: Optimizer
     activations: ActivationStore | None
@@ -121,23 +122,25 @@ def build_run(
     schedule: Schedule,
     corpus: Corpus,
     groups: Groups,
-    device: torch.device,
+    device: Device,
     initialise: bool = True,
 ) -> Run:
     """One rank's share of the run. Every rank calls it; it communicates with nobody.
 
     initialise: fill the weights from the seed; False leaves them as memory is.
     """
-    models = build_models(config, layout, groups, device, initialise)
+    models = build_models(config, layout, groups, device.torch_device, initialise)
     catalogue = {
         spec.name: spec for model in models.values() for spec in part_tensors(config.model, model.part)
     }
     trained = [[piece for piece in model.pieces() if piece.trained] for model in models.values()]
-    optimizer = build_optimizer(config.optim, config.model, catalogue, trained, groups)
+    optimizer = build_optimizer(config.optim, config.model, catalogue, trained, groups, device)
     routes = build_routes(schedule, groups.pp.rank)
     dtype = DTYPES[config.train.dtype]
     transport = (
-        PipelineTransport(groups.pp, config.model.hidden_size, dtype, device) if layout.pp > 1 else None
+        PipelineTransport(groups.pp, config.model.hidden_size, dtype, device.torch_device)
+        if layout.pp > 1
+        else None
     )
     learning_rate = LrSchedule(config.optim.lr_phases, config.train.steps, config.train.global_batch_tokens)
     return Run(

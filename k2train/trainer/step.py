@@ -61,7 +61,7 @@ def train_step(
     statistics = Statistics()
     run_schedule(run, index, statistics, recorder)
     lr = run.learning_rate.at(index)
-    totals = StepTotals(run.config.model, statistics, stop_signal(), run.device)
+    totals = StepTotals(run.config.model, statistics, stop_signal(), run.device.torch_device)
     # The losses are among the riders: one that is not finite makes every gradient suspect, and nothing is updated.
     result = run.optimizer.step(
         lr, statistics.max_logits, run.config.train.grad_clip_norm, finish=False, riders=totals.riders
@@ -132,4 +132,4 @@ def local_batch(run: Run, index: int) -> torch.Tensor:
     sequences = train.global_batch_tokens // train.seq_len
     share = sequences // run.groups.dp.size
     start = index * sequences + run.groups.dp.rank * share
-    return run.corpus.batch("train", start, share).to(run.device)
+    return run.corpus.batch("train", start, share).to(run.device.torch_device)
