@@ -33,6 +33,12 @@ class Route(Protocol):
         """(L,) int32, on the rows' device: the row after the last of each local expert, in rows sorted by expert."""
         ...
 
+    @property
+    def rows_of_experts(self) -> tuple[int, ...] | None:
+        """The rows of each local expert, on the host, once the dispatch has been waited for; None where the host would have
+        to wait for the device to know."""
+        ...
+
     def settle(self, saved: SavedActivations) -> None:
         """The forward has used it: hand what the backward needs to the store, and let go of what can be worked out again."""
         ...
@@ -116,6 +122,10 @@ class LocalRoute:
     @property
     def offsets(self) -> torch.Tensor:
         return self.counts_E.cumsum(0).to(torch.int32)
+
+    @property
+    def rows_of_experts(self) -> None:
+        return None
 
     def settle(self, saved: SavedActivations) -> None:
         self.order.settle(saved)

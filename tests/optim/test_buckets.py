@@ -7,7 +7,7 @@ import torch
 
 from k2train.layout.tensors import TensorSpec
 from k2train.model.pieces import Piece
-from k2train.optim.buckets import SHORT_RUN_ELEMENTS, Bucket, build_grad_buffers
+from k2train.optim.buckets import SHORT_RUN_ELEMENTS, Bucket, GradBuffers
 from k2train.optim.shares import plan_buckets
 from k2train.parallel.communicator import World
 from k2train.parallel.threads import run_threads
@@ -30,7 +30,7 @@ def test_every_entry_comes_back_as_the_sum_over_ranks_and_additions(rows: int) -
         pieces, catalogue = pair_of(rows, 2)
         (plan,) = plan_buckets([pieces], catalogue, False, 5, {"dp": OWNERS, "edp": 1})
         bucket = Bucket(plan, world.group("dp", range(OWNERS)), world.device)
-        buffers = build_grad_buffers([bucket])
+        buffers = GradBuffers([bucket])
         values = {
             piece.name: torch.arange(2.0 * rows).view(rows, 2) + 7 * n for n, piece in enumerate(pieces)
         }
