@@ -45,10 +45,10 @@ def add_into(sum_MN: torch.Tensor, x_MK: torch.Tensor, y_KN: torch.Tensor) -> No
 
 
 def bf16_parts(x: torch.Tensor, num_parts: int) -> list[torch.Tensor]:
-    """BF16 tensors whose sum is x but for a relative error of 2^-(9 num_parts) an element; x alone if it is BF16 already.
+    """BF16 tensors whose sum is x; x alone if it is BF16 already.
 
-    Each part is what the ones before it left, rounded to 8 significant bits, so at most 2^-9 of it is left over. Three parts
-    hold all 24 bits of an FP32 number, and the error is zero. (Numbers below 2^-110 may lose bits to BF16's smallest.)
+    Each part is what the ones before it left, rounded to 8 significant bits. One part leaves at most 2^-8 of x, two leave
+    2^-17, and three, which have 24 bits, nothing. (Numbers below 2^-110 may lose bits to BF16's smallest.)
     """
     if x.dtype == torch.bfloat16:
         return [x]
