@@ -65,7 +65,7 @@ class RoutedExperts:
         rows_MD: torch.Tensor,
         weights_M: torch.Tensor,
         offsets_L: torch.Tensor,
-        rows_of_experts: tuple[int, ...] | None,
+        rows_of_experts: tuple[int, ...],
         slot: WeightGradSlot | None,
         saved: SavedActivations,
     ) -> torch.Tensor:

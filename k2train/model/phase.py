@@ -17,6 +17,7 @@ import torch
 from torch.autograd.graph import GradientEdge, get_gradient_edge
 
 from k2train.model.context import MicrobatchContext
+from k2train.model.dispatcher import Results
 from k2train.model.pieces import Piece
 from k2train.ops.weight_grad import WeightGradSlot
 
@@ -130,14 +131,19 @@ def _enter(inputs: Tensors) -> Tensors:
 
 @dataclasses.dataclass(frozen=True)
 class Started:
-    """A communication phase between its start and its finish."""
+    """A communication phase between its start and its finish: what is under way, and what waits beside it."""
 
     pending: Any
-    rest: tuple[Any, ...]
+    rest: tuple[Any, ...] = ()
 
 
 class CommunicationPhase(abc.ABC):
-    """A linear phase that mostly waits. Its whole forward is its start followed by its finish."""
+    """A linear phase that mostly waits. Its whole forward is its start followed by its finish.
+
+    Inputs and results carry the event at which they are there (`Results.ready`): an exchange waits for its own
+    inputs, not for all that the main stream was given before it, and nobody waits for an exchange but who
+    computes with its results.
+    """
 
     stream: Literal["communication"] = "communication"
 
@@ -145,21 +151,23 @@ class CommunicationPhase(abc.ABC):
         self.name = name
 
     @abc.abstractmethod
-    def start_forward(self, inputs: Tensors, context: MicrobatchContext) -> Started: ...
+    def start_forward(self, inputs: Results, context: MicrobatchContext) -> Started: ...
 
     @abc.abstractmethod
-    def finish_forward(self, started: Started, context: MicrobatchContext) -> tuple[Tensors, Any]: ...
+    def finish_forward(self, started: Started, context: MicrobatchContext) -> tuple[Results, Any]: ...
 
     @abc.abstractmethod
-    def start_backward(self, record: Any, grad_outputs: Grads, context: MicrobatchContext) -> Started: ...
+    def start_backward(self, record: Any, grad_outputs: Results, context: MicrobatchContext) -> Started: ...
 
     @abc.abstractmethod
-    def finish_backward(self, started: Started, context: MicrobatchContext) -> Grads: ...
+    def finish_backward(self, started: Started, context: MicrobatchContext) -> Results: ...
 
     def forward(self, inputs: Tensors, context: MicrobatchContext) -> tuple[Tensors, Any]:
         with torch.no_grad():
-            return self.finish_forward(self.start_forward(inputs, context), context)
+            results, record = self.finish_forward(self.start_forward(Results(inputs), context), context)
+        return results.on(context.device.current), record
 
     def backward(self, record: Any, grad_outputs: Grads, context: MicrobatchContext) -> Grads:
         with torch.no_grad():
-            return self.finish_backward(self.start_backward(record, grad_outputs, context), context)
+            started = self.start_backward(record, Results(grad_outputs), context)
+            return self.finish_backward(started, context).on(context.device.current)

@@ -16,6 +16,8 @@ from k2train.config.errors import ConfigError
 from k2train.config.model import ModelConfig
 from k2train.config.schema import Config
 from k2train.data.corpus import Corpus, build_corpus
+from k2train.device.build import build_device
+from k2train.device.protocol import Device
 from k2train.estimate.activations import check_policies
 from k2train.layout.build import build_layout, num_microbatches
 from k2train.layout.layout import Layout
@@ -47,6 +49,7 @@ class Run:
     schedule: Schedule
     groups: Groups
     device: torch.device
+    streams: Device
     models: Mapping[int, Model]
     optimizer: Optimizer
     activations: ActivationStore | None
@@ -119,7 +122,8 @@ def build_run(
     config: Config, layout: Layout, schedule: Schedule, corpus: Corpus, groups: Groups, device: torch.device
 ) -> Run:
     """One rank's share of the run, weights initialised from the seed. Every rank calls it; it communicates with nobody."""
-    models = build_models(config, layout, groups, device)
+    streams = build_device(device)
+    models = build_models(config, layout, groups, streams)
     catalogue = {
         spec.name: spec for model in models.values() for spec in part_tensors(config.model, model.part)
     }
@@ -137,6 +141,7 @@ def build_run(
         schedule=schedule,
         groups=groups,
         device=device,
+        streams=streams,
         models=models,
         optimizer=optimizer,
         activations=build_activations(
@@ -144,23 +149,22 @@ def build_run(
         ),
         corpus=corpus,
         learning_rate=learning_rate,
-        training=PipelineStage(models, routes, transport, optimizer.gradients),
-        evaluation=PipelineStage(models, routes, transport, None),
+        training=PipelineStage(models, routes, transport, optimizer.gradients, streams),
+        evaluation=PipelineStage(models, routes, transport, None, streams),
     )
 
 
-def build_dispatcher(
-    num_experts: int, groups: Groups, device: torch.device, num_parts: int = 1
-) -> Dispatcher:
+def build_dispatcher(num_experts: int, groups: Groups, device: Device, num_parts: int = 1) -> Dispatcher:
     """How this rank's tokens reach their experts. It communicates with nobody."""
     if groups.ep.size == 1:
-        return LocalDispatcher()
+        return LocalDispatcher(device)
+    side = SideStream(device)
     if groups.relay is None:
-        return AllToAllDispatcher(groups.ep, num_experts)
-    return RelayDispatcher(groups.ep, groups.relay, groups.rail, num_experts, SideStream(device), num_parts)
+        return AllToAllDispatcher(groups.ep, num_experts, side)
+    return RelayDispatcher(groups.ep, groups.relay, groups.rail, num_experts, side, num_parts)
 
 
-def build_models(config: Config, layout: Layout, groups: Groups, device: torch.device) -> dict[int, Model]:
+def build_models(config: Config, layout: Layout, groups: Groups, device: Device) -> dict[int, Model]:
     """The model parts of this rank's virtual stages, initialised, in the order of the model."""
     experts = config.model.n_routed_experts
     per_rank = experts // layout.ep
@@ -171,7 +175,7 @@ def build_models(config: Config, layout: Layout, groups: Groups, device: torch.d
         if layout.placement[virtual_stage] != groups.pp.rank:
             continue
         part = ModelPart(tuple(piece.layers), piece.embedding, piece.head, mine)
-        model = build_model(config.model, part, DTYPES[config.train.dtype], device, dispatcher)
+        model = build_model(config.model, part, DTYPES[config.train.dtype], device.torch_device, dispatcher)
         model.initialise(config.train.seed)
         models[virtual_stage] = model
     return models

@@ -21,6 +21,7 @@ from k2train.activations.store import ActivationStore
 from k2train.config.model import ModelConfig
 from k2train.config.schema import Config
 from k2train.config.sections import ActivationsConfig
+from k2train.device.build import build_device
 from k2train.estimate.activations import SavedTensor, saved_tensors
 from k2train.estimate.layer_ops import Workload, workload
 from k2train.layout.build import build_layout
@@ -159,6 +160,7 @@ def measured_bytes(
         targets=tokens_BS1[:, 1:],
         balance_loss_scale=float(here.balance_loss),
         saved=store.microbatch(),
+        device=build_device(device),
     )
     # The records hold what the backward would need; they must live until everything is counted.
     _, records = forward(built, (tokens_BS1[:, :-1],), context)

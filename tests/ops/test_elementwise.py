@@ -15,7 +15,7 @@ from k2train.config.model import YarnConfig
 from k2train.estimate.layer_costs import LOGITS_CHUNK_ELEMENTS
 from k2train.ops.cross_entropy import default_chunk_elements, linear_cross_entropy
 from k2train.ops.norm import inverse_rms, rms_norm, rms_norm_reference
-from k2train.ops.permute import sort_slots, sum_copies, sum_slots
+from k2train.ops.permute import sort_slots, sum_copies, sum_order, sum_slots
 from k2train.ops.rotary import (
     RotaryTables,
     rotary_keys,
@@ -183,7 +183,7 @@ def test_copies_are_added_up_at_their_source(dtype, copies, sources):
     source_N = torch.randint(sources, (copies,), generator=generator)
     rows_ND = torch.randint(-4, 5, (copies, 3), generator=generator).to(dtype)
     expected_SD = torch.zeros(sources, 3, dtype=dtype).index_add(0, source_N, rows_ND)
-    assert torch.equal(sum_copies(rows_ND, source_N, sources), expected_SD)
+    assert torch.equal(sum_copies(rows_ND, *sum_order(source_N, sources)), expected_SD)
 
 
 def test_an_attached_loss_gets_its_gradient_and_changes_no_value():
