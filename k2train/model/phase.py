@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import abc
 import dataclasses
-from collections.abc import Sequence
 from typing import Any, Literal, Protocol
 
 import torch

@@ -77,7 +77,9 @@ def test_the_routers_input_gradient_is_within_its_bound():
     expected = dy.double() @ weight.double()
     magnitude = dy.double().abs() @ weight.double().abs()
     assert got.dtype == torch.bfloat16
-    assert ((got.double() - expected).abs() <= (2.0**-17 + 80 * 2.0**-24) * magnitude + 2.0**-8 * expected.abs()).all()
+    assert (
+        (got.double() - expected).abs() <= (2.0**-17 + 80 * 2.0**-24) * magnitude + 2.0**-8 * expected.abs()
+    ).all()
 
 
 def test_a_router_of_bf16_products_has_scores_and_gradients_of_float64(products_here):
@@ -96,7 +98,9 @@ def test_a_router_of_bf16_products_has_scores_and_gradients_of_float64(products_
         bound = additions * 2.0**-24 * (left.abs() @ right.abs())
         assert ((got.double() - left @ right).abs() <= bound).all()
     expected, magnitude = wide_dy @ wide_w, wide_dy.abs() @ wide_w.abs()
-    assert ((dx.double() - expected).abs() <= (2.0**-17 + 50 * 2.0**-24) * magnitude + 2.0**-8 * expected.abs()).all()
+    assert (
+        (dx.double() - expected).abs() <= (2.0**-17 + 50 * 2.0**-24) * magnitude + 2.0**-8 * expected.abs()
+    ).all()
     with torch.no_grad():
         assert torch.equal(linear(x, weight, None, compute_dtype=torch.float32), y)
 
