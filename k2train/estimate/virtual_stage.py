@@ -103,5 +103,5 @@ def build_estimator(
         embedding(w, machine),
         dense,
         moe,
-        head(w, machine),
+        head(w, machine, layout.dp),
     )

@@ -19,7 +19,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 import torch
 
 from k2train.optim.adam import AdamW
-from k2train.optim.buckets import Bucket, build_grad_buffers
+from k2train.optim.buckets import Bucket, GradBuffers
 from k2train.optim.muon import MuonRule
 from k2train.optim.qk_clip_step import QkClipper, ReducedLogits
 from k2train.optim.residence import Residence
@@ -73,7 +73,7 @@ class Optimizer:
         qk_clip: QkClipper,
         residence: Residence,
     ) -> None:
-        self.gradients = build_grad_buffers(buckets)
+        self.gradients = GradBuffers(buckets)
         self.num_updates = 0
         self._buckets = tuple(buckets)
         self._residence = residence

@@ -129,7 +129,7 @@ def build_run(
 
     initialise: fill the weights from the seed; False leaves them as memory is.
     """
-    models = build_models(config, layout, groups, device.torch_device, initialise)
+    models = build_models(config, layout, groups, device, initialise)
     catalogue = {
         spec.name: spec for model in models.values() for spec in part_tensors(config.model, model.part)
     }
@@ -156,24 +156,23 @@ def build_run(
         ),
         corpus=corpus,
         learning_rate=learning_rate,
-        training=PipelineStage(models, routes, transport, optimizer.gradients),
-        evaluation=PipelineStage(models, routes, transport, None),
+        training=PipelineStage(models, routes, transport, optimizer.gradients, device),
+        evaluation=PipelineStage(models, routes, transport, None, device),
     )
 
 
-def build_dispatcher(
-    num_experts: int, groups: Groups, device: torch.device, num_parts: int = 1
-) -> Dispatcher:
+def build_dispatcher(num_experts: int, groups: Groups, device: Device, num_parts: int = 1) -> Dispatcher:
     """How this rank's tokens reach their experts. It communicates with nobody."""
     if groups.ep.size == 1:
-        return LocalDispatcher()
+        return LocalDispatcher(device)
+    side = SideStream(device)
     if groups.relay is None:
-        return AllToAllDispatcher(groups.ep, num_experts)
-    return RelayDispatcher(groups.ep, groups.relay, groups.rail, num_experts, SideStream(device), num_parts)
+        return AllToAllDispatcher(groups.ep, num_experts, side)
+    return RelayDispatcher(groups.ep, groups.relay, groups.rail, num_experts, side, num_parts)
 
 
 def build_models(
-    config: Config, layout: Layout, groups: Groups, device: torch.device, initialise: bool = True
+    config: Config, layout: Layout, groups: Groups, device: Device, initialise: bool = True
 ) -> dict[int, Model]:
     """The model parts of this rank's virtual stages, in the order of the model."""
     experts = config.model.n_routed_experts
@@ -185,7 +184,7 @@ def build_models(
         if layout.placement[virtual_stage] != groups.pp.rank:
             continue
         part = ModelPart(tuple(piece.layers), piece.embedding, piece.head, mine)
-        model = build_model(config.model, part, DTYPES[config.train.dtype], device, dispatcher)
+        model = build_model(config.model, part, DTYPES[config.train.dtype], device.torch_device, dispatcher)
         if initialise:
             model.initialise(config.train.seed)
         models[virtual_stage] = model

@@ -107,7 +107,7 @@ def forward_only(run: Run, microbatches: list[Windows], statistics: Statistics, 
     def make_context(virtual_stage: int, microbatch: int) -> MicrobatchContext:
         part = microbatches[microbatch]
         return MicrobatchContext(num_sequences=len(part.inputs), key=(virtual_stage, microbatch), statistics=statistics,
-                                 loss_scale=loss_scale, targets=part.targets)  # fmt: skip
+                                 loss_scale=loss_scale, targets=part.targets, device=run.device)  # fmt: skip
 
     tokens = [part.inputs for part in microbatches]
     stage = run.evaluation
