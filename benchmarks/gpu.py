@@ -51,6 +51,10 @@ def main() -> int:
             limit = limit_seconds(sections[index:], ends_at - time.monotonic())
             outcomes.append(run_section(section, limit, options, packages, Path(folder)))
             write_json(options, outcomes)
+    for outcome in outcomes:
+        failed = [str(result["name"]) for result in outcome["results"] if result["kind"] == "failed"]
+        if failed:
+            print(f"failed in section {outcome['number']}: {'; '.join(failed)}", flush=True)
     bad = [outcome["number"] for outcome in outcomes if outcome["status"] != "done"]
     print(f"sections {', '.join(map(str, bad))} did not end well" if bad else "all sections done", flush=True)
     return 1 if bad else 0

@@ -7,6 +7,8 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import importlib
+import importlib.util
 import sysconfig
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -21,6 +23,7 @@ from k2train.model.context import MicrobatchContext, Statistics
 from k2train.model.model import Model, build_model
 from k2train.model.phase import Phase, Tensors
 from k2train.model.pieces import ModelPart
+from k2train.model.saved import KeepEverything, SavedActivations
 from k2train.ops.attention import causal_attention, causal_attention_reference
 from k2train.ops.cross_entropy import linear_cross_entropy
 from k2train.ops.grouped import grouped_linear
@@ -40,7 +43,9 @@ Attend = Callable[[torch.Tensor, torch.Tensor, torch.Tensor, float], torch.Tenso
 # Operations.
 
 
-def attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float) -> tuple[torch.Tensor, torch.Tensor]:
+def attention(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float
+) -> tuple[torch.Tensor, torch.Tensor]:
     """The program's attention with the backend it takes here: output (B, S, H, V), largest logit of each head."""
     attended = causal_attention(q, k, v, scale)
     return attended.out, attended.max_logits
@@ -54,13 +59,22 @@ def attention_reference(
 
 
 def attention_kernels(device: torch.device) -> ModuleType | None:
-    """The module of our Triton attention; None where it cannot run."""
+    """The module of our Triton attention; None where it cannot run. On a CPU it is interpreted (see `child`)."""
+    if device.type == "cpu":
+        found = importlib.util.find_spec("triton") is not None
+        return importlib.import_module("k2train.ops.attention_triton") if found else None
     return gpu_kernels("attention_triton", device)
 
 
 def kernel_attention(kernels: ModuleType) -> Attend:
     """Our Triton attention, whatever the program would take: the output alone."""
-    return lambda q, k, v, scale: kernels.fused_attention(q, k, v, scale)[0]
+
+    def attend(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float) -> torch.Tensor:
+        # Triton's interpreter, which runs it on a CPU, cannot multiply in BF16.
+        tensors = (q, k, v) if q.is_cuda else (q.float(), k.float(), v.float())
+        return kernels.fused_attention(*tensors, scale)[0].to(q.dtype)
+
+    return attend
 
 
 @contextlib.contextmanager
@@ -74,7 +88,9 @@ def other_blocks(kernels: ModuleType, name: str, **changes: int) -> Iterator[Non
         setattr(kernels, name, own)
 
 
-def grouped(x_MI: torch.Tensor, weight_LOI: torch.Tensor, ends_L: torch.Tensor, gradients: PlainGradients) -> torch.Tensor:
+def grouped(
+    x_MI: torch.Tensor, weight_LOI: torch.Tensor, ends_L: torch.Tensor, gradients: PlainGradients
+) -> torch.Tensor:
     """The experts' product; its weight gradient goes into an FP32 buffer of `gradients`, as in training."""
     return grouped_linear(x_MI, weight_LOI, ends_L, AtOnce(gradients))
 
@@ -122,7 +138,7 @@ class Layer:
     def context(self, saved: Any, queue: WeightGradQueue) -> MicrobatchContext:
         return MicrobatchContext(
             num_sequences=self.config.train.microbatch_size, gradients=self.gradients, weight_grads=queue,
-            statistics=Statistics(), balance_loss_scale=1.0, **({} if saved is None else {"saved": saved}),
+            statistics=Statistics(), balance_loss_scale=1.0, saved=KeepEverything() if saved is None else saved,
         )  # fmt: skip
 
     def drain(self, queue: WeightGradQueue) -> None:
@@ -202,11 +218,12 @@ class ScheduledPass:
         microbatches = batch.split(train.microbatch_size)
 
         def make_context(virtual_stage: int, microbatch: int) -> MicrobatchContext:
-            saved = {} if self.store is None else {"saved": self.store.microbatch(virtual_stage)}
+            store = self.store
+            saved: SavedActivations = KeepEverything() if store is None else store.microbatch(virtual_stage)
             return MicrobatchContext(
                 num_sequences=train.microbatch_size, gradients=self.gradients, weight_grads=self.stage.queue,
                 key=(virtual_stage, microbatch), statistics=found, loss_scale=1 / train.global_batch_tokens,
-                targets=microbatches[microbatch][:, 1:], **saved,
+                targets=microbatches[microbatch][:, 1:], saved=saved,
             )  # fmt: skip
 
         return StepInputs(lambda m: microbatches[m][:, :-1], make_context, len(microbatches))
@@ -234,7 +251,9 @@ def train_steps(config: Config, device: torch.device, before_steps: Callable[[Ru
                 after_step: Callable[[StepMetrics], None]) -> None:  # fmt: skip
     """Build a run of one rank and take its steps with the trainer's own `train_step`."""
     layout, schedule = build_layouts(config)
-    corpus: Any = TextCorpus(config.train.seq_len, config.train.steps * config.train.global_batch_tokens + 2**20)
+    corpus: Any = TextCorpus(
+        config.train.seq_len, config.train.steps * config.train.global_batch_tokens + 2**20
+    )
 
     def run_rank(world: Any) -> None:
         groups = build_groups(layout.grid, world, layout.relay_ranks)

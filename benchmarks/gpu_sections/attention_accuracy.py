@@ -10,7 +10,7 @@ from __future__ import annotations
 import torch
 
 from . import adapter
-from .attention_paths import paths
+from .attention_paths import AttentionPath, fast_paths, flex_path, gradient_for, positions_first
 from .report import Report
 from .setting import Setting
 from .shapes import attention_inputs
@@ -20,27 +20,35 @@ LOGIT_ERROR = 2.0**-16
 
 
 def run(report: Report, setting: Setting) -> None:
+    first, *_ = setting.sizes.accuracy_lengths
     for length in setting.sizes.accuracy_lengths:
-        q, k, v, dout = attention_inputs(setting, setting.sizes.accuracy_heads, length)
-        scale = q.shape[-1] ** -0.5
-        exact = [t.detach().double().requires_grad_() for t in (q, k, v)]
-        out, largest = adapter.attention_reference(*exact, scale)
-        truth = [out.detach(), *torch.autograd.grad(out, exact, dout.double())]
-        for name, make in paths(setting, length).items():
-            label = f"{name}, {length} tokens"
-            with report.attempt(label):
-                ours = positions_first(make()(q, k, v, scale), out.shape)
-                compare(report, label, [ours, *torch.autograd.grad(ours, (q, k, v), dout)], truth)
+        check(report, setting, length, list(fast_paths(setting)))
         with report.attempt(f"largest logits, {length} tokens"):
-            worst = (adapter.attention(q, k, v, scale)[1] - largest).abs().max() / largest.abs().max()
-            report.figure(f"largest logits, {length} tokens", worst.item(), "relative", LOGIT_ERROR)
+            largest_logits(report, setting, length)
+    check(report, setting, first, [flex_path(setting, first)])
 
 
-def positions_first(out: torch.Tensor, shape: torch.Size) -> torch.Tensor:
-    """An output as (B, S, H, V), whether it came so, with heads first, or with heads and values in one."""
-    if out.dim() == 3:
-        return out.view(shape)
-    return out if out.shape == shape else out.transpose(1, 2)
+def check(report: Report, setting: Setting, length: int, paths: list[AttentionPath]) -> None:
+    """Output and gradients of each path."""
+    q, k, v, dout = attention_inputs(setting, setting.sizes.accuracy_heads, length)
+    scale = q.shape[-1] ** -0.5
+    exact = tuple(t.detach().double().requires_grad_() for t in (q, k, v))
+    out = adapter.attention_reference(exact[0], exact[1], exact[2], scale)[0]
+    truth = [out.detach(), *torch.autograd.grad(out, exact, dout.double())]
+    for path in paths:
+        label = f"{path.name}, {length} tokens"
+        with report.attempt(label, path.gpu_only, path.optional):
+            found = path.make()(q, k, v, scale)
+            grads = torch.autograd.grad(found, (q, k, v), gradient_for(found, dout))
+            compare(report, label, [positions_first(found, out.shape), *grads], truth)
+
+
+def largest_logits(report: Report, setting: Setting, length: int) -> None:
+    q, k, v, _ = (t.detach() for t in attention_inputs(setting, setting.sizes.accuracy_heads, length))
+    scale = q.shape[-1] ** -0.5
+    right = adapter.attention_reference(q.double(), k.double(), v.double(), scale)[1]
+    worst = (adapter.attention(q, k, v, scale)[1] - right).abs().max() / right.abs().max()
+    report.figure(f"largest logits, {length} tokens", worst.item(), "relative", LOGIT_ERROR)
 
 
 def compare(report: Report, label: str, found: list[torch.Tensor], truth: list[torch.Tensor]) -> None:

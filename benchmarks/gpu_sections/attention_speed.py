@@ -13,7 +13,7 @@ import torch
 
 from . import adapter
 from .adapter import Attend
-from .attention_paths import paths
+from .attention_paths import AttentionPath, fast_paths, flex_path, gradient_for
 from .predictions import Predictions, useful_attention_flops
 from .report import Report
 from .setting import Setting
@@ -29,17 +29,24 @@ BLOCKS = {
 
 
 def run(report: Report, setting: Setting) -> None:
-    heads = k2_config(setting).model.num_attention_heads
-    for length in setting.sizes.attention_lengths:
-        tensors = attention_inputs(setting, heads, length)
-        for name, make in paths(setting, length).items():
-            with report.attempt(f"{name}, {length} tokens"):
-                measure(report, setting, f"{name}, {length} tokens", make(), tensors)
+    lengths = setting.sizes.attention_lengths
+    for length in lengths:
+        compare(report, setting, length, list(fast_paths(setting)))
     kernels = adapter.attention_kernels(setting.device)
     if kernels is None:
-        report.skip("k2train, Triton kernels and their block sizes", "they run on a GPU only")
-        return
-    other_blocks(report, setting, kernels)
+        report.skip("k2train, Triton kernels and their block sizes", "Triton is not installed")
+    else:
+        other_blocks(report, setting, kernels)
+    for length in lengths:
+        compare(report, setting, length, [flex_path(setting, length)])
+
+
+def compare(report: Report, setting: Setting, length: int, paths: list[AttentionPath]) -> None:
+    tensors = attention_inputs(setting, k2_config(setting).model.num_attention_heads, length)
+    for path in paths:
+        label = f"{path.name}, {length} tokens"
+        with report.attempt(label, path.gpu_only, path.optional):
+            measure(report, setting, label, path.make(), tensors)
 
 
 def measure(report: Report, setting: Setting, label: str, attend: Attend,
@@ -56,19 +63,21 @@ def measure(report: Report, setting: Setting, label: str, attend: Attend,
 def forward(setting: Setting, attend: Attend, tensors: tuple[torch.Tensor, ...]) -> Timing:
     """With gradients asked for, as in training."""
     q, k, v, _ = tensors
-    return timed(lambda: attend(q, k, v, q.shape[-1] ** -0.5), setting.device, setting.sizes.repeats, most_seconds=1.0)
+    return timed(
+        lambda: attend(q, k, v, q.shape[-1] ** -0.5), setting.device, setting.sizes.repeats, most_seconds=1.0
+    )
 
 
 def backward(setting: Setting, attend: Attend, tensors: tuple[torch.Tensor, ...]) -> Timing:
     q, k, v, dout = tensors
-    outputs: list[torch.Tensor] = []
+    pair: list[torch.Tensor] = []
 
     def prepare() -> None:
-        outputs[:] = [attend(q, k, v, q.shape[-1] ** -0.5)]
+        out = attend(q, k, v, q.shape[-1] ** -0.5)
+        pair[:] = out, gradient_for(out, dout)
 
     def run_backward() -> None:
-        (out,) = outputs
-        gradient = dout if out.shape == dout.shape else dout.transpose(1, 2) if out.dim() == 4 else dout.flatten(2)
+        out, gradient = pair
         torch.autograd.grad(out, (q, k, v), gradient)
 
     return timed(run_backward, setting.device, setting.sizes.repeats, prepare, most_seconds=1.0)

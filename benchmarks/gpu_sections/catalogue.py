@@ -18,15 +18,15 @@ class Section:
 
 # The shares are the seconds of a budget of 480.
 SECTIONS = (
-    Section(1, "environment", "versions, ceilings, fused paths", 30),
-    Section(2, "gpu_tests", "the tests marked gpu", 70),
-    Section(3, "attention_accuracy", "attention against float64", 30),
-    Section(4, "attention_speed", "attention and its variants", 90),
-    Section(5, "products", "grouped products and FP32 sums", 35),
+    Section(1, "environment", "versions, ceilings, fused paths", 25),
+    Section(2, "gpu_tests", "the tests marked gpu", 60),
+    Section(3, "attention_accuracy", "attention against float64", 40),
+    Section(4, "attention_speed", "attention and its variants", 95),
+    Section(5, "products", "grouped products and FP32 sums", 30),
     Section(6, "moe_layer", "a MoE layer of K2 by phase", 45),
-    Section(7, "offload", "copies to the host and back", 40),
+    Section(7, "offload", "copies to the host and back", 50),
     Section(8, "head_and_muon", "head and Newton-Schulz", 30),
-    Section(9, "slice_of_k2", "a slice of K2 in training", 110),
+    Section(9, "slice_of_k2", "a slice of K2 in training", 105),
 )
 
 

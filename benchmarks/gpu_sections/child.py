@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import argparse
 import importlib
+import os
 import sys
 import traceback
+import warnings
 from pathlib import Path
 
 from .catalogue import chosen
@@ -17,7 +19,12 @@ def main() -> int:
     # Behind the interpreter's own packages, so that nothing that is installed is replaced.
     sys.path += options.packages
     (section,) = chosen(str(options.section))
-    report = Report(section.number, Path(options.log))
+    report = Report(section.number, Path(options.log), options.device == "cuda")
+    # Libraries warn of what they will not run; the line that follows says it.
+    warnings.simplefilter("ignore", UserWarning)
+    if options.device == "cpu":
+        # Read when a kernel is defined: Triton then runs it as Python.
+        os.environ["TRITON_INTERPRET"] = "1"
     try:
         # Imported here: what is missing for one section must not stop another.
         from .setting import build_setting

@@ -36,7 +36,13 @@ def read_cluster(name: str) -> ClusterConfig:
 
 def compose(groups: dict[str, str], **changes: dict[str, Any]) -> Config:
     """A config of one file from each group, `changes` on top of them by section."""
-    files = {"layout": "single", "schedule": "k2", "activations": "none", "optim": "muonclip", "data": "stdlib"}
+    files = {
+        "layout": "single",
+        "schedule": "k2",
+        "activations": "none",
+        "optim": "muonclip",
+        "data": "stdlib",
+    }
     sections = {group: read_group(group, name) for group, name in {**files, **groups}.items()}
     for section, values in changes.items():
         sections[section] = {**sections.get(section, {}), **values}

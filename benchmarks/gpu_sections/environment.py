@@ -21,7 +21,16 @@ from .report import Report, first_line
 from .setting import Setting
 from .timing import timed
 
-PACKAGES = ("torch", "triton", "transformers", "transformer-engine", "megatron-core", "hydra-core", "numpy", "pytest")
+PACKAGES = (
+    "torch",
+    "triton",
+    "transformers",
+    "transformer-engine",
+    "megatron-core",
+    "hydra-core",
+    "numpy",
+    "pytest",
+)
 
 
 def run(report: Report, setting: Setting) -> None:
@@ -80,6 +89,9 @@ def paths(setting: Setting) -> dict[str, Callable[[], str | None]]:
         ends = torch.tensor([32, 64], dtype=torch.int32, device=setting.device)
         F.grouped_mm(x, torch.stack([y, y]), offs=ends)
 
+    def wide_product() -> None:
+        torch.mm(x, y, out_dtype=torch.float32)
+
     def wide_sum() -> str:
         buffer = setting.random(64, 64, dtype=torch.float32)
         expected = buffer + x.float() @ y.float()
@@ -87,10 +99,14 @@ def paths(setting: Setting) -> dict[str, Callable[[], str | None]]:
         return f"yes, in place, off by {(buffer - expected).abs().max().item():.1g}"
 
     return {
-        "cuDNN attention, 192 and 128 wide, with backward": lambda: fused_attention(setting, SDPBackend.CUDNN_ATTENTION),
-        "flash attention, 192 and 128 wide, with backward": lambda: fused_attention(setting, SDPBackend.FLASH_ATTENTION),
+        "cuDNN attention, 192 and 128 wide, with backward": lambda: fused_attention(
+            setting, SDPBackend.CUDNN_ATTENTION
+        ),
+        "flash attention, 192 and 128 wide, with backward": lambda: fused_attention(
+            setting, SDPBackend.FLASH_ATTENTION
+        ),
         "grouped_mm": grouped,
-        "mm with out_dtype": lambda: torch.mm(x, y, out_dtype=torch.float32) is None or None,
+        "mm with out_dtype": wide_product,
         "addmm with out_dtype and out=self": wide_sum,
         "FlexAttention with largest scores": flex_available,
         "Triton": lambda: package("triton"),

@@ -69,7 +69,14 @@ def tell(report: Report, lines: list[dict[str, str]], unfinished: int, seconds: 
     for line in lines:
         if line["outcome"] == "failed":
             report.fail(line["test"], line["message"])
-    report.fact("outcomes", ", ".join(f"{number} {outcome}" for outcome, number in sorted(counts.items())) or "no test ran")
-    report.figure("tests that failed", counts["failed"], "tests", 0.0, sum(counts.values()), f"{seconds:.0f} s")
+    report.fact(
+        "outcomes",
+        ", ".join(f"{number} {outcome}" for outcome, number in sorted(counts.items())) or "no test ran",
+    )
+    report.figure(
+        "tests that failed", counts["failed"], "tests", 0.0, sum(counts.values()), f"{seconds:.0f} s"
+    )
     if unfinished:
-        report.fail("tests", f"{unfinished} processes were stopped at the limit; the tests they had left did not run")
+        report.fail(
+            "tests", f"{unfinished} processes were stopped at the limit; the tests they had left did not run"
+        )

@@ -5,11 +5,12 @@ from __future__ import annotations
 import torch
 
 from . import adapter
+from .memory import note, peak, start_peak
 from .predictions import Predictions, estimator, newton_schulz_flops
 from .report import Report
 from .setting import Setting
 from .shapes import k2_config
-from .timing import synchronize, timed
+from .timing import timed
 
 NEWTON_SCHULZ_STEPS = 5
 EXPERTS_AT_ONCE = 8
@@ -44,19 +45,9 @@ def head(report: Report, setting: Setting) -> None:
         predicted = 1e3 * sum(phase.seconds for phase in estimator(config).head.forward)
     report.figure("head: loss and both gradients", timing.seconds * 1e3, "ms", predicted, timing.n,
                   f"{flops / timing.seconds / 1e12:.0f} TFLOP/s")  # fmt: skip
-    if setting.on_gpu:
-        transient = torch.cuda.max_memory_allocated(setting.device) - before
-        report.figure("head: memory besides weight, sums and input", transient / 1e9, "GB",
-                      estimator(config).head.forward_transient_bytes / 1e9)  # fmt: skip
-
-
-def start_peak(setting: Setting) -> int:
-    """Bytes allocated now; the peak is counted from here."""
-    if not setting.on_gpu:
-        return 0
-    synchronize(setting.device)
-    torch.cuda.reset_peak_memory_stats(setting.device)
-    return torch.cuda.memory_allocated(setting.device)
+    transient = estimator(config).head.forward_transient_bytes
+    report.figure("head: memory besides weight, sums and input", (peak(setting) - before) / 1e9, "GB", transient / 1e9,
+                  note=note(setting))  # fmt: skip
 
 
 def matrices(setting: Setting) -> dict[str, tuple[int, ...]]:
@@ -78,7 +69,9 @@ def matrices(setting: Setting) -> dict[str, tuple[int, ...]]:
 
 def muon(report: Report, setting: Setting, name: str, shape: tuple[int, ...]) -> None:
     gradient = setting.random(*shape, dtype=torch.float32)
-    timing = timed(lambda: adapter.orthogonalise(gradient), setting.device, setting.sizes.repeats, most_seconds=1.0)
+    timing = timed(
+        lambda: adapter.orthogonalise(gradient), setting.device, setting.sizes.repeats, most_seconds=1.0
+    )
     count = shape[0] if len(shape) == 3 else 1
     flops = count * newton_schulz_flops((shape[-2], shape[-1]), NEWTON_SCHULZ_STEPS)
     report.figure(f"Newton-Schulz, {name} {'x'.join(map(str, shape))}", flops / timing.seconds / 1e12, "TFLOP/s",

@@ -6,6 +6,7 @@ long as with `recompute_fp8`, which computes the same and sends nothing, plus wh
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -19,7 +20,6 @@ from .shapes import k2_config
 from .timing import Timing, timed
 
 VIRTUAL_STAGES = 4
-MICROBATCHES = 8
 
 
 def run(report: Report, setting: Setting) -> None:
@@ -37,7 +37,8 @@ class Bus:
         self._pages = [adapter.pinned_bytes(setting.device, num_bytes) for _ in range(2)]
         self.host_out, self.host_back = (pages.bytes for pages in self._pages)
         self.device_out, self.device_back = (
-            setting.random(num_bytes // 4, seed=seed, dtype=torch.float32).view(torch.uint8) for seed in (0, 1)
+            setting.random(num_bytes // 4, seed=seed, dtype=torch.float32).view(torch.uint8)
+            for seed in (0, 1)
         )
         self._streams = [torch.cuda.Stream(setting.device) for _ in range(2)] if setting.on_gpu else []
 
@@ -73,7 +74,11 @@ def bandwidths(report: Report, setting: Setting) -> None:
     bus, sizes = Bus(setting), setting.sizes
     predicted = Predictions(setting.cluster).bus_bandwidth
     rate = predicted and predicted / 1e9
-    for name, ways in {"to the host": (True, False), "to the device": (False, True), "both ways": (True, True)}.items():
+    for name, ways in {
+        "to the host": (True, False),
+        "to the device": (False, True),
+        "both ways": (True, True),
+    }.items():
         timing = timed(bus.copies(*ways), setting.device, sizes.repeats)
         num_bytes = sum(ways) * sizes.copy_bytes
         report.figure(f"pinned copy {name}, alone", num_bytes / timing.seconds / 1e9, "GB/s",
@@ -84,7 +89,9 @@ def bandwidths(report: Report, setting: Setting) -> None:
     # As many products as last about as long as the copies.
     count = max(1, round(copying.seconds / alone.seconds))
     products: Timing = timed(lambda: [a @ b for _ in range(count)], setting.device, sizes.repeats)
-    together = timed(bus.copies(True, True, lambda: [a @ b for _ in range(count)]), setting.device, sizes.repeats)
+    together = timed(
+        bus.copies(True, True, lambda: [a @ b for _ in range(count)]), setting.device, sizes.repeats
+    )
     report.figure("copies both ways beside products, over the longer alone",
                   together.seconds / max(copying.seconds, products.seconds), "times", 1.0, together.n,
                   f"copies {copying.seconds * 1e3:.1f} ms, {count} products {products.seconds * 1e3:.1f} ms, "
@@ -94,7 +101,7 @@ def bandwidths(report: Report, setting: Setting) -> None:
 def hidden_share(report: Report, setting: Setting) -> None:
     """A pass of K2's schedule over MoE layers in four virtual stages on this device."""
     sizes = setting.sizes
-    tokens = MICROBATCHES * sizes.seq_len
+    tokens = sizes.offload_microbatches * sizes.seq_len
     changes: dict[str, Any] = {
         "model": {"num_hidden_layers": VIRTUAL_STAGES, "vocab_size": sizes.vocab_size},
         "layout": {"vpp": VIRTUAL_STAGES},
@@ -105,10 +112,14 @@ def hidden_share(report: Report, setting: Setting) -> None:
     base = adapter.ScheduledPass(configs["recompute_fp8"], setting.device, setting.dtype, gradients)
     sending = adapter.ScheduledPass(configs["k2"], setting.device, setting.dtype, gradients, base.models)
     generator = torch.Generator().manual_seed(0)
-    batch = torch.randint(sizes.vocab_size, (MICROBATCHES, sizes.seq_len + 1), generator=generator).to(setting.device)
+    batch = torch.randint(
+        sizes.vocab_size, (sizes.offload_microbatches, sizes.seq_len + 1), generator=generator
+    ).to(setting.device)
     times = {}
     for name, one in (("recompute_fp8", base), ("k2", sending)):
-        times[name] = timed(lambda one=one: one.run(batch), setting.device, min(5, sizes.repeats), most_seconds=6.0)
+        times[name] = timed(
+            functools.partial(one.run, batch), setting.device, min(5, sizes.repeats), most_seconds=6.0
+        )
         report.figure(f"a pass with activations={name}", 1e3 * times[name].seconds, "ms", n=times[name].n)
     sending.offloaded_bytes()
     sending.run(batch)
@@ -116,9 +127,9 @@ def hidden_share(report: Report, setting: Setting) -> None:
     report.figure("offloaded in a pass", moved / 1e9, "GB", note="the same comes back")
     bandwidth = Predictions(setting.cluster).bus_bandwidth
     if bandwidth is None or not setting.on_gpu:
-        report.skip("hidden share of the copies", "needs a GPU and its bus bandwidth")
+        report.skip("hidden share of the copies", "needs a GPU and the plan's bandwidth of its bus")
         return
     copies = 2 * moved / bandwidth
     exposed = max(0.0, times["k2"].seconds - times["recompute_fp8"].seconds)
-    report.figure("hidden share of the copies", 1 - exposed / copies, "", 1.0,
+    report.figure("hidden share of the copies", 1 - exposed / copies, "share", 1.0,
                   note=f"copies {copies * 1e3:.0f} ms at the plan's bandwidth, exposed {exposed * 1e3:.0f} ms")  # fmt: skip

@@ -13,6 +13,8 @@ from collections.abc import Callable
 import torch
 import torch.nn.functional as F
 
+from k2train.config.sections import Dtype
+
 from . import adapter
 from .predictions import Predictions
 from .report import Report
@@ -44,10 +46,11 @@ class Operands:
 def run(report: Report, setting: Setting) -> None:
     operands = Operands(setting)
     for name, function in {**forwards(operands), **weight_gradients(operands)}.items():
-        with report.attempt(name):
+        with report.attempt(name, gpu_only="FP32 output" in name):
             # The roofline charges a gradient with reading and writing the buffer besides.
             num_bytes = 2.0 * operands.buffer_LOI.nbytes if "gradient" in name else 0.0
-            predicted = Predictions(setting.cluster).rate(operands.flops, num_bytes)
+            dtype: Dtype = "float32" if "FP32 x FP32" in name else "bfloat16"
+            predicted = Predictions(setting.cluster).rate(operands.flops, num_bytes, dtype=dtype)
             timing = timed(function, setting.device, setting.sizes.repeats)
             report.figure(name, operands.flops / timing.seconds / 1e12, "TFLOP/s", predicted, timing.n,
                           f"{timing.seconds * 1e3:.2f} ms")  # fmt: skip

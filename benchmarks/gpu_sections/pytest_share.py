@@ -1,6 +1,6 @@
 """Runs every n-th test marked gpu of some files and writes a line of JSON for each as it ends.
 
-    python -m gpu_sections.pytest_share INDEX N LOG FILE ...
+python -m gpu_sections.pytest_share INDEX N LOG FILE ...
 """
 
 from __future__ import annotations

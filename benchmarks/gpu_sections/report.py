@@ -50,10 +50,10 @@ class Result:
 
 
 class Report:
-    """The results of one section."""
+    """The results of one section. on_gpu: whether what needs a GPU has one."""
 
-    def __init__(self, section: int, log: Path) -> None:
-        self.section, self._log = section, log
+    def __init__(self, section: int, log: Path, on_gpu: bool) -> None:
+        self.section, self._log, self._on_gpu = section, log, on_gpu
 
     def figure(
         self,
@@ -80,12 +80,21 @@ class Report:
         self._write(Result(self.section, "failed", name, note=reason))
 
     @contextlib.contextmanager
-    def attempt(self, name: str) -> Iterator[None]:
-        """One measurement: an error in it becomes a line, and the section goes on."""
+    def attempt(self, name: str, gpu_only: bool = False, optional: bool = False) -> Iterator[None]:
+        """One measurement: an error in it becomes a line, and the section goes on.
+
+        gpu_only: an error without a GPU was to be expected. optional: an error says that the libraries here do not take
+        this, which is an answer. A package that is missing is no error anywhere.
+        """
         try:
             yield
+        except ModuleNotFoundError as error:
+            self.skip(name, str(error))
         except Exception as error:
-            self.fail(name, first_line(error))
+            if optional or (gpu_only and not self._on_gpu):
+                self.skip(name, f"{'not taken here' if self._on_gpu else 'needs a GPU'}: {first_line(error)}")
+            else:
+                self.fail(name, first_line(error))
 
     def _write(self, result: Result) -> None:
         print(result.line(), flush=True)
@@ -107,7 +116,7 @@ def read_results(log: Path) -> list[dict[str, object]]:
 def first_line(error: BaseException) -> str:
     """An error in one line."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    return f"{type(error).__name__}: {lines[0][:200]}" if lines else type(error).__name__
+    return f"{type(error).__name__}: {lines[0][:120]}" if lines else type(error).__name__
 
 
 def _number(value: float) -> str:

@@ -18,7 +18,7 @@ _CLUSTERS = (("H200", "h200"), ("H100", "h100"), ("H800", "h800"))
 # K2's shapes at toy widths: what is left are the shapes' relations.
 TINY_MODEL = {
     "vocab_size": 257, "hidden_size": 64, "intermediate_size": 96, "moe_intermediate_size": 32, "q_lora_rank": 32,
-    "kv_lora_rank": 32, "qk_nope_head_dim": 16, "qk_rope_head_dim": 16, "v_head_dim": 16, "num_attention_heads": 4,
+    "kv_lora_rank": 32, "qk_nope_head_dim": 16, "qk_rope_head_dim": 16, "v_head_dim": 16, "num_attention_heads": 2,
 }  # fmt: skip
 
 
@@ -40,6 +40,7 @@ class Sizes:
     """Of the slice that is trained; the head is measured with K2's own."""
     train_steps: int
     train_microbatches: int
+    offload_microbatches: int
     repeats: int
     overrides: dict[str, int]
     """Changes to K2's model."""
@@ -58,22 +59,24 @@ REAL = Sizes(
     vocab_size=32768,
     train_steps=20,
     train_microbatches=4,
+    offload_microbatches=8,
     repeats=20,
     overrides={},
 )
 TINY = Sizes(
     copy_bytes=2**16,
     product_side=64,
-    attention_lengths=(32, 48),
-    accuracy_lengths=(64, 33),
+    attention_lengths=(16, 24),
+    accuracy_lengths=(24, 17),
     accuracy_heads=2,
     seq_len=32,
     num_experts=8,
     expert_rows=16,
     vocab_size=257,
-    train_steps=20,
+    train_steps=6,
     train_microbatches=2,
-    repeats=3,
+    offload_microbatches=3,
+    repeats=1,
     overrides=TINY_MODEL,
 )
 

@@ -10,7 +10,9 @@ section 8, and its tokens are the bytes of the standard library.
 
 from __future__ import annotations
 
+import gc
 import importlib.util
+import itertools
 import json
 import math
 import statistics
@@ -26,6 +28,7 @@ import torch
 from k2train.config.schema import Config
 
 from . import adapter
+from .memory import note, peak
 from .predictions import predicted_peak, step_prediction, train_flops
 from .report import Report
 from .setting import Setting
@@ -74,11 +77,12 @@ def train(report: Report, setting: Setting, config: Config) -> None:
         ends.append(time.perf_counter())
 
     adapter.train_steps(config, setting.device, built, stepped)
-    tell_speed(report, setting, config, [b - a for a, b in zip(ends, ends[1:], strict=False)][WARMUP_STEPS:])
+    tell_speed(report, setting, config, [b - a for a, b in itertools.pairwise(ends)][WARMUP_STEPS:])
     tell_losses(report, config, losses)
-    if setting.on_gpu:
-        peak, rehearsed = torch.cuda.max_memory_allocated(setting.device), predicted_peak(config)
-        report.figure("the slice: peak", peak / 1e9, "GB", rehearsed and rehearsed / 1e9)
+    rehearsed = predicted_peak(config)
+    report.figure(
+        "the slice: peak", peak(setting) / 1e9, "GB", rehearsed and rehearsed / 1e9, note=note(setting)
+    )
 
 
 def tell_speed(report: Report, setting: Setting, config: Config, seconds: list[float]) -> None:
@@ -88,7 +92,9 @@ def tell_speed(report: Report, setting: Setting, config: Config, seconds: list[f
                   f"{middle * 1e3:.0f} ms a step of {tokens} tokens")  # fmt: skip
     if setting.cluster is not None:
         peak = setting.cluster.matmul_flops_per_second
-        report.figure("the slice: MFU", train_flops(config, tokens) / middle / peak, "", mfu, len(seconds))
+        report.figure(
+            "the slice: MFU", train_flops(config, tokens) / middle / peak, "share", mfu, len(seconds)
+        )
 
 
 def tell_losses(report: Report, config: Config, losses: list[float]) -> None:
@@ -105,6 +111,7 @@ def beside_transformers(report: Report, setting: Setting, config: Config) -> Non
     if importlib.util.find_spec("transformers") is None:
         report.skip("transformers' DeepseekV3 with AdamW", "transformers is not installed")
         return
+    gc.collect()
     if setting.on_gpu:
         torch.cuda.empty_cache()
     for experts in ("grouped_mm", "eager"):
@@ -118,7 +125,7 @@ def beside_transformers(report: Report, setting: Setting, config: Config) -> Non
 
 def command_line(report: Report, setting: Setting) -> None:
     """`k2train train` as a user calls it, in a run directory of its own."""
-    missing = [name for name in ("hydra", "megatron", "rich") if importlib.util.find_spec(name) is None]
+    missing = [name for name in ("hydra", "matplotlib", "megatron", "rich") if importlib.util.find_spec(name) is None]
     if missing:
         report.skip("k2train train", f"{', '.join(missing)} not installed; see --wheels")
         return
@@ -132,6 +139,8 @@ def command_line(report: Report, setting: Setting) -> None:
         if done.returncode:
             report.fail("k2train train", (done.stderr.strip().splitlines() or ["no message"])[-1][:200])
             return
-        lines = [json.loads(line) for line in (Path(folder) / "run" / "metrics.jsonl").read_text().splitlines()]
+        lines = [
+            json.loads(line) for line in (Path(folder) / "run" / "metrics.jsonl").read_text().splitlines()
+        ]
         report.fact("k2train train", f"{len(lines)} steps, loss {lines[0]['loss']:.3f} to {lines[-1]['loss']:.3f}, "
                                      "with a run directory and a checkpoint")  # fmt: skip

@@ -42,7 +42,8 @@ class Stopwatch:
 
 def _between(start: torch.cuda.Event | float, end: torch.cuda.Event | float) -> float:
     if isinstance(start, float) or isinstance(end, float):
-        assert isinstance(start, float) and isinstance(end, float)
+        assert isinstance(start, float)
+        assert isinstance(end, float)
         return end - start
     return start.elapsed_time(end) / 1000.0
 
@@ -54,19 +55,21 @@ def timed(
     prepare: Callable[[], object] | None = None,
     most_seconds: float = 3.0,
 ) -> Timing:
-    """The median of `repeats` calls behind two that are not counted, fewer where they would take over `most_seconds`.
+    """The median of `repeats` calls behind two that are not counted (one before a single call).
+
+    Fewer calls, three at least, where they would take over `most_seconds` together.
 
     prepare: called ahead of every call, outside of what is measured.
     """
     before = prepare or (lambda: None)
-    for _ in range(2):
+    for _ in range(min(2, repeats)):
         before()
         began = time.perf_counter()
         function()
         synchronize(device)
     once = max(time.perf_counter() - began, 1e-9)
     laps = []
-    for _ in range(max(3, min(repeats, int(most_seconds / once)))):
+    for _ in range(min(repeats, max(3, int(most_seconds / once)))):
         before()
         watch = Stopwatch(device)
         function()
