@@ -18,6 +18,7 @@ import torch
 from k2train.activations.entries import Entry, Geometry, Origin, Recipe, Slot
 from k2train.activations.offload import Offloaded, OffloadEngine
 from k2train.config.sections import FP8_POLICIES, OFFLOAD_POLICIES, ActivationsConfig, Policy
+from k2train.device.protocol import integers
 from k2train.model.saved import Made
 
 
@@ -78,8 +79,10 @@ class ActivationStore:
 
     def non_finite_tiles(self) -> dict[str, int]:
         """Tiles with a value that is not finite that FP8 storage has met since the start, by name. Waits for the device."""
-        counts = {name: int(count.item()) for name, count in self._non_finite.items()}
-        return {name: count for name, count in counts.items() if count}
+        if not self._non_finite:
+            return {}
+        counts = self.engine.device.read(torch.stack(list(self._non_finite.values())), "non-finite tiles")
+        return {name: count for name, count in zip(self._non_finite, integers(counts), strict=True) if count}
 
 
 class MicrobatchStore:
