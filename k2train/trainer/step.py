@@ -114,7 +114,7 @@ def step_inputs(run: Run, batch: torch.Tensor, statistics: Statistics) -> StepIn
             loss_scale=1.0 / train.global_batch_tokens,
             balance_loss_scale=train.balance_loss_alpha / (run.num_microbatches * run.groups.dp.size),
             targets=microbatches[microbatch][:, 1:],
-            saved=KeepEverything() if run.activations is None else run.activations.microbatch(virtual_stage),
+            saved=KeepEverything() if run.activations is None else run.activations.microbatch(),
         )
 
     return StepInputs(
