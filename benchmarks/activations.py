@@ -97,7 +97,7 @@ class Side:
                 num_sequences=train.microbatch_size, gradients=self.gradients, weight_grads=self.stage.queue,
                 key=(virtual_stage, microbatch), statistics=found, loss_scale=1 / train.global_batch_tokens,
                 balance_loss_scale=train.balance_loss_alpha / len(microbatches), targets=microbatches[microbatch][:, 1:],
-                saved=self.store.microbatch(virtual_stage) if use_store else KeepEverything(),
+                saved=self.store.microbatch() if use_store else KeepEverything(),
                 device=build_device(microbatches[microbatch].device),
             )  # fmt: skip
 

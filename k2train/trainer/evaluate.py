@@ -65,7 +65,8 @@ def evaluate(run: Run, max_tokens: int) -> Evaluation | None:
     losses = losses_of_rank(statistics, run.device.torch_device)
     run.groups.world.all_reduce(losses)
     num_bytes = sum(run.corpus.num_bytes(stream[1:]) for stream in streams)
-    return Evaluation(losses[0].item(), num_sequences, num_tokens, num_bytes)
+    loss, _ = run.device.read(losses, "evaluation")
+    return Evaluation(loss, num_sequences, num_tokens, num_bytes)
 
 
 def cut(streams: list[torch.Tensor], seq_len: int, context: int) -> Windows:
@@ -97,8 +98,8 @@ def local_microbatches(run: Run, windows: Windows) -> list[Windows]:
     missing = -len(windows.inputs) % (size * dp.size)
     inputs = torch.cat([windows.inputs, windows.inputs[:1].expand(missing, -1)])
     targets = torch.cat([windows.targets, torch.full_like(windows.targets[:1], IGNORED).expand(missing, -1)])
-    here = run.device.torch_device
-    return Windows(inputs.to(here), targets.to(here)).split(size)[dp.rank :: dp.size]
+    windows = Windows(run.device.upload(inputs), run.device.upload(targets))
+    return windows.split(size)[dp.rank :: dp.size]
 
 
 def forward_only(run: Run, microbatches: list[Windows], statistics: Statistics, loss_scale: float) -> None:

@@ -34,6 +34,7 @@ from k2train.telemetry.progress import ProgressDisplay, open_progress
 from k2train.telemetry.sinks import Sink, open_sinks
 from k2train.trainer.activations import host_traffic, non_finite_tiles
 from k2train.trainer.build import Run, build_layouts, build_run, choose_device, open_corpus
+from k2train.trainer.dry_run import dry_run
 from k2train.trainer.evaluate import evaluate
 from k2train.trainer.finish import Outcome, print_end
 from k2train.trainer.garbage import GarbageControl
@@ -117,6 +118,7 @@ def train_rank(run: Run, stop: StopRequest, garbage: GarbageControl, words: Sequ
     """One rank's part of `train`; rank 0 alone prints and draws."""
     run_dir, checkpoint, changes = agree_on_run_dir(run)
     done = start(run, checkpoint)
+    dry_run(run)
     if run.is_main:
         print_start(run, run_dir, done, changes, Console())
     outcome = run_steps(run, run_dir, done, stop, garbage)
