@@ -11,9 +11,9 @@ from dataclasses import dataclass
 from k2train.config.model import ModelConfig
 from k2train.config.sections import ActivationsConfig, ClusterConfig, TrainConfig
 from k2train.estimate.activations import SavedTensor, check_policies
-from k2train.estimate.layer_costs import LayerCosts, TimedPhase, embedding, head, transformer_layer
+from k2train.estimate.layer_costs import Exchange, LayerCosts, TimedPhase, embedding, head, transformer_layer
 from k2train.estimate.layer_ops import Workload, workload
-from k2train.estimate.traffic import Network, all_to_all_seconds, message_seconds
+from k2train.estimate.traffic import Network, all_to_all_seconds, message_seconds, route_seconds
 from k2train.estimate.work import Machine
 from k2train.layout.layout import Layout, VirtualStage
 
@@ -94,7 +94,7 @@ def build_estimator(
     check_policies(policies)
     w = workload(model, train, layout.ep, layout.relay_ranks)
     machine = Machine(cluster, train.dtype)
-    exchange = all_to_all_seconds(w, layout, cluster)
+    exchange = Exchange(route_seconds(w, layout, cluster), all_to_all_seconds(w, layout, cluster))
     dense, moe = (transformer_layer(w, policies, machine, exchange, moe) for moe in (False, True))
     return Estimator(
         w,

@@ -25,6 +25,7 @@ import dataclasses
 from collections.abc import Iterable, Sequence
 
 import torch
+import torch.nn.functional as F
 
 from k2train.device.protocol import Event, Reading, integers
 from k2train.model.dispatcher import Results, Route, Tensors, with_added
@@ -50,6 +51,7 @@ class RelayRouting:
     side: SideStream
     saved: SavedActivations
     hop_groups: Sequence[Communicator]
+    num_tokens: int
     counts: RouteCounts
     reading: Reading
     counted: Event
@@ -57,7 +59,7 @@ class RelayRouting:
     def wait(self) -> RelayRoute:
         numbers = integers(self.reading.wait())
         with self.side.issue((), self.counted):
-            return build_route(self.counts, numbers, self.hop_groups, self.saved)
+            return build_route(self.counts, numbers, self.num_tokens, self.hop_groups, self.saved)
 
 
 class RelayDispatcher:
@@ -96,12 +98,13 @@ class RelayDispatcher:
     ) -> RelayRouting:
         with self.side.issue((experts_TK,), ready):
             choices_PTK = self._all_choices(experts_TK)
+            num_tokens, group = experts_TK.shape[0], self.group
             counts = count_route(
-                choices_PTK, self.num_local, self.group.rank, self.hop_groups, self.num_parts
+                choices_PTK, num_tokens, self.num_local, group.rank, self.hop_groups, self.num_parts
             )
             reading = self.device.start_read(counts.numbers, "route")
             counted = self.device.current.record()
-        return RelayRouting(self.side, saved, self.hop_groups, counts, reading, counted)
+        return RelayRouting(self.side, saved, self.hop_groups, num_tokens, counts, reading, counted)
 
     def dispatch(
         self,
@@ -171,8 +174,11 @@ class RelayDispatcher:
         return tuple(_joined(found) for found in zip(*parts, strict=True))
 
     def _all_choices(self, experts_TK: torch.Tensor) -> torch.Tensor:
-        """Every rank's choices (P, T, K), int64."""
+        """Every rank's choices (P, T, K), int64, T filled up to equal parts with choices of no expert."""
         mine_TK = experts_TK.to(torch.int32).contiguous()
+        missing = -len(mine_TK) % self.num_parts
+        if missing:
+            mine_TK = F.pad(mine_TK, (0, 0, 0, missing), value=self.num_local * self.group.size)
         choices = mine_TK.new_empty(self.group.size * mine_TK.shape[0], mine_TK.shape[1])
         self.group.all_gather(choices, mine_TK)
         return choices.view(self.group.size, *mine_TK.shape).to(torch.int64)
