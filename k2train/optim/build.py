@@ -47,7 +47,7 @@ def build_optimizer(
     device = plans[0].shares[0].piece.parameter.device
     buckets = [Bucket(plan, groups.dp if plan.replication == "dp" else groups.edp, device) for plan in plans]
     tensors = [catalogue[piece.name] for of_stage in pieces for piece in of_stage]
-    tau = config.qk_clip_tau if muon else None
+    tau = config.tau
     qk_clip = QkClipper(model, tensors, tau, like=buckets[0].flat)
     check_touches(config, model, plans, qk_clip)
     residence = build_residence(config.states, buckets)

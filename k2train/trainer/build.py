@@ -23,6 +23,7 @@ from k2train.layout.tensors import TensorSpec, embedding_tensors, head_tensors, 
 from k2train.model.dispatcher import Dispatcher, LocalDispatcher
 from k2train.model.model import Model, build_model
 from k2train.model.pieces import ModelPart
+from k2train.ops.backend import OpsBackend, choose_backend
 from k2train.ops.dtypes import DTYPES
 from k2train.optim.build import build_optimizer
 from k2train.optim.lr_schedule import LrSchedule
@@ -47,6 +48,7 @@ class Run:
     schedule: Schedule
     groups: Groups
     device: torch.device
+    backend: OpsBackend
     models: Mapping[int, Model]
     optimizer: Optimizer
     activations: ActivationStore | None
@@ -119,7 +121,8 @@ def build_run(
     config: Config, layout: Layout, schedule: Schedule, corpus: Corpus, groups: Groups, device: torch.device
 ) -> Run:
     """One rank's share of the run, weights initialised from the seed. Every rank calls it; it communicates with nobody."""
-    models = build_models(config, layout, groups, device)
+    backend = choose_backend(config.ops, config.model, config.train.dtype, config.optim.tau, device)
+    models = build_models(config, layout, groups, device, backend)
     catalogue = {
         spec.name: spec for model in models.values() for spec in part_tensors(config.model, model.part)
     }
@@ -137,6 +140,7 @@ def build_run(
         schedule=schedule,
         groups=groups,
         device=device,
+        backend=backend,
         models=models,
         optimizer=optimizer,
         activations=build_activations(
@@ -160,7 +164,9 @@ def build_dispatcher(
     return RelayDispatcher(groups.ep, groups.relay, groups.rail, num_experts, SideStream(device), num_parts)
 
 
-def build_models(config: Config, layout: Layout, groups: Groups, device: torch.device) -> dict[int, Model]:
+def build_models(
+    config: Config, layout: Layout, groups: Groups, device: torch.device, backend: OpsBackend
+) -> dict[int, Model]:
     """The model parts of this rank's virtual stages, initialised, in the order of the model."""
     experts = config.model.n_routed_experts
     per_rank = experts // layout.ep
@@ -171,7 +177,7 @@ def build_models(config: Config, layout: Layout, groups: Groups, device: torch.d
         if layout.placement[virtual_stage] != groups.pp.rank:
             continue
         part = ModelPart(tuple(piece.layers), piece.embedding, piece.head, mine)
-        model = build_model(config.model, part, DTYPES[config.train.dtype], device, dispatcher)
+        model = build_model(config.model, part, DTYPES[config.train.dtype], device, dispatcher, backend)
         model.initialise(config.train.seed)
         models[virtual_stage] = model
     return models

@@ -13,7 +13,7 @@ import re
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -167,3 +167,43 @@ def compile_for_h100() -> Callable[..., Any]:
     if INTERPRETED or importlib.util.find_spec("triton") is None:
         pytest.skip("needs triton's compiler")
     return _compile_for_h100
+
+
+def _host_attention(q, k, v, bias, with_sums, dropout=0.0, causal=False, with_mask=False, scale=None):
+    """What cuDNN's forward returns, from stock operations in float64."""
+    assert (bias, with_sums, dropout, causal, with_mask) == (None, True, 0.0, True, False)
+    logits = (q.double() @ k.double().transpose(2, 3)) * scale
+    logits = logits.masked_fill(torch.ones_like(logits, dtype=torch.bool).triu(1), float("-inf"))
+    sums = logits.logsumexp(-1, keepdim=True)
+    # As cuDNN's does, the output lies in memory as the queries do.
+    out = q.new_empty(*q.shape[:3], v.shape[-1])
+    if q.transpose(1, 2).is_contiguous():
+        out = q.transpose(1, 2).new_empty(q.shape[0], q.shape[2], q.shape[1], v.shape[-1]).transpose(1, 2)
+    out.copy_((logits - sums).exp() @ v.double())
+    length, state = q.shape[2], torch.zeros((), dtype=torch.int64)
+    nothing = torch.empty(0)
+    return out, sums.float(), nothing, nothing, length, length, state, state, nothing
+
+
+def _host_attention_backward(
+    dout, q, k, v, out, sums, seed, offset, bias, cum_q, cum_k, max_q, max_k, dropout, causal, scale=None
+):
+    """The gradients, with nothing but what cuDNN's backward is given: no graph of the forward."""
+    assert (dropout, causal, max_q, max_k) == (0.0, True, q.shape[2], k.shape[2])
+    logits = (q.double() @ k.double().transpose(2, 3)) * scale
+    logits = logits.masked_fill(torch.ones_like(logits, dtype=torch.bool).triu(1), float("-inf"))
+    p = (logits - sums).exp()
+    dp = dout.double() @ v.double().transpose(2, 3)
+    ds = p * (dp - (out.double() * dout.double()).sum(-1, keepdim=True)) * scale
+    gradients = (ds @ k.double(), ds.transpose(2, 3) @ q.double(), p.transpose(2, 3) @ dout.double())
+    return tuple(torch.empty_like(t).copy_(g) for t, g in zip((q, k, v), gradients, strict=True))
+
+
+@pytest.fixture
+def cudnn_on_the_host() -> Iterator[None]:
+    """torch's two cuDNN operations for tensors of the host, which have none, while a test runs."""
+    library = torch.library.Library("aten", "IMPL")
+    library.impl("_scaled_dot_product_cudnn_attention", _host_attention, "CPU")
+    library.impl("_scaled_dot_product_cudnn_attention_backward", _host_attention_backward, "CPU")
+    yield
+    library._destroy()
