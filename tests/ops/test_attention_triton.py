@@ -12,8 +12,8 @@ import importlib.util
 import pytest
 import torch
 
-from k2train.ops.backend import OpsBackend
 from k2train.ops.attention import causal_attention, causal_attention_reference
+from k2train.ops.backend import OpsBackend
 
 pytestmark = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="needs triton")
 needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
