@@ -28,6 +28,7 @@ from k2train.activations.offload import OffloadEngine
 from k2train.activations.store import ActivationStore
 from k2train.config.compose import load_config
 from k2train.config.schema import Config
+from k2train.device.build import build_device
 from k2train.layout.layout import Layout
 from k2train.model.context import MicrobatchContext, Statistics
 from k2train.model.model import Model, build_model
@@ -59,10 +60,8 @@ class Side:
                  batch: torch.Tensor) -> None:  # fmt: skip
         self.config, self.batch, self.gradients = config, batch, gradients
         self.schedule: Schedule = build_layouts(config)[1]
-        device = batch.device
-        self.engine = OffloadEngine(
-            device, HostArena(pinned=device.type == "cuda"), timed=device.type == "cuda"
-        )
+        device = build_device(batch.device, timed=True)
+        self.engine = OffloadEngine(device, HostArena(device), timed=True)
         self.store = ActivationStore(config.activations, self.engine)
         # As in training: where every tensor is kept, autograd keeps it, and no store is in its way.
         self.keeps_everything = preset == BASE

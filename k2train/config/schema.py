@@ -16,6 +16,7 @@ from k2train.config.sections import (
     ClusterConfig,
     LayoutConfig,
     PlanConfig,
+    RehearseConfig,
     ScheduleConfig,
     TelemetryConfig,
     TrainConfig,
@@ -40,6 +41,7 @@ class Config:
     ops: OpsConfig = key("whose kernels compute on a GPU", factory=OpsConfig)
     telemetry: TelemetryConfig = key("where metrics go", factory=TelemetryConfig)
     plan: PlanConfig = key("files of `k2train plan`", factory=PlanConfig)
+    rehearse: RehearseConfig = key("the rank of `k2train rehearse`", factory=RehearseConfig)
     world: World = key(
         "how ranks run: one process each (a launcher's, else started here), threads of one process, or a single rank",
         default="auto",

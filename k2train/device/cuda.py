@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import mmap
 from collections.abc import Iterator
 
 import torch
@@ -74,6 +75,7 @@ class CudaReading(Reading):
 class CudaDevice(Device):
     """One GPU. timed: events can be compared by `seconds_since`."""
 
+    page_bytes = mmap.PAGESIZE
     # CUDA's lowest number is its highest priority; torch knows two.
     _PRIORITY = {"normal": 0, "high": -1}  # noqa: RUF012
 
@@ -107,3 +109,6 @@ class CudaDevice(Device):
 
     def synchronize(self) -> None:
         torch.cuda.synchronize(self._torch_device)
+
+    def peak_bytes(self) -> int:
+        return torch.cuda.max_memory_allocated(self._torch_device)

@@ -16,6 +16,7 @@ from k2train.config.errors import ConfigError
 from k2train.config.model import ModelConfig
 from k2train.config.schema import Config
 from k2train.data.corpus import Corpus, build_corpus
+from k2train.device.protocol import Device
 from k2train.estimate.activations import check_policies
 from k2train.layout.build import build_layout, num_microbatches
 from k2train.layout.layout import Layout
@@ -47,7 +48,7 @@ class Run:
     layout: Layout
     schedule: Schedule
     groups: Groups
-    device: torch.device
+    device: Device
     backend: OpsBackend
     models: Mapping[int, Model]
     optimizer: Optimizer
@@ -118,20 +119,33 @@ def open_corpus(config: Config) -> Corpus:
 
 
 def build_run(
-    config: Config, layout: Layout, schedule: Schedule, corpus: Corpus, groups: Groups, device: torch.device
+    config: Config,
+    layout: Layout,
+    schedule: Schedule,
+    corpus: Corpus,
+    groups: Groups,
+    device: Device,
+    initialise: bool = True,
 ) -> Run:
-    """One rank's share of the run, weights initialised from the seed. Every rank calls it; it communicates with nobody."""
-    backend = choose_backend(config.ops, config.model, config.train.dtype, config.optim.tau, device)
-    models = build_models(config, layout, groups, device, backend)
+    """One rank's share of the run. Every rank calls it; it communicates with nobody.
+
+    initialise: fill the weights from the seed; False leaves them as memory is.
+    """
+    backend = choose_backend(
+        config.ops, config.model, config.train.dtype, config.optim.tau, device.torch_device
+    )
+    models = build_models(config, layout, groups, device.torch_device, backend, initialise)
     catalogue = {
         spec.name: spec for model in models.values() for spec in part_tensors(config.model, model.part)
     }
     trained = [[piece for piece in model.pieces() if piece.trained] for model in models.values()]
-    optimizer = build_optimizer(config.optim, config.model, catalogue, trained, groups)
+    optimizer = build_optimizer(config.optim, config.model, catalogue, trained, groups, device)
     routes = build_routes(schedule, groups.pp.rank)
     dtype = DTYPES[config.train.dtype]
     transport = (
-        PipelineTransport(groups.pp, config.model.hidden_size, dtype, device) if layout.pp > 1 else None
+        PipelineTransport(groups.pp, config.model.hidden_size, dtype, device.torch_device)
+        if layout.pp > 1
+        else None
     )
     learning_rate = LrSchedule(config.optim.lr_phases, config.train.steps, config.train.global_batch_tokens)
     return Run(
@@ -165,9 +179,14 @@ def build_dispatcher(
 
 
 def build_models(
-    config: Config, layout: Layout, groups: Groups, device: torch.device, backend: OpsBackend
+    config: Config,
+    layout: Layout,
+    groups: Groups,
+    device: torch.device,
+    backend: OpsBackend | None = None,
+    initialise: bool = True,
 ) -> dict[int, Model]:
-    """The model parts of this rank's virtual stages, initialised, in the order of the model."""
+    """The model parts of this rank's virtual stages, in the order of the model. backend: None for stock attention."""
     experts = config.model.n_routed_experts
     per_rank = experts // layout.ep
     mine = tuple(range(groups.ep.rank * per_rank, (groups.ep.rank + 1) * per_rank))
@@ -178,7 +197,8 @@ def build_models(
             continue
         part = ModelPart(tuple(piece.layers), piece.embedding, piece.head, mine)
         model = build_model(config.model, part, DTYPES[config.train.dtype], device, dispatcher, backend)
-        model.initialise(config.train.seed)
+        if initialise:
+            model.initialise(config.train.seed)
         models[virtual_stage] = model
     return models
 

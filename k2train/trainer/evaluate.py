@@ -62,7 +62,7 @@ def evaluate(run: Run, max_tokens: int) -> Evaluation | None:
     statistics = Statistics()
     windows = cut(streams, train.seq_len, train.eval_overlap_tokens)
     forward_only(run, local_microbatches(run, windows), statistics, 1.0 / num_tokens)
-    losses = losses_of_rank(statistics, run.device)
+    losses = losses_of_rank(statistics, run.device.torch_device)
     run.groups.world.all_reduce(losses)
     num_bytes = sum(run.corpus.num_bytes(stream[1:]) for stream in streams)
     return Evaluation(losses[0].item(), num_sequences, num_tokens, num_bytes)
@@ -97,7 +97,8 @@ def local_microbatches(run: Run, windows: Windows) -> list[Windows]:
     missing = -len(windows.inputs) % (size * dp.size)
     inputs = torch.cat([windows.inputs, windows.inputs[:1].expand(missing, -1)])
     targets = torch.cat([windows.targets, torch.full_like(windows.targets[:1], IGNORED).expand(missing, -1)])
-    return Windows(inputs.to(run.device), targets.to(run.device)).split(size)[dp.rank :: dp.size]
+    here = run.device.torch_device
+    return Windows(inputs.to(here), targets.to(here)).split(size)[dp.rank :: dp.size]
 
 
 def forward_only(run: Run, microbatches: list[Windows], statistics: Statistics, loss_scale: float) -> None:

@@ -14,7 +14,7 @@ import torch
 from k2train.model.context import MicrobatchContext, Statistics
 from k2train.model.saved import KeepEverything
 from k2train.runtime.executor import run_actions
-from k2train.runtime.recorder import Recorder
+from k2train.runtime.recorder import Watcher
 from k2train.runtime.stage import StepInputs
 from k2train.schedule import Step
 from k2train.trainer.build import Run
@@ -48,7 +48,7 @@ class StepMetrics:
 
 
 def train_step(
-    run: Run, index: int, recorder: Recorder | None = None, stop_signal: Callable[[], int] = lambda: 0
+    run: Run, index: int, recorder: Watcher | None = None, stop_signal: Callable[[], int] = lambda: 0
 ) -> StepMetrics:
     """Take step `index` (counted from 0). With a non-finite loss or gradient norm nothing is updated.
 
@@ -61,7 +61,7 @@ def train_step(
     statistics = Statistics()
     run_schedule(run, index, statistics, recorder)
     lr = run.learning_rate.at(index)
-    totals = StepTotals(run.config.model, statistics, stop_signal(), run.device)
+    totals = StepTotals(run.config.model, statistics, stop_signal(), run.device.torch_device)
     # The losses are among the riders: one that is not finite makes every gradient suspect, and nothing is updated.
     result = run.optimizer.step(
         lr, statistics.max_logits, run.config.train.grad_clip_norm, finish=False, riders=totals.riders
@@ -85,7 +85,7 @@ def train_step(
     )
 
 
-def run_schedule(run: Run, index: int, statistics: Statistics, recorder: Recorder | None = None) -> None:
+def run_schedule(run: Run, index: int, statistics: Statistics, recorder: Watcher | None = None) -> None:
     """Execute this stage's action list on its share of step `index`'s sequences.
 
     Gradients end in the optimizer's buffers, and each virtual stage's reduce-scatter starts with its last one.
@@ -132,4 +132,4 @@ def local_batch(run: Run, index: int) -> torch.Tensor:
     sequences = train.global_batch_tokens // train.seq_len
     share = sequences // run.groups.dp.size
     start = index * sequences + run.groups.dp.rank * share
-    return run.corpus.batch("train", start, share).to(run.device)
+    return run.corpus.batch("train", start, share).to(run.device.torch_device)

@@ -16,6 +16,7 @@ from k2train.activations.arena import HostArena
 from k2train.activations.offload import OffloadEngine
 from k2train.activations.store import ActivationStore
 from k2train.config.compose import load_config
+from k2train.device.cpu import CpuDevice
 from k2train.model.context import MicrobatchContext
 from k2train.model.model import backward, build_model, forward
 from k2train.model.pieces import whole_model
@@ -72,7 +73,7 @@ def test_interpreted_kernels_in_a_model_give_its_gradients_and_save_what_has_a_n
         monkeypatch.setattr(user, "gpu_kernels", kernels)
     triton = OpsBackend(kernel, triton=True)
     plain = run(None, triton)
-    engine = OffloadEngine(torch.device("cpu"), HostArena(pinned=False))
+    engine = OffloadEngine(CpuDevice(), HostArena(CpuDevice()))
     stored = run(ActivationStore(config.activations, engine), triton)
     for name, tensor in plain.items():
         assert torch.equal(stored[name], tensor), name
