@@ -23,6 +23,7 @@ from k2train.config.errors import ConfigError
 from k2train.config.schema import Config
 from k2train.device.build import build_device
 from k2train.layout.layout import Layout
+from k2train.ops.backend import choose_backend
 from k2train.ops.dtypes import DTYPES
 from k2train.optim.adam import check_host_adam
 from k2train.parallel.communicator import World
@@ -90,6 +91,7 @@ def prepare(config: Config) -> Prepared:
     layout, schedule = build_layouts(config)
     device = choose_device(config)
     kind = choose_world(config, layout, device, os.environ)
+    choose_backend(config.ops, config.model, config.train.dtype, config.optim.tau, device)
     check_host_adam(config.optim, DTYPES[config.train.dtype])
     check_host_memory(config, layout, kind, device, os.environ)
     return Prepared(config, layout, schedule, device, kind)
