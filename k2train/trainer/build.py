@@ -142,10 +142,11 @@ def build_run(
     optimizer = build_optimizer(config.optim, config.model, catalogue, trained, groups, device)
     routes = build_routes(schedule, groups.pp.rank)
     dtype = DTYPES[config.train.dtype]
+    channels = groups.channels
     transport = (
-        PipelineTransport(groups.pp, config.model.hidden_size, dtype, device.torch_device)
-        if layout.pp > 1
-        else None
+        None
+        if channels is None
+        else PipelineTransport(channels, config.model.hidden_size, dtype, device.torch_device)
     )
     learning_rate = LrSchedule(config.optim.lr_phases, config.train.steps, config.train.global_batch_tokens)
     return Run(

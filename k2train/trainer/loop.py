@@ -30,6 +30,7 @@ from k2train.parallel.communicator import World
 from k2train.parallel.groups import build_groups
 from k2train.parallel.objects import broadcast_object
 from k2train.schedule import Schedule
+from k2train.schedule.messages import plan_messages
 from k2train.telemetry.metrics import MetricsFile
 from k2train.telemetry.progress import ProgressDisplay, open_progress
 from k2train.telemetry.sinks import Sink, open_sinks
@@ -105,11 +106,11 @@ def train(config: Config, words: Sequence[str] = ()) -> Outcome:
     """
     ready = prepare(config)
     config, layout = ready.config, ready.layout
-    corpus = open_corpus(config)
+    corpus, messages = open_corpus(config), plan_messages(ready.schedule)
     with StopRequest() as stop, GarbageControl() as garbage:
 
         def run_rank(world: World) -> Outcome:
-            groups = build_groups(layout.grid, world, layout.relay_ranks)
+            groups = build_groups(layout.grid, world, layout.relay_ranks, messages)
             run = build_run(config, layout, ready.schedule, corpus, groups, build_device(world.device))
             return train_rank(run, stop, garbage, words)
 
