@@ -21,7 +21,7 @@ import datetime
 import os
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 import torch.distributed as dist
@@ -276,7 +276,7 @@ def _described(name: str, ranks: Sequence[int]) -> str:
     return f"{name} ({others})"
 
 
-def _nccl_options(timeout: datetime.timedelta) -> dist.Backend.Options:
+def _nccl_options(timeout: datetime.timedelta) -> Any:
     """Communication on streams of high priority: its kernels are few and small, and what they bring is waited for.
 
     A build of torch without NCCL has no such class, so it is imported here.
