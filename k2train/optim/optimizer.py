@@ -20,7 +20,7 @@ import torch
 
 from k2train.device.protocol import Device
 from k2train.optim.adam import AdamW
-from k2train.optim.buckets import Bucket, build_grad_buffers
+from k2train.optim.buckets import Bucket, GradBuffers
 from k2train.optim.muon import MuonRule
 from k2train.optim.qk_clip_step import QkClipper, ReducedLogits
 from k2train.optim.residence import Residence
@@ -90,7 +90,7 @@ class Optimizer:
         residence: Residence,
         device: Device,
     ) -> None:
-        self.gradients = build_grad_buffers(buckets)
+        self.gradients = GradBuffers(buckets)
         self.num_updates = 0
         self._buckets = tuple(buckets)
         self._residence, self._device = residence, device

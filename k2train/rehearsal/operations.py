@@ -7,6 +7,7 @@ operation that only makes a view or allocates launches nothing.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -75,7 +76,10 @@ def _product_flops(name: str, arguments: Sequence[Any], result: Any) -> float | 
         a, b = arguments[:2]
         return 2.0 * a.shape[0] * a.shape[1] * b.shape[-1]
     formula = _FORMULAS.get(name.removesuffix("_"))
-    return None if formula is None else float(formula(*arguments, out_val=result))
+    if formula is None:
+        return None
+    # Types and scales among the arguments are not the formulas' concern.
+    return float(formula(*_tensors(arguments), out_val=result))
 
 
 def _moved(name: str, inputs: Sequence[torch.Tensor], outputs: Sequence[torch.Tensor]) -> float:
@@ -83,6 +87,9 @@ def _moved(name: str, inputs: Sequence[torch.Tensor], outputs: Sequence[torch.Te
         return _bytes(outputs)
     if name in _GATHERING:
         return 2.0 * _bytes(outputs) + sum(_bytes([t]) for t in inputs[1:] if not t.is_floating_point())
+    if name in ("attention_best_blocks", "attention_other_blocks"):
+        # Queries and keys are read where a head's logits may pass the limit; a rehearsal's never do.
+        return _bytes(inputs[2:])
     if name == "index_add_":
         # The rows that are added are read, and their targets read and written.
         return 3.0 * _bytes(inputs[-1:])
@@ -109,19 +116,28 @@ def _visible_pairs(q_BHSK: torch.Tensor) -> float:
     return batch * heads * length * (length + 1) / 2
 
 
-def _forward_attention(arguments: Sequence[Any]) -> float:
-    q, _, v = arguments[:3]
-    return 2.0 * _visible_pairs(q) * (q.shape[-1] + v.shape[-1])
-
-
-def _products(queries: int, values: int) -> Callable[[Sequence[Any]], float]:
-    """So many products over query features and so many over value features for every visible pair."""
+def _products(queries: int, values: int, first: int = 0) -> Callable[[Sequence[Any]], float]:
+    """So many products over query features and so many over value features for every visible pair; the query is
+    argument `first`."""
 
     def count(arguments: Sequence[Any]) -> float:
-        q, _, v = arguments[:3]
+        q, _, v = arguments[first : first + 3]
         return 2.0 * _visible_pairs(q) * (queries * q.shape[-1] + values * v.shape[-1])
 
     return count
 
 
-ATTENTION_FLOPS: dict[str, Callable[[Sequence[Any]], float]] = {}
+def _scores_wanted_exactly(arguments: Sequence[Any]) -> float:
+    """All scores once more, where every head's largest logit is to be exact; else none."""
+    q_BHSK, exact_above = arguments[0], arguments[-1]
+    return 2.0 * _visible_pairs(q_BHSK) * q_BHSK.shape[-1] if exact_above == -math.inf else 0.0
+
+
+ATTENTION_FLOPS: dict[str, Callable[[Sequence[Any]], float]] = {
+    "attention_forward": _products(1, 1),
+    "attention_row_gradients": _products(2, 1),
+    "attention_key_gradients": _products(2, 2),
+    "attention_other_blocks": _scores_wanted_exactly,
+    "cudnn_attention": _products(1, 1),
+    "cudnn_attention_backward": _products(3, 2, first=1),
+}

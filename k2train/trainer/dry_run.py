@@ -17,6 +17,7 @@ import torch
 
 from k2train.activations.store import ActivationStore, MicrobatchStore
 from k2train.model.context import MicrobatchContext, Statistics
+from k2train.model.dispatcher import Results
 from k2train.model.phase import Grads, Tensors
 from k2train.ops.dtypes import DTYPES
 from k2train.runtime.passes import backward_steps, finish, forward_steps
@@ -61,9 +62,9 @@ def _forward(
         hidden = torch.randn(shape, generator=generator).to(DTYPES[run.config.train.dtype])
         inputs = (run.device.upload(hidden),)
     records: list[object] = []
-    outputs = finish(forward_steps(run.models[virtual_stage].phases, inputs, context, records))
+    results = finish(forward_steps(run.models[virtual_stage].phases, Results(inputs), context, records))
     context.saved.forward_done()
-    return outputs, records
+    return results.on(run.device.current), records
 
 
 def _through_host(store: ActivationStore | None, virtual_stage: int, context: MicrobatchContext) -> None:
@@ -84,5 +85,6 @@ def _backward(
     """The backward and the put-off weight gradients, whose sums the caller forgets."""
     last = run.training.routes[virtual_stage].next is None
     gradients: Grads = (None,) if last else tuple(torch.zeros_like(output) for output in outputs)
-    finish(backward_steps(run.models[virtual_stage].phases, gradients, context, records))
+    results = finish(backward_steps(run.models[virtual_stage].phases, Results(gradients), context, records))
+    results.on(run.device.current)
     run.training.queue.drain(context.key, run.optimizer.gradients)

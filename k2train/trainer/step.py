@@ -115,6 +115,7 @@ def step_inputs(run: Run, batch: torch.Tensor, statistics: Statistics) -> StepIn
             balance_loss_scale=train.balance_loss_alpha / (run.num_microbatches * run.groups.dp.size),
             targets=microbatches[microbatch][:, 1:],
             saved=KeepEverything() if run.activations is None else run.activations.microbatch(),
+            device=run.device,
         )
 
     return StepInputs(
