@@ -34,6 +34,8 @@ class Workload:
     """Whether attention takes its GPU kernels (ops.attention), which keep a number of each head and token."""
     relay_ranks: int | None = None
     """`Layout.relay_ranks`: whether a token's copies are passed on, and among how many ranks."""
+    deepep: bool = False
+    """Whether DeepEP's kernels carry the tokens, which keep tables of their own."""
 
     @property
     def tokens(self) -> int:
@@ -50,7 +52,9 @@ class Workload:
         return ELEMENT_BYTES[self.dtype]
 
 
-def workload(model: ModelConfig, train: TrainConfig, ep: int, relay_ranks: int | None = None) -> Workload:
+def workload(
+    model: ModelConfig, train: TrainConfig, ep: int, relay_ranks: int | None = None, deepep: bool = False
+) -> Workload:
     """The microbatch that `train` asks for."""
     balance_loss = train.balance_loss_alpha > 0
     fused_attention = train.device != "cpu" and train.dtype == "bfloat16"
@@ -63,6 +67,7 @@ def workload(model: ModelConfig, train: TrainConfig, ep: int, relay_ranks: int |
         balance_loss,
         fused_attention,
         relay_ranks,
+        deepep and ep > 1,
     )
 
 
