@@ -89,11 +89,11 @@ class DeepEPRoute:
         self._offsets = torch.searchsorted(expert_M, next_L, out_int32=True)
         row_M = torch.div(choice_M, local_RK.shape[1], rounding_mode="floor").to(torch.int32)
         order_M, first_R = sum_order(row_M, local_RK.shape[0])
-        self.tables = RouteTables(self._saved, row_M, choice_M.to(torch.int32), order_M, first_R, *handle)
+        self.tables = RouteTables(self._saved, choice_M.to(torch.int32), order_M, first_R, *handle)
 
     def split_tables(self, tables: Tensors) -> tuple[ExpertTables, Tensors]:
         """Our tables, and DeepEP's handle."""
-        return ExpertTables(*tables[:4]), tables[4:]
+        return ExpertTables(*tables[:3]), tables[3:]
 
     def settle(self, saved: SavedActivations) -> None:
         assert self.tables is not None
@@ -146,7 +146,7 @@ class DeepEPDispatcher:
 
         def again(x_TD: torch.Tensor) -> Tensors:
             rows_RD, *_ = self.buffer.dispatch(x_TD.contiguous(), handle=handle)
-            return (rows_RD.index_select(0, experts.row),)
+            return (rows_RD.index_select(0, experts.rows(route.experts_TK.shape[1])),)
 
         return self.side.start(again, (x_TD,), ready)
 
@@ -192,7 +192,7 @@ def _first(buffer: ExpertBuffer, route: DeepEPRoute) -> Any:
         assert route.tables is not None
         experts, _ = route.split_tables(tuple(route.tables))
         weights_M = weights_RK.reshape(-1).index_select(0, experts.place)
-        return rows_RD.index_select(0, experts.row), weights_M
+        return rows_RD.index_select(0, experts.rows(route.experts_TK.shape[1])), weights_M
 
     return move
 

@@ -118,7 +118,7 @@ class RelayDispatcher:
         def move(*rows: torch.Tensor) -> Tensors:
             rows_RD, *weights_RK = unpack(self._spread(route, hops, rows), rows)
             found = (w.reshape(-1).index_select(0, experts.place) for w in weights_RK)
-            return rows_RD.index_select(0, experts.row), *found
+            return rows_RD.index_select(0, experts.rows(route.num_choices)), *found
 
         return self.side.start(move, (x_TD,) if weights_TK is None else (x_TD, weights_TK), ready)
 

@@ -42,14 +42,16 @@ class HopTables(NamedTuple):
 class ExpertTables(NamedTuple):
     """The rows at this rank's experts, int32."""
 
-    row: torch.Tensor
-    """(M,): of each expert row its row among the R that arrived (part by part)."""
     place: torch.Tensor
-    """(M,): its place row * K + k among their choices."""
+    """(M,): of each expert row its place row * K + k among the choices of the R rows that arrived (part by part)."""
     order: torch.Tensor
     """(M,): expert rows in order of the rows that arrived."""
     first: torch.Tensor
     """(R,): where each one's begin in that order."""
+
+    def rows(self, num_choices: int) -> torch.Tensor:
+        """(M,): of each expert row its row among those that arrived."""
+        return torch.div(self.place, num_choices, rounding_mode="floor")
 
     def placed(self, weights_M: torch.Tensor, num_choices: int) -> torch.Tensor:
         """The experts' weights at their places among the choices (R, K).
@@ -111,7 +113,7 @@ class RelayRoute:
 
     def split_tables(self, tables: Tensors) -> tuple[list[list[HopTables]], ExpertTables]:
         """The tables by part and hop, and those of the expert rows."""
-        *of_hops, row_M, place_M, order_M, first_R = tables
+        *of_hops, place_M, order_M, first_R = tables
         by_hop = []
         for hop, column in enumerate(zip(*self.parts, strict=True)):
             copies, rows = [sum(part.leaving) for part in column], [part.num_rows for part in column]
@@ -120,7 +122,7 @@ class RelayRoute:
             )
             by_hop.append([HopTables(*found) for found in zip(*cut, strict=True)])
         parts = [list(found) for found in zip(*by_hop, strict=True)]
-        return parts, ExpertTables(row_M, place_M, order_M, first_R)
+        return parts, ExpertTables(place_M, order_M, first_R)
 
     @property
     def tokens_of_parts(self) -> list[int]:
@@ -234,7 +236,7 @@ def _expert_tables(counts: RouteCounts, num_chosen: int, num_arrived: int) -> Ex
     token_M = torch.div(choice_M, num_choices, rounding_mode="floor")
     row_M = row_PT.flatten().index_select(0, token_M)
     place_M = row_M * num_choices + (choice_M % num_choices).to(torch.int32)
-    return ExpertTables(row_M, place_M, *sum_order(row_M, num_arrived))
+    return ExpertTables(place_M, *sum_order(row_M, num_arrived))
 
 
 def choices_by_expert(experts: torch.Tensor, chosen: torch.Tensor, num_chosen: int) -> torch.Tensor:
