@@ -196,7 +196,8 @@ class TrainConfig:
         above=0,
     )
     bind_cores: bool = key(
-        "on CPUs, give each process of a launcher its own share of the cores (Linux)", default=True
+        "give each process of a launcher its own share of the cores, on GPUs of those of its GPU's NUMA node (Linux)",
+        default=True,
     )
     init_from: str | None = key(
         "checkpoint directory whose weights start the run, written by import-hf or train", default=None
@@ -233,6 +234,31 @@ class TelemetryConfig:
 
     def __post_init__(self) -> None:
         check_ranges("telemetry", self)
+
+
+@dataclasses.dataclass(frozen=True)
+class RehearseConfig:
+    """`rehearse`: which rank `k2train rehearse` runs, and what it writes."""
+
+    stage: int = key("stage of the pipeline whose rank is rehearsed, from 0", default=0, minimum=0)
+    data_rank: int = key(
+        "which of the stage's ranks, from 0 to layout.edp * layout.ep - 1", default=0, minimum=0
+    )
+    microbatches: int | None = key(
+        "microbatches of the rehearsed step; null takes the whole batch",
+        unit="microbatches",
+        default=None,
+        minimum=1,
+    )
+    skew: float = key(
+        "how unevenly experts are chosen: deviation of the logarithm of an expert's popularity, 0 for chance alone",
+        default=0.0, minimum=0.0,
+    )  # fmt: skip
+    json: str | None = key("file for the machine-readable report", default=None)
+    picture: str | None = key("PNG file for memory over the step, planned and rehearsed", default=None)
+
+    def __post_init__(self) -> None:
+        check_ranges("rehearse", self)
 
 
 @dataclasses.dataclass(frozen=True)

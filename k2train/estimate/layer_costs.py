@@ -13,9 +13,11 @@ from typing import Literal
 from k2train.config.sections import ActivationsConfig
 from k2train.estimate.activations import SavedTensor, saved_tensors
 from k2train.estimate.layer_ops import (
+    EMBEDDING_COLUMNS,
     Workload,
     attention_phase,
     embedding_grad_bytes,
+    embedding_grad_kernels,
     embedding_ops,
     experts_phase,
     head_ops,
@@ -108,21 +110,23 @@ def transformer_layer(
 def embedding(w: Workload, machine: Machine) -> LayerCosts:
     """The look-up; its gradient is a weight gradient only."""
     output = w.tokens * w.model.hidden_size * w.element_bytes
+    summed = w.tokens * min(w.model.hidden_size, EMBEDDING_COLUMNS) * accumulation_bytes(w.dtype)
+    further = (embedding_grad_kernels(w) - 1) * machine.cluster.kernel_latency_seconds
     return LayerCosts(
         (TimedPhase("embedding", "compute", machine.forward(embedding_ops(w))),),
         (),
-        machine.seconds(0.0, embedding_grad_bytes(w), "elementwise"),
+        machine.seconds(0.0, embedding_grad_bytes(w), "elementwise") + further,
         (),
         output,
-        0,
+        2 * summed,
         output,
         0.0,
         0.0,
     )
 
 
-def head(w: Workload, machine: Machine) -> LayerCosts:
-    """Final norm, logits and loss in chunks of tokens, with both gradients on the spot.
+def head(w: Workload, machine: Machine, num_owners: int = 1) -> LayerCosts:
+    """Final norm, logits and loss in chunks of tokens, with both gradients on the spot. num_owners: as in `head_ops`.
 
     Each chunk's logits become its loss and its gradients and are gone, so the forward does all three products and
     backward and weight gradient have next to nothing left. Every chunk passes over the weight and its FP32 gradient
@@ -130,7 +134,7 @@ def head(w: Workload, machine: Machine) -> LayerCosts:
     """
     stream = w.tokens * w.model.hidden_size
     chunk = min(w.tokens, logits_chunk_tokens(w))
-    norm, logits, loss = head_ops(w, -(-w.tokens // chunk))
+    norm, logits, loss = head_ops(w, -(-w.tokens // chunk), num_owners)
     statistics = w.tokens * accumulation_bytes(w.dtype)
     kept = tuple(
         SavedTensor(name, "keep", stream, num_bytes, num_bytes)
@@ -143,11 +147,11 @@ def head(w: Workload, machine: Machine) -> LayerCosts:
     return LayerCosts(
         (TimedPhase("head", "compute", machine.forward([norm, logits, loss]) + both_gradients),),
         (TimedPhase("head", "compute", machine.backward_input([norm])),),
-        0.0,
+        machine.weight_grad([norm]),
         kept,
         chunk * w.model.vocab_size * (2 * w.element_bytes + 4),
         stream * w.element_bytes,
-        0,
+        _queue_bytes([norm]),
         logits.flops,
         0.0,
     )
@@ -216,7 +220,7 @@ def _gradient_bytes(w: Workload, moe: bool) -> int:
 
 
 def _queue_bytes(ops: Iterable[Op]) -> int:
-    """Inputs and output gradients of every product; an input that two products share waits once."""
+    """Inputs and output gradients of every product, an input that two products share once; gradients of norms' weights."""
     queued = [op.queued for op in ops if op.queued is not None]
     inputs = {name: num_bytes for name, num_bytes, _ in queued}
     return sum(inputs.values()) + sum(gradient for _, _, gradient in queued)

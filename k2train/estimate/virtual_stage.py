@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from k2train.config.model import ModelConfig
+from k2train.config.ops import DEFAULT_OPS, OpsConfig
 from k2train.config.sections import ActivationsConfig, ClusterConfig, TrainConfig
 from k2train.estimate.activations import SavedTensor, check_policies
 from k2train.estimate.layer_costs import Exchange, LayerCosts, TimedPhase, embedding, head, transformer_layer
@@ -89,10 +90,11 @@ def build_estimator(
     policies: ActivationsConfig,
     layout: Layout,
     cluster: ClusterConfig,
+    ops: OpsConfig = DEFAULT_OPS,
 ) -> Estimator:
     """Cost the layers of a model. Raises ConfigError for activation policies that cannot be carried out."""
     check_policies(policies)
-    w = workload(model, train, layout.ep, layout.relay_ranks, layout.dispatch == "deepep")
+    w = workload(model, train, layout.ep, layout.relay_ranks, ops, layout.dispatch == "deepep")
     machine = Machine(cluster, train.dtype)
     exchange = Exchange(route_seconds(w, layout, cluster), all_to_all_seconds(w, layout, cluster))
     dense, moe = (transformer_layer(w, policies, machine, exchange, moe) for moe in (False, True))
@@ -103,5 +105,5 @@ def build_estimator(
         embedding(w, machine),
         dense,
         moe,
-        head(w, machine),
+        head(w, machine, layout.dp),
     )

@@ -28,6 +28,7 @@ from k2train.model.pieces import Allocator, Piece
 from k2train.model.routing import Router
 from k2train.model.saved import named_norm
 from k2train.ops.attention_tiles import AttentionScratch
+from k2train.ops.backend import OpsBackend
 from k2train.ops.weight_grad import WeightGradSlot
 
 
@@ -37,13 +38,21 @@ class AttentionPhase(ComputePhase):
     layer: int
 
     def __init__(
-        self, model: ModelConfig, layer: int, rotary: Rotary, scratch: AttentionScratch, allocator: Allocator
+        self,
+        model: ModelConfig,
+        layer: int,
+        rotary: Rotary,
+        scratch: AttentionScratch,
+        backend: OpsBackend,
+        allocator: Allocator,
     ) -> None:
         super().__init__(f"layer{layer}.attention", layer)
         self.model = model
         self.prefix = f"model.layers.{layer}"
         self.norm = allocator.parameter(model.hidden_size)
-        self.attention = LatentAttention(model, f"{self.prefix}.self_attn", rotary, scratch, allocator)
+        self.attention = LatentAttention(
+            model, f"{self.prefix}.self_attn", rotary, scratch, backend, allocator
+        )
 
     def pieces(self) -> list[Piece]:
         return [Piece(f"{self.prefix}.input_layernorm.weight", self.norm), *self.attention.pieces()]
@@ -53,7 +62,7 @@ class AttentionPhase(ComputePhase):
         saved, attention = context.saved, self.attention
         saved.name("layer_input", x_TD)
         names = ("layer_input", "input_norm_output")
-        normed_TD = named_norm(saved, names, x_TD, self.norm, self.model.rms_norm_eps)
+        normed_TD = named_norm(saved, names, x_TD, self.norm, self.model.rms_norm_eps, slot)
         heads_TX, max_logit_H = attention(normed_TD, context.num_sequences, slot, saved)
         context.statistics.add_max_logits(self.layer, max_logit_H)
 
@@ -67,9 +76,15 @@ class RoutedAttentionPhase(AttentionPhase):
     """A MoE layer's attention, followed by its second norm and the router."""
 
     def __init__(
-        self, model: ModelConfig, layer: int, rotary: Rotary, scratch: AttentionScratch, allocator: Allocator
+        self,
+        model: ModelConfig,
+        layer: int,
+        rotary: Rotary,
+        scratch: AttentionScratch,
+        backend: OpsBackend,
+        allocator: Allocator,
     ) -> None:
-        super().__init__(model, layer, rotary, scratch, allocator)
+        super().__init__(model, layer, rotary, scratch, backend, allocator)
         self.post_norm = allocator.parameter(model.hidden_size)
         self.router = Router(model, layer, allocator)
 
@@ -80,7 +95,8 @@ class RoutedAttentionPhase(AttentionPhase):
     def compute(self, inputs: Tensors, context: MicrobatchContext, slot: WeightGradSlot | None) -> Tensors:
         (residual_TD,) = super().compute(inputs, context, slot)
         names = ("attention_residual", "post_norm_output")
-        normed_TD = named_norm(context.saved, names, residual_TD, self.post_norm, self.model.rms_norm_eps)
+        eps = self.model.rms_norm_eps
+        normed_TD = named_norm(context.saved, names, residual_TD, self.post_norm, eps, slot)
         experts_TK, weights_TK, counts_E = self.router(normed_TD, context, slot)
         return residual_TD, normed_TD, weights_TK, experts_TK, counts_E
 
@@ -154,6 +170,8 @@ class DispatchPhase(CommunicationPhase):
 class ExpertsPhase(ComputePhase):
     """The routed experts on the rows that came here, and the shared experts on this rank's own tokens."""
 
+    layer: int
+
     def __init__(
         self, model: ModelConfig, layer: int, local_experts: Sequence[int], allocator: Allocator
     ) -> None:
@@ -175,7 +193,8 @@ class ExpertsPhase(ComputePhase):
         saved = context.saved
         saved.name("expert_input", rows_MD)
         saved.name("routing", extras=(weights_M, offsets_L))
-        out_MD = self.routed(rows_MD, weights_M, offsets_L, slot, saved)
+        rows_of_experts = context.routes[self.layer].rows_of_experts
+        out_MD = self.routed(rows_MD, weights_M, offsets_L, rows_of_experts, slot, saved)
         partial_TD = self.shared(normed_TD, slot, saved).add_(residual_TD) if self.shared else residual_TD
         return partial_TD, out_MD
 
@@ -228,5 +247,5 @@ class MlpPhase(ComputePhase):
     def compute(self, inputs: Tensors, context: MicrobatchContext, slot: WeightGradSlot | None) -> Tensors:
         (x_TD,) = inputs
         names = ("attention_residual", "post_norm_output")
-        normed_TD = named_norm(context.saved, names, x_TD, self.norm, self.eps)
+        normed_TD = named_norm(context.saved, names, x_TD, self.norm, self.eps, slot)
         return (self.mlp(normed_TD, slot, context.saved).add_(x_TD),)

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import abc
 import dataclasses
-from collections.abc import Sequence
 from typing import Any, Literal, Protocol
 
 import torch
@@ -52,30 +51,25 @@ class ComputeRecord:
 
 
 class ComputePhase(abc.ABC):
-    """A phase that is a plain differentiable function of its inputs and `parameters()`."""
+    """A phase that is a plain differentiable function of its inputs.
+
+    Autograd is asked for the gradients of the inputs alone. Those of the weights are put into the slot by the operations that
+    have weights, because autograd would round them to the weights' type, microbatch by microbatch.
+    """
 
     stream: Literal["compute"] = "compute"
 
     def __init__(self, name: str, layer: int | None = None, otherwise: str | None = None) -> None:
         """layer: whose activations it saves, None for the ends. otherwise: the name of those it gives no name."""
         self.name, self.layer, self.otherwise = name, layer, otherwise
-        self._parameters: tuple[torch.Tensor, ...] | None = None
 
     @abc.abstractmethod
     def compute(self, inputs: Tensors, context: MicrobatchContext, slot: WeightGradSlot | None) -> Tensors:
-        """The phase's mathematics, in plain autograd; linear layers put their weight gradients into `slot` where it is given."""
+        """The phase's mathematics, in plain autograd. Where a slot is given, every weight's gradient must go there."""
 
     @abc.abstractmethod
     def pieces(self) -> list[Piece]:
         """The named tensors it holds."""
-
-    def parameters(self) -> tuple[torch.Tensor, ...]:
-        """The trained tensors it holds, each once."""
-        if self._parameters is None:
-            self._parameters = tuple(
-                {id(p.parameter): p.parameter for p in self.pieces() if p.trained}.values()
-            )
-        return self._parameters
 
     def forward(self, inputs: Tensors, context: MicrobatchContext) -> tuple[Tensors, ComputeRecord | None]:
         if not context.training:
@@ -91,25 +85,11 @@ class ComputePhase(abc.ABC):
     def backward(self, record: ComputeRecord, grad_outputs: Grads, context: MicrobatchContext) -> Grads:
         pairs = zip(record.outputs, grad_outputs, strict=True)
         roots = [(edge, grad) for edge, grad in pairs if edge is not None and grad is not None]
-        parameters = list(self.parameters())
-        wanted = [edge for edge in record.inputs if edge is not None] + parameters
-        grads = _grad(roots, wanted)
-        split = len(wanted) - len(parameters)
-        self._accumulate(parameters, grads[split:], context)
-        found = iter(grads[:split])
+        found = iter(_grad(roots, [edge for edge in record.inputs if edge is not None]))
         return tuple(None if edge is None else next(found) for edge in record.inputs)
 
-    def _accumulate(
-        self, parameters: Sequence[torch.Tensor], grads: Grads, context: MicrobatchContext
-    ) -> None:
-        sink = context.gradients
-        assert sink is not None, "backward of a phase whose context has no gradients"
-        for parameter, grad in zip(parameters, grads, strict=True):
-            if grad is not None:
-                sink.add(parameter, grad)
 
-
-def _grad(roots: list[tuple[GradientEdge, torch.Tensor]], wanted: list[Any]) -> Grads:
+def _grad(roots: list[tuple[GradientEdge, torch.Tensor]], wanted: list[GradientEdge]) -> Grads:
     if not roots or not wanted:
         return (None,) * len(wanted)
     edges, gradients = zip(*roots, strict=True)
