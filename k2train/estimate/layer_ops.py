@@ -25,6 +25,8 @@ from k2train.config.sections import Dtype, TrainConfig
 from k2train.estimate.work import ELEMENT_BYTES, Op, accumulation_bytes
 from k2train.layout.weights import attention_flops
 
+EMBEDDING_COLUMNS = 1024
+"""Columns of the embedding's gradient that are summed at a time."""
 TRITON_SPEED = 0.7
 """Of cuDNN's attention, whose share of the matrix rate the cluster file has. Public figures for a forward on an H100 at 4096
 positions and width 128, in TFLOP/s: cuDNN 609, FlashAttention-3 590 to 638, Triton 389 to 458 (pytorch/benchmark, #2391)."""
@@ -115,12 +117,21 @@ def product(
 ) -> Op:
     """rows x inner times inner x outer; `copies` weights, among which the rows are divided (grouped experts).
 
-    reads: the activation it multiplies. gradient_bytes: of one number of the output's gradient, None for the compute type.
+    reads: the activation it multiplies. gradient_bytes: of one number of the output and of its gradient, None for the
+    compute type. The weight gradient of each copy is a product of its own.
     """
     weight = copies * inner * outer
-    moved = w.element_bytes * (rows * (inner + outer) + weight)
-    queued = (reads, rows * inner * w.element_bytes, rows * outer * (gradient_bytes or w.element_bytes))
-    return Op(name, "matmul", moved, 2.0 * rows * inner * outer, produces, weight, queued=queued)
+    output = rows * outer * (gradient_bytes or w.element_bytes)
+    moved = w.element_bytes * (rows * inner + weight) + output
+    queued = (reads, rows * inner * w.element_bytes, output)
+    flops = 2.0 * rows * inner * outer
+    return Op(name, "matmul", moved, flops, produces, weight, queued=queued, weight_kernels=copies)
+
+
+def norm(w: Workload, name: str, features: int, produces: str | None = None) -> Op:
+    """An RMSNorm of every token. Its backward leaves the weight's gradient, in the type of the sums, for W to add."""
+    op = elementwise(w, name, 2 * w.tokens * features, produces)
+    return dataclasses.replace(op, queued=(name, 0, features * accumulation_bytes(w.dtype)))
 
 
 def elementwise(w: Workload, name: str, numbers: float, produces: str | None = None) -> Op:
@@ -134,7 +145,7 @@ def attention_phase(w: Workload, moe: bool) -> list[Op]:
     model, tokens = w.model, w.tokens
     hidden = model.hidden_size
     ops = [
-        elementwise(w, "input_norm", 2 * tokens * hidden, "input_norm_output"),
+        norm(w, "input_norm", hidden, "input_norm_output"),
         *_queries(w),
         *_keys_values(w),
     ]
@@ -143,7 +154,7 @@ def attention_phase(w: Workload, moe: bool) -> list[Op]:
     ops += [
         product(w, "o_proj", tokens, width, hidden, "attention_output"),
         elementwise(w, "residual", 3 * tokens * hidden, "attention_residual"),
-        elementwise(w, "post_norm", 2 * tokens * hidden, "post_norm_output"),
+        norm(w, "post_norm", hidden, "post_norm_output"),
     ]
     return ops + (_routing(w) if moe else [])
 
@@ -156,7 +167,7 @@ def _queries(w: Workload) -> list[Op]:
     rank = model.q_lora_rank
     return [
         product(w, "q_a_proj", tokens, model.hidden_size, rank, "input_norm_output", "q_latent"),
-        elementwise(w, "q_a_norm", 2 * tokens * rank, "q_latent_norm_output"),
+        norm(w, "q_a_norm", rank, "q_latent_norm_output"),
         product(w, "q_b_proj", tokens, rank, width, "q_latent_norm_output", "query"),
     ]
 
@@ -168,7 +179,7 @@ def _keys_values(w: Workload) -> list[Op]:
     latent = rank + model.qk_rope_head_dim
     return [
         product(w, "kv_a_proj", tokens, model.hidden_size, latent, "input_norm_output", "kv_latent"),
-        elementwise(w, "kv_a_norm", 2 * tokens * rank, "kv_latent_norm_output"),
+        norm(w, "kv_a_norm", rank, "kv_latent_norm_output"),
         product(w, "kv_b_proj", tokens, rank, width, "kv_latent_norm_output", "key_value"),
     ]
 
@@ -222,22 +233,30 @@ def _row_statistics(w: Workload) -> Op:
 
 
 def _routing(w: Workload) -> list[Op]:
-    model, tokens = w.model, w.tokens
-    experts, wide = model.n_routed_experts, accumulation_bytes(w.dtype)
+    model = w.model
     return [
-        product(
-            w,
-            "router",
-            tokens,
-            model.hidden_size,
-            experts,
-            "post_norm_output",
-            "routing",
-            gradient_bytes=wide,
-        ),
-        elementwise(w, "top_k", 4 * tokens * model.n_routed_experts),
+        _router(w),
+        elementwise(w, "top_k", 4 * w.tokens * model.n_routed_experts),
         elementwise(w, "permute", 2 * w.rows * model.hidden_size),
     ]
+
+
+def _router(w: Workload) -> Op:
+    """Scores in the type of the sums. From BF16 their gradient is FP32 beside BF16 factors, so it is multiplied in parts:
+    two, side by side, for the input gradient and three, one after another, for the weight gradient (ops.linear)."""
+    op = product(
+        w,
+        "router",
+        w.tokens,
+        w.model.hidden_size,
+        w.model.n_routed_experts,
+        "post_norm_output",
+        "routing",
+        gradient_bytes=accumulation_bytes(w.dtype),
+    )
+    if w.dtype != "bfloat16":
+        return op
+    return dataclasses.replace(op, backward_flops=2 * op.flops, weight_passes=3)
 
 
 def experts_phase(w: Workload) -> list[Op]:
@@ -283,20 +302,30 @@ def embedding_ops(w: Workload) -> list[Op]:
 
 
 def embedding_grad_bytes(w: Workload) -> float:
-    """The scatter-add of the gradient into the FP32 buffer: rows read, sums read and written."""
-    return w.tokens * w.model.hidden_size * (w.element_bytes + 8.0)
+    """The gradient into the sums of its rows: a cast (read, written in the type of the sums), the sums of equal tokens (read,
+    written), their addition (read; the weight's sums read and written)."""
+    return w.tokens * w.model.hidden_size * (w.element_bytes + 6.0 * accumulation_bytes(w.dtype))
 
 
-def head_ops(w: Workload, num_chunks: int = 1) -> tuple[Op, Op, Op]:
+def embedding_grad_kernels(w: Workload) -> int:
+    """A cast, a sum and an addition for some columns at a time; a sort, two searches and a choice before them."""
+    return 3 * -(-w.model.hidden_size // EMBEDDING_COLUMNS) + 4
+
+
+def head_ops(w: Workload, num_chunks: int = 1, num_owners: int = 1) -> tuple[Op, Op, Op]:
     """Final norm, logits, and the loss, which passes over FP32 logits three times (maximum, sum, gradient).
 
-    num_chunks: times the head's weight is read, and its gradient sum updated.
+    num_chunks: times the head's weight is read, and its gradient sum updated. num_owners: ranks that the weight's rows are
+    cut among; the gradient of each one's rows is a product of its own.
     """
     tokens, hidden, vocab = w.tokens, w.model.hidden_size, w.model.vocab_size
     logits = product(w, "lm_head", tokens, hidden, vocab, "head_input")
     again = (num_chunks - 1) * w.element_bytes * logits.weight_elements
     logits = dataclasses.replace(
-        logits, bytes=logits.bytes + again, weight_elements=num_chunks * logits.weight_elements
+        logits,
+        bytes=logits.bytes + again,
+        weight_elements=num_chunks * logits.weight_elements,
+        weight_kernels=num_chunks * num_owners,
     )
     loss = Op("loss", "elementwise", 3 * 4.0 * tokens * vocab)
-    return elementwise(w, "final_norm", 2 * tokens * hidden), logits, loss
+    return norm(w, "final_norm", hidden), logits, loss

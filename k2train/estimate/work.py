@@ -41,7 +41,14 @@ class Op:
     relative_speed: float = 1.0
     """Share of what its kind reaches on the cluster."""
     queued: tuple[str, int, int] | None = None
-    """What waits for the weight gradient: the input's name, its bytes, and the bytes of the output's gradient."""
+    """What waits for the weight gradient: the input's name, its bytes, and the bytes of the output's gradient.
+
+    For a norm, whose weight's gradient waits ready to be added: its own name, 0, and the bytes of that gradient.
+    """
+    weight_kernels: int = 1
+    """Kernels among which the weight gradient is divided: one for each expert, or for each run of rows."""
+    weight_passes: int = 1
+    """Times the product of the weight gradient is computed: once for each BF16 part of an FP32 gradient."""
 
 
 def accumulation_bytes(dtype: Dtype) -> int:
@@ -87,9 +94,13 @@ class Machine:
 
     def weight_grad(self, ops: Iterable[Op]) -> float:
         """Seconds of their weight gradients, each summed into its FP32 buffer by the product itself (read and written)."""
-        accumulate = 2 * accumulation_bytes(self.dtype)
-        return sum(
-            self.seconds(op.flops, op.bytes + accumulate * op.weight_elements, "matmul")
-            for op in ops
-            if op.weight_elements
-        )
+        return sum(self._weight_grad(op) for op in ops if op.queued is not None)
+
+    def _weight_grad(self, op: Op) -> float:
+        assert op.queued is not None
+        if not op.weight_elements:
+            # A norm's gradient is read, its sum read and written.
+            return self.seconds(0.0, 3 * op.queued[2], "elementwise")
+        moved = op.bytes + 2 * accumulation_bytes(self.dtype) * op.weight_elements
+        further = (op.weight_kernels - 1) * self.cluster.kernel_latency_seconds
+        return op.weight_passes * (self.seconds(op.flops, moved, "matmul") + further)

@@ -113,7 +113,7 @@ class LatentAttention:
             )
             norm = weights["q_a_layernorm"]
             source_TX = named_norm(
-                saved, ("q_latent", "q_latent_norm_output"), latent_TR, norm, LATENT_NORM_EPS
+                saved, ("q_latent", "q_latent_norm_output"), latent_TR, norm, LATENT_NORM_EPS, slot
             )
             up = "q_b_proj"
         tables = self.rotary.tables(normed_TD.shape[0] // num_sequences)
@@ -139,7 +139,7 @@ class LatentAttention:
         latent_TR, rope_TR = compressed_TX.split([model.kv_lora_rank, model.qk_rope_head_dim], dim=1)
         norm = weights["kv_a_layernorm"]
         latent_TR = named_norm(
-            saved, ("kv_latent", "kv_latent_norm_output"), latent_TR, norm, LATENT_NORM_EPS
+            saved, ("kv_latent", "kv_latent_norm_output"), latent_TR, norm, LATENT_NORM_EPS, slot
         )
         tables = self.rotary.tables(normed_TD.shape[0] // num_sequences)
 

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 
 from k2train.config.model import ModelConfig
+from k2train.device.build import build_device
 from k2train.model.attention import Rotary
 from k2train.model.context import MicrobatchContext
 from k2train.model.dispatcher import Dispatcher, LocalDispatcher
@@ -23,6 +24,7 @@ from k2train.model.layers import (
     ExpertsPhase,
     MlpPhase,
     RoutedAttentionPhase,
+    RoutePhase,
 )
 from k2train.model.phase import Grads, Tensors
 from k2train.model.pieces import Allocator, ModelPart, Piece
@@ -31,7 +33,14 @@ from k2train.ops.attention_tiles import AttentionScratch
 from k2train.ops.backend import OpsBackend
 
 AnyPhase = (
-    AttentionPhase | DispatchPhase | ExpertsPhase | CombinePhase | MlpPhase | EmbeddingPhase | HeadPhase
+    AttentionPhase
+    | RoutePhase
+    | DispatchPhase
+    | ExpertsPhase
+    | CombinePhase
+    | MlpPhase
+    | EmbeddingPhase
+    | HeadPhase
 )
 
 
@@ -75,12 +84,13 @@ def build_model(
     backend = backend or OpsBackend()
     allocator = Allocator(dtype, torch.device(device))
     rotary, scratch = Rotary(config, allocator), AttentionScratch()
-    exchange: Dispatcher = dispatcher or LocalDispatcher()
+    exchange: Dispatcher = dispatcher or LocalDispatcher(build_device(torch.device(device)))
     phases: list[AnyPhase] = [EmbeddingPhase(config, allocator)] if part.embedding else []
     for layer in part.layers:
         if config.is_moe(layer):
             phases += [
                 RoutedAttentionPhase(config, layer, rotary, scratch, backend, allocator),
+                RoutePhase(layer, exchange),
                 DispatchPhase(layer, exchange),
                 ExpertsPhase(config, layer, part.local_experts, allocator),
                 CombinePhase(layer, exchange),

@@ -55,7 +55,9 @@ def build_optimizer(
     qk_clip = QkClipper(model, tensors, tau, like=buckets[0].flat)
     check_touches(config, model, plans, qk_clip)
     residence = build_residence(config.states, buckets, device)
-    return Optimizer(buckets, groups.world, muon_rule(config), build_adamw(config), qk_clip, residence)
+    return Optimizer(
+        buckets, groups.world, muon_rule(config), build_adamw(config), qk_clip, residence, device
+    )
 
 
 def build_residence(

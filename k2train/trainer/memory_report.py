@@ -166,6 +166,7 @@ def measured_bytes(
         targets=tokens_BS1[:, 1:],
         balance_loss_scale=float(here.balance_loss),
         saved=store.microbatch(),
+        device=device,
     )
     # The records hold what the backward would need; they must live until everything is counted.
     _, records = forward(built, (tokens_BS1[:, :-1],), context)
