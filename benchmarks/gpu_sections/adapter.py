@@ -148,7 +148,7 @@ class Layer:
     def store(self) -> Any:
         """An activation store for the config's policies; None where everything is kept."""
         layout, schedule = build_layouts(self.config)
-        return build_activations(self.config, layout, 0, schedule.stages[0], self.device)
+        return build_activations(self.config, layout, 0, schedule.stages[0], build_device(self.device))
 
 
 def new_queue() -> WeightGradQueue:
@@ -197,7 +197,7 @@ class ScheduledPass:
             for index, piece in pieces
         }
         self.config, self.device = config, device
-        self.store = build_activations(config, layout, 0, self.schedule.stages[0], device)
+        self.store = build_activations(config, layout, 0, self.schedule.stages[0], build_device(device))
         self.stage = PipelineStage(self.models, build_routes(self.schedule, 0), None, gradients)
         self.gradients = gradients
 
@@ -257,7 +257,7 @@ def train_steps(config: Config, device: torch.device, before_steps: Callable[[Ru
 
     def run_rank(world: Any) -> None:
         groups = build_groups(layout.grid, world, layout.relay_ranks)
-        run = build_run(config, layout, schedule, corpus, groups, world.device)
+        run = build_run(config, layout, schedule, corpus, groups, build_device(world.device))
         before_steps(run)
         for index in range(config.train.steps):
             after_step(train_step(run, index))
