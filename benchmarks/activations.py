@@ -65,7 +65,9 @@ class Side:
         self.store = ActivationStore(config.activations, self.engine)
         # As in training: where every tensor is kept, autograd keeps it, and no store is in its way.
         self.keeps_everything = preset == BASE
-        self.stage = PipelineStage(models, build_routes(self.schedule, 0), None, gradients)
+        self.stage = PipelineStage(
+            models, build_routes(self.schedule, 0), None, gradients, build_device(device)
+        )
 
     def run(self, watch: Peak | None = None) -> float:
         """One pass; the loss. watch: notes what the store holds."""
@@ -95,7 +97,8 @@ class Side:
                 num_sequences=train.microbatch_size, gradients=self.gradients, weight_grads=self.stage.queue,
                 key=(virtual_stage, microbatch), statistics=found, loss_scale=1 / train.global_batch_tokens,
                 balance_loss_scale=train.balance_loss_alpha / len(microbatches), targets=microbatches[microbatch][:, 1:],
-                saved=self.store.microbatch(virtual_stage) if use_store else KeepEverything(),
+                saved=self.store.microbatch() if use_store else KeepEverything(),
+                device=build_device(microbatches[microbatch].device),
             )  # fmt: skip
 
         return StepInputs(

@@ -34,17 +34,20 @@ import torch.nn.functional as F
 from torch import nn
 from torch.distributed import pipelining
 
+from k2train.device.cpu import CpuDevice
 from k2train.model.context import MicrobatchContext, Statistics
 from k2train.model.phase import ComputePhase, ComputeRecord, Grads, Phase, Tensors
 from k2train.model.pieces import Piece
 from k2train.ops.linear import linear
 from k2train.ops.weight_grad import PlainGradients, WeightGradSlot
 from k2train.parallel.communicator import World
+from k2train.parallel.channels import build_channels
 from k2train.parallel.pipeline import PipelineTransport
 from k2train.parallel.testing import run_distributed_test
 from k2train.runtime.executor import run_actions
 from k2train.runtime.stage import Here, PipelineStage, StepInputs, Transport
 from k2train.schedule import Schedule, ScheduleSpec, build_schedule, validate
+from k2train.schedule.messages import plan_messages
 from k2train.trainer.build import build_routes
 
 PP, VPP = 4, 2
@@ -161,6 +164,9 @@ class NoTransport:
     def finish(self) -> None:
         pass
 
+    def abandon(self) -> None:
+        pass
+
 
 @dataclasses.dataclass(frozen=True)
 class Part:
@@ -242,7 +248,7 @@ def our_side(
     schedule: Schedule, rank: int, parts: dict[int, Part], transport: Transport, batch: torch.Tensor
 ) -> OurSide:
     gradients = PlainGradients()
-    stage = PipelineStage(parts, build_routes(schedule, rank), transport, gradients)
+    stage = PipelineStage(parts, build_routes(schedule, rank), transport, gradients, CpuDevice(batch.device))
     return OurSide(schedule, rank, stage, gradients, batch)
 
 
@@ -320,7 +326,6 @@ def run_rank(world: World, options: argparse.Namespace) -> dict[str, Any]:
     """One process: check, time every side in turns, then measure what our own code costs."""
     modules = build_modules(options, options.hidden, world.rank)
     batch = make_batch(options, options.tokens)
-    group = world.group("pp", range(PP))
     schedules = {name: make_schedule(options, switches) for name, switches in OURS.items()}
     parts = {index: build_phases(module) for index, module in modules.items()}
     sides = {
@@ -328,7 +333,12 @@ def run_rank(world: World, options: argparse.Namespace) -> dict[str, Any]:
             schedule,
             world.rank,
             parts,
-            PipelineTransport(group, options.hidden, torch.float32, world.device),
+            PipelineTransport(
+                build_channels(plan_messages(schedule), range(PP), world),
+                options.hidden,
+                torch.float32,
+                world.device,
+            ),
             batch,
         )
         for name, schedule in schedules.items()

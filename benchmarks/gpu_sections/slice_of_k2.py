@@ -130,7 +130,9 @@ def beside_transformers(report: Report, setting: Setting, config: Config) -> Non
 
 def command_line(report: Report, setting: Setting) -> None:
     """`k2train train` as a user calls it, in a run directory of its own."""
-    missing = [name for name in ("hydra", "matplotlib", "megatron", "rich") if importlib.util.find_spec(name) is None]
+    missing = [
+        name for name in ("hydra", "matplotlib", "megatron", "rich") if importlib.util.find_spec(name) is None
+    ]
     if missing:
         report.skip("k2train train", f"{', '.join(missing)} not installed; see --wheels")
         return

@@ -181,6 +181,11 @@ class Offloaded:
         """What it holds in host memory, without the size classes' surplus."""
         return sum(buffer.num_bytes for buffer in self._buffers)
 
+    @property
+    def returning(self) -> tuple[torch.Tensor, ...]:
+        """The tensors that are being copied back and that nobody has read yet."""
+        return self._tensors if self._state == "back" else ()
+
     def reload(self) -> None:
         """Start copying back into new device memory. Once only."""
         assert self._state != "dropped", "RELOAD of offloaded tensors that were dropped"

@@ -147,6 +147,9 @@ class ClusterConfig:
     # docs/optimizer.md: 50 M parameters in 50 ms on one core, seven FP32 numbers read or written for each.
     host_update_bytes_per_second: float = key("host memory that one rank's AdamW reads and writes, where its states live "
                                               "there", unit="bytes/s", default=28.0e9, above=0)  # fmt: skip
+    # Assumption: a copy into pinned memory, the wake-up of the host, and the launch of a first kernel, some 10 us each.
+    host_read_seconds: float = key("from numbers on the device until the host has read them and its next kernel starts",
+                                   unit="seconds", default=3.0e-5, minimum=0)  # fmt: skip
 
     def __post_init__(self) -> None:
         check_ranges("cluster", self)

@@ -98,6 +98,10 @@ class CudaDevice(Device):
     def pages(self, num_bytes: int) -> HostPages:
         return PinnedMemory(num_bytes)
 
+    def upload(self, host: torch.Tensor) -> torch.Tensor:
+        # torch keeps the pinned copy until the stream has read it.
+        return host.pin_memory().to(self._torch_device, non_blocking=True)
+
     def start_read(self, tensor: torch.Tensor, what: str) -> CudaReading:
         numbers = tensor.detach().flatten()
         host = torch.empty(numbers.shape, dtype=numbers.dtype, pin_memory=True)

@@ -117,6 +117,10 @@ class Device(Protocol):
         """
         return torch.empty(num_bytes, dtype=torch.uint8, device=self.torch_device)
 
+    def upload(self, host: torch.Tensor) -> torch.Tensor:
+        """A copy of a small host tensor, for the current stream; the host need not wait for it."""
+        return host.to(self.torch_device)
+
     def start_read(self, tensor: torch.Tensor, what: str) -> Reading:
         """Begin to bring a tensor's numbers to the host, behind what the current stream has been given so far.
 

@@ -157,11 +157,19 @@ def _routing_bytes(w: Workload, wide: int) -> int:
 
 
 def table_bytes(w: Workload) -> int:
-    """Of every (token, expert) pair its row and its token (8 bytes each); where tokens are passed on, 4 bytes for every copy
-    in every hop and 8 for every pair that arrives, as many as are to be expected."""
+    """A route's index tables, 4 bytes an entry.
+
+    Of every (token, expert) pair its row and its token, and with other ranks, of every row that arrives, its place
+    among the experts' rows and back. Where tokens are passed on: of every copy in every hop its row and its place
+    in the order of sums, and of every row where its copies begin there; of every pair that arrives its row, its
+    place among the choices and its place in the order of sums; as many as are to be expected.
+    """
     if w.relay_ranks is None:
-        return 16 * w.rows
-    copies = w.tokens * w.ep * hit_probability(w, 1)
-    if w.relay_ranks < w.ep:
-        copies += w.tokens * (w.ep // w.relay_ranks) * hit_probability(w, w.relay_ranks)
-    return round(4 * copies) + 8 * w.rows
+        return 8 * w.rows if w.ep == 1 else 16 * w.rows
+    arrived = w.tokens * w.ep * hit_probability(w, 1)
+    if w.relay_ranks == w.ep:
+        of_hops = 2 * arrived + w.tokens
+    else:
+        crossed = w.tokens * (w.ep // w.relay_ranks) * hit_probability(w, w.relay_ranks)
+        of_hops = 2 * crossed + w.tokens + 2 * arrived + crossed
+    return round(4 * (of_hops + arrived)) + 12 * w.rows

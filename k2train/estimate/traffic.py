@@ -93,8 +93,8 @@ def dispatch_hops(w: Workload, layout: Layout) -> tuple[Hop, ...]:
     """What a dispatch sends, one all-to-all after the other, by `layout.dispatch`; a combine sends as much, the other way.
 
     per_expert: a row for every chosen expert, wherever it is. per_rank: one for every rank that holds a chosen expert.
-    per_node: one to every other node that holds one, where it is passed on to those ranks over NVLink. The routing weights
-    (4 bytes a slot), the counts and the choices (4 bytes a slot, once a forward) are left out.
+    per_node: one to every other node that holds one, where it is passed on to those ranks over NVLink. The routing
+    weights that travel with the rows (4 bytes a slot) are left out.
     """
     ep, local = w.ep, local_peers(w.ep, 1, layout.gpus_per_node)
     token = float(w.tokens * w.model.hidden_size * w.element_bytes)
@@ -123,6 +123,31 @@ def all_to_all_seconds(w: Workload, layout: Layout, cluster: ClusterConfig) -> f
     ]
     # The hops of a part follow each other; those of different parts go over different wires.
     return sum(seconds) + (parts - 1) * max(seconds)
+
+
+ROUTE_OPERATIONS = {"local": 10, "per_expert": 29, "per_rank": 60, "per_node": 97}
+"""Operations that a route issues, each a small kernel or a few, from the choices to the tables. tests/parallel/
+test_route_costs.py counts them."""
+
+
+def route_seconds(w: Workload, layout: Layout, cluster: ClusterConfig) -> float:
+    """From the router's choices until the first all-to-all of rows can start: what the ranks tell each other, the
+    operations that count and build tables, and the host's wait for the counts between them.
+
+    A forward alone stands still for all of it. In a pair the other half computes meanwhile, as it was issued before
+    the host waited.
+    """
+    kind = layout.dispatch if w.ep > 1 else "local"
+    operations = ROUTE_OPERATIONS[kind] * cluster.kernel_latency_seconds
+    return _told(w, layout, cluster) + operations + cluster.host_read_seconds
+
+
+def _told(w: Workload, layout: Layout, cluster: ClusterConfig) -> float:
+    """What every rank sends to every other before the rows: its counts for their experts (8 bytes each), or, where
+    tokens are passed on, all its choices (4 bytes each)."""
+    local = local_peers(w.ep, 1, layout.gpus_per_node)
+    to_each = 8.0 * w.model.n_routed_experts / w.ep if layout.dispatch == "per_expert" else 4.0 * w.rows
+    return Network(cluster).exchange(to_each * (local - 1), to_each * (w.ep - local))
 
 
 def message_seconds(w: Workload, layout: Layout, cluster: ClusterConfig) -> float:

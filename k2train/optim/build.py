@@ -51,11 +51,13 @@ def build_optimizer(
     groups_of: dict[Replication, Communicator] = {"dp": groups.dp, "edp": groups.edp}
     buckets = [Bucket(plan, groups_of[plan.replication], device.torch_device) for plan in plans]
     tensors = [catalogue[piece.name] for of_stage in pieces for piece in of_stage]
-    tau = config.qk_clip_tau if muon else None
+    tau = config.tau
     qk_clip = QkClipper(model, tensors, tau, like=buckets[0].flat)
     check_touches(config, model, plans, qk_clip)
     residence = build_residence(config.states, buckets, device)
-    return Optimizer(buckets, groups.world, muon_rule(config), build_adamw(config), qk_clip, residence)
+    return Optimizer(
+        buckets, groups.world, muon_rule(config), build_adamw(config), qk_clip, residence, device
+    )
 
 
 def build_residence(

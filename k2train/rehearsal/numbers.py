@@ -58,7 +58,11 @@ class Numbers:
         nodes = layout.ep // layout.relay_ranks
         sizes = [layout.relay_ranks] if nodes == 1 else [nodes, layout.relay_ranks]
         groups = cast(Sequence[Communicator], [_Sized(size) for size in sizes])
-        counts = count_route(choices_PTK, layout.num_local_experts, self._ep_rank, groups, layout.relay_parts)
+        tokens, parts = choices_PTK.shape[1], layout.relay_parts
+        # Parts are equal, so tokens are made up for; they choose an expert that does not exist.
+        missing = (0, 0, 0, -tokens % parts)
+        padded_PTK = torch.nn.functional.pad(choices_PTK, missing, value=layout.n_routed_experts)
+        counts = count_route(padded_PTK, tokens, layout.num_local_experts, self._ep_rank, groups, parts)
         return cast(list[float], counts.numbers.tolist())
 
 

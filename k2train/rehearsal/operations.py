@@ -7,6 +7,7 @@ operation that only makes a view or allocates launches nothing.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -86,6 +87,9 @@ def _moved(name: str, inputs: Sequence[torch.Tensor], outputs: Sequence[torch.Te
         return _bytes(outputs)
     if name in _GATHERING:
         return 2.0 * _bytes(outputs) + sum(_bytes([t]) for t in inputs[1:] if not t.is_floating_point())
+    if name in ("attention_best_blocks", "attention_other_blocks"):
+        # Queries and keys are read where a head's logits may pass the limit; a rehearsal's never do.
+        return _bytes(inputs[2:])
     if name == "index_add_":
         # The rows that are added are read, and their targets read and written.
         return 3.0 * _bytes(inputs[-1:])
@@ -123,10 +127,17 @@ def _products(queries: int, values: int, first: int = 0) -> Callable[[Sequence[A
     return count
 
 
+def _scores_wanted_exactly(arguments: Sequence[Any]) -> float:
+    """All scores once more, where every head's largest logit is to be exact; else none."""
+    q_BHSK, exact_above = arguments[0], arguments[-1]
+    return 2.0 * _visible_pairs(q_BHSK) * q_BHSK.shape[-1] if exact_above == -math.inf else 0.0
+
+
 ATTENTION_FLOPS: dict[str, Callable[[Sequence[Any]], float]] = {
     "attention_forward": _products(1, 1),
     "attention_row_gradients": _products(2, 1),
     "attention_key_gradients": _products(2, 2),
+    "attention_other_blocks": _scores_wanted_exactly,
     "cudnn_attention": _products(1, 1),
     "cudnn_attention_backward": _products(3, 2, first=1),
 }

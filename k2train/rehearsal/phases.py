@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from typing import Any, Literal
 
 from k2train.model.context import MicrobatchContext
+from k2train.model.dispatcher import Results
 from k2train.model.phase import CommunicationPhase, Grads, Phase, Started, Tensors
 from k2train.model.pieces import Piece
 from k2train.rehearsal.observer import Observer, Place
@@ -52,19 +53,19 @@ class WatchedCommunication(CommunicationPhase):
     def pieces(self) -> list[Piece]:
         return []
 
-    def start_forward(self, inputs: Tensors, context: MicrobatchContext) -> Started:
+    def start_forward(self, inputs: Results, context: MicrobatchContext) -> Started:
         with self._observer.at(Place("F", kind_of(self.name))):
             return self._phase.start_forward(inputs, context)
 
-    def finish_forward(self, started: Started, context: MicrobatchContext) -> tuple[Tensors, Any]:
+    def finish_forward(self, started: Started, context: MicrobatchContext) -> tuple[Results, Any]:
         with self._observer.at(Place("F", kind_of(self.name))):
             return self._phase.finish_forward(started, context)
 
-    def start_backward(self, record: Any, grad_outputs: Grads, context: MicrobatchContext) -> Started:
+    def start_backward(self, record: Any, grad_outputs: Results, context: MicrobatchContext) -> Started:
         with self._observer.at(Place("I", kind_of(self.name))):
             return self._phase.start_backward(record, grad_outputs, context)
 
-    def finish_backward(self, started: Started, context: MicrobatchContext) -> Grads:
+    def finish_backward(self, started: Started, context: MicrobatchContext) -> Results:
         with self._observer.at(Place("I", kind_of(self.name))):
             return self._phase.finish_backward(started, context)
 

@@ -123,6 +123,5 @@ def watched_run(run: Run, observer: Observer) -> Run:
     """The run with a training stage whose phases say where they are."""
     stage = run.training
     models = {index: WatchedModel(model.phases, observer) for index, model in run.models.items()}
-    return dataclasses.replace(
-        run, training=PipelineStage(models, stage.routes, stage.transport, stage.gradients)
-    )
+    training = PipelineStage(models, stage.routes, stage.transport, stage.gradients, run.device)
+    return dataclasses.replace(run, training=training)

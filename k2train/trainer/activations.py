@@ -12,7 +12,7 @@ from k2train.activations.offload import OffloadEngine
 from k2train.activations.store import ActivationStore
 from k2train.config.schema import Config
 from k2train.config.sections import ActivationsConfig
-from k2train.device.protocol import Device
+from k2train.device.protocol import Device, integers
 from k2train.layout.layout import Layout
 from k2train.parallel.communicator import Communicator
 from k2train.schedule.actions import Step
@@ -61,4 +61,8 @@ def non_finite_tiles(store: ActivationStore | None, world: Communicator, device:
         [mine.get(name, 0) for name in names], dtype=torch.int64, device=device.torch_device
     )
     world.all_reduce(counts)
-    return {name: count for name, count in zip(names, counts.tolist(), strict=True) if count}
+    return {
+        name: count
+        for name, count in zip(names, integers(device.read(counts, "non-finite tiles")), strict=True)
+        if count
+    }

@@ -24,6 +24,7 @@ from k2train.layout.tensors import TensorSpec, embedding_tensors, head_tensors, 
 from k2train.model.dispatcher import Dispatcher, LocalDispatcher
 from k2train.model.model import Model, build_model
 from k2train.model.pieces import ModelPart
+from k2train.ops.backend import OpsBackend, choose_backend
 from k2train.ops.dtypes import DTYPES
 from k2train.optim.build import build_optimizer
 from k2train.optim.lr_schedule import LrSchedule
@@ -48,6 +49,7 @@ class Run:
     schedule: Schedule
     groups: Groups
     device: Device
+    backend: OpsBackend
     models: Mapping[int, Model]
     optimizer: Optimizer
     activations: ActivationStore | None
@@ -129,7 +131,10 @@ def build_run(
 
     initialise: fill the weights from the seed; False leaves them as memory is.
     """
-    models = build_models(config, layout, groups, device.torch_device, initialise)
+    backend = choose_backend(
+        config.ops, config.model, config.train.dtype, config.optim.tau, device.torch_device
+    )
+    models = build_models(config, layout, groups, device, backend, initialise)
     catalogue = {
         spec.name: spec for model in models.values() for spec in part_tensors(config.model, model.part)
     }
@@ -137,10 +142,11 @@ def build_run(
     optimizer = build_optimizer(config.optim, config.model, catalogue, trained, groups, device)
     routes = build_routes(schedule, groups.pp.rank)
     dtype = DTYPES[config.train.dtype]
+    channels = groups.channels
     transport = (
-        PipelineTransport(groups.pp, config.model.hidden_size, dtype, device.torch_device)
-        if layout.pp > 1
-        else None
+        None
+        if channels is None
+        else PipelineTransport(channels, config.model.hidden_size, dtype, device.torch_device)
     )
     learning_rate = LrSchedule(config.optim.lr_phases, config.train.steps, config.train.global_batch_tokens)
     return Run(
@@ -149,6 +155,7 @@ def build_run(
         schedule=schedule,
         groups=groups,
         device=device,
+        backend=backend,
         models=models,
         optimizer=optimizer,
         activations=build_activations(
@@ -156,26 +163,30 @@ def build_run(
         ),
         corpus=corpus,
         learning_rate=learning_rate,
-        training=PipelineStage(models, routes, transport, optimizer.gradients),
-        evaluation=PipelineStage(models, routes, transport, None),
+        training=PipelineStage(models, routes, transport, optimizer.gradients, device),
+        evaluation=PipelineStage(models, routes, transport, None, device),
     )
 
 
-def build_dispatcher(
-    num_experts: int, groups: Groups, device: torch.device, num_parts: int = 1
-) -> Dispatcher:
+def build_dispatcher(num_experts: int, groups: Groups, device: Device, num_parts: int = 1) -> Dispatcher:
     """How this rank's tokens reach their experts. It communicates with nobody."""
     if groups.ep.size == 1:
-        return LocalDispatcher()
+        return LocalDispatcher(device)
+    side = SideStream(device)
     if groups.relay is None:
-        return AllToAllDispatcher(groups.ep, num_experts)
-    return RelayDispatcher(groups.ep, groups.relay, groups.rail, num_experts, SideStream(device), num_parts)
+        return AllToAllDispatcher(groups.ep, num_experts, side)
+    return RelayDispatcher(groups.ep, groups.relay, groups.rail, num_experts, side, num_parts)
 
 
 def build_models(
-    config: Config, layout: Layout, groups: Groups, device: torch.device, initialise: bool = True
+    config: Config,
+    layout: Layout,
+    groups: Groups,
+    device: Device,
+    backend: OpsBackend | None = None,
+    initialise: bool = True,
 ) -> dict[int, Model]:
-    """The model parts of this rank's virtual stages, in the order of the model."""
+    """The model parts of this rank's virtual stages, in the order of the model. backend: None for stock attention."""
     experts = config.model.n_routed_experts
     per_rank = experts // layout.ep
     mine = tuple(range(groups.ep.rank * per_rank, (groups.ep.rank + 1) * per_rank))
@@ -185,7 +196,9 @@ def build_models(
         if layout.placement[virtual_stage] != groups.pp.rank:
             continue
         part = ModelPart(tuple(piece.layers), piece.embedding, piece.head, mine)
-        model = build_model(config.model, part, DTYPES[config.train.dtype], device, dispatcher)
+        model = build_model(
+            config.model, part, DTYPES[config.train.dtype], device.torch_device, dispatcher, backend
+        )
         if initialise:
             model.initialise(config.train.seed)
         models[virtual_stage] = model

@@ -23,17 +23,20 @@ from k2train.config.errors import ConfigError
 from k2train.config.schema import Config
 from k2train.device.build import build_device
 from k2train.layout.layout import Layout
+from k2train.ops.backend import choose_backend
 from k2train.ops.dtypes import DTYPES
 from k2train.optim.adam import check_host_adam
 from k2train.parallel.communicator import World
 from k2train.parallel.groups import build_groups
 from k2train.parallel.objects import broadcast_object
 from k2train.schedule import Schedule
+from k2train.schedule.messages import plan_messages
 from k2train.telemetry.metrics import MetricsFile
 from k2train.telemetry.progress import ProgressDisplay, open_progress
 from k2train.telemetry.sinks import Sink, open_sinks
 from k2train.trainer.activations import host_traffic, non_finite_tiles
 from k2train.trainer.build import Run, build_layouts, build_run, choose_device, open_corpus
+from k2train.trainer.dry_run import dry_run
 from k2train.trainer.evaluate import evaluate
 from k2train.trainer.finish import Outcome, print_end
 from k2train.trainer.garbage import GarbageControl
@@ -89,6 +92,7 @@ def prepare(config: Config) -> Prepared:
     layout, schedule = build_layouts(config)
     device = choose_device(config)
     kind = choose_world(config, layout, device, os.environ)
+    choose_backend(config.ops, config.model, config.train.dtype, config.optim.tau, device)
     check_host_adam(config.optim, DTYPES[config.train.dtype])
     check_host_memory(config, layout, kind, device, os.environ)
     return Prepared(config, layout, schedule, device, kind)
@@ -102,11 +106,11 @@ def train(config: Config, words: Sequence[str] = ()) -> Outcome:
     """
     ready = prepare(config)
     config, layout = ready.config, ready.layout
-    corpus = open_corpus(config)
+    corpus, messages = open_corpus(config), plan_messages(ready.schedule)
     with StopRequest() as stop, GarbageControl() as garbage:
 
         def run_rank(world: World) -> Outcome:
-            groups = build_groups(layout.grid, world, layout.relay_ranks)
+            groups = build_groups(layout.grid, world, layout.relay_ranks, messages)
             run = build_run(config, layout, ready.schedule, corpus, groups, build_device(world.device))
             return train_rank(run, stop, garbage, words)
 
@@ -117,6 +121,7 @@ def train_rank(run: Run, stop: StopRequest, garbage: GarbageControl, words: Sequ
     """One rank's part of `train`; rank 0 alone prints and draws."""
     run_dir, checkpoint, changes = agree_on_run_dir(run)
     done = start(run, checkpoint)
+    dry_run(run)
     if run.is_main:
         print_start(run, run_dir, done, changes, Console())
     outcome = run_steps(run, run_dir, done, stop, garbage)

@@ -69,9 +69,10 @@ def feature_table(run: Run) -> Table:
     policies = Counter(
         getattr(config.activations, field.name) for field in dataclasses.fields(ActivationsConfig)
     )
-    tau = optim.qk_clip_tau if optim.name == "muonclip" else None
+    tau = optim.tau
     rows = [
         ("optimizer states", describe_states(run.optimizer, optim.host_adam)),
+        ("attention", run.backend.words),
         ("QK-Clip", f"tau {tau:g}" if tau is not None else "off"),
         (
             "gradient clipping",

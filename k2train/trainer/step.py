@@ -18,7 +18,7 @@ from k2train.runtime.recorder import Watcher
 from k2train.runtime.stage import StepInputs
 from k2train.schedule import Step
 from k2train.trainer.build import Run
-from k2train.trainer.totals import StepTotals
+from k2train.trainer.totals import Reported, StepTotals
 
 
 @dataclasses.dataclass(frozen=True)
@@ -70,18 +70,18 @@ def train_step(
     if result.finite:
         for model in run.models.values():
             model.update_correction_biases(loads, run.config.train.bias_update_rate)
-    loss, balance_loss, violation, stop = totals.read()
+    reported = Reported(*result.report)
     return StepMetrics(
         step=index + 1,
         tokens=(index + 1) * run.config.train.global_batch_tokens,
-        loss=loss,
-        balance_loss=balance_loss,
+        loss=reported.loss,
+        balance_loss=reported.balance_loss,
         grad_norm=result.grad_norm,
         lr=lr,
         max_logit=result.max_logit,
         clipped_heads=result.clipped_heads,
-        load_violation=violation,
-        stop_signal=stop,
+        load_violation=reported.load_violation,
+        stop_signal=int(reported.stop_signal),
     )
 
 
@@ -114,7 +114,8 @@ def step_inputs(run: Run, batch: torch.Tensor, statistics: Statistics) -> StepIn
             loss_scale=1.0 / train.global_batch_tokens,
             balance_loss_scale=train.balance_loss_alpha / (run.num_microbatches * run.groups.dp.size),
             targets=microbatches[microbatch][:, 1:],
-            saved=KeepEverything() if run.activations is None else run.activations.microbatch(virtual_stage),
+            saved=KeepEverything() if run.activations is None else run.activations.microbatch(),
+            device=run.device,
         )
 
     return StepInputs(
@@ -132,4 +133,4 @@ def local_batch(run: Run, index: int) -> torch.Tensor:
     sequences = train.global_batch_tokens // train.seq_len
     share = sequences // run.groups.dp.size
     start = index * sequences + run.groups.dp.rank * share
-    return run.corpus.batch("train", start, share).to(run.device.torch_device)
+    return run.device.upload(run.corpus.batch("train", start, share))

@@ -9,9 +9,12 @@ from typing import Any
 import pytest
 import torch
 
+from k2train.device.cpu import CpuDevice
 from k2train.model.context import MicrobatchContext
+from k2train.model.dispatcher import Results
 from k2train.model.phase import CommunicationPhase, Started
 from k2train.ops.weight_grad import Key, PlainGradients
+from k2train.parallel.channels import build_channels
 from k2train.parallel.communicator import World
 from k2train.parallel.pipeline import PipelineTransport
 from k2train.parallel.threads import run_threads
@@ -20,6 +23,7 @@ from k2train.runtime.passes import alternate, backward_steps, finish, forward_st
 from k2train.runtime.stage import PipelineStage, Route, StepInputs
 from k2train.schedule import Schedule, ScheduleSpec, build_schedule, validate
 from k2train.schedule.actions import parse_line
+from k2train.schedule.messages import Messages, plan_messages
 from k2train.schedule.overlap import pair_order
 from k2train.trainer.build import build_routes
 
@@ -81,20 +85,20 @@ class Exchange(CommunicationPhase):
 
     def start_forward(self, inputs: Any, context: Any) -> Started:
         self.log.append(f"{self.name} starts")
-        return Started(inputs, ())
+        return Started(inputs)
 
     def finish_forward(self, started: Started, context: Any) -> Any:
         self.log.append(f"{self.name} arrives")
-        return (started.pending[0] + 10,), self.name
+        return Results((started.pending.tensors[0] + 10,)), self.name
 
     def start_backward(self, record: Any, grads: Any, context: Any) -> Started:
         assert record == self.name
         self.log.append(f"{self.name} starts back")
-        return Started(grads, ())
+        return Started(grads)
 
     def finish_backward(self, started: Started, context: Any) -> Any:
         self.log.append(f"{self.name} is back")
-        return (started.pending[0] * 3,)
+        return Results((started.pending.tensors[0] * 3,))
 
 
 def phases(name: str, log: list[str]) -> list[Any]:
@@ -102,16 +106,17 @@ def phases(name: str, log: list[str]) -> list[Any]:
 
 
 CONTEXT = MicrobatchContext(num_sequences=1)
+CPU = CpuDevice(torch.device("cpu"))
 
 
 def test_a_pair_computes_one_microbatch_while_the_others_rows_are_under_way() -> None:
     log: list[str] = []
     records: list[Any] = []
-    finish(forward_steps(phases("y", log), (torch.zeros(1),), CONTEXT, records))
+    finish(forward_steps(phases("y", log), Results((torch.zeros(1),)), CONTEXT, records))
     log.clear()
-    (x,), (dy,) = alternate(
-        forward_steps(phases("x", log), (torch.zeros(1),), CONTEXT, []),
-        backward_steps(phases("y", log), (torch.ones(1),), CONTEXT, records),
+    forward, backward = alternate(
+        forward_steps(phases("x", log), Results((torch.zeros(1),)), CONTEXT, []),
+        backward_steps(phases("y", log), Results((torch.ones(1),)), CONTEXT, records),
         pair_order(3, 3),
     )
     assert log == [
@@ -124,19 +129,19 @@ def test_a_pair_computes_one_microbatch_while_the_others_rows_are_under_way() ->
         "y.b is back",
         "y.a backward",
     ]
-    assert (x.item(), dy.item(), records) == (12, 12, [])
+    assert (forward.tensors[0].item(), backward.tensors[0].item(), records) == (12, 12, [])
 
 
 def test_a_pair_of_unequal_lengths_runs_both_to_their_ends() -> None:
     log: list[str] = []
     records: list[Any] = []
-    finish(forward_steps(phases("y", log), (torch.zeros(1),), CONTEXT, records))
-    (x,), (dy,) = alternate(
-        forward_steps([Compute("x", log)], (torch.zeros(1),), CONTEXT, []),
-        backward_steps(phases("y", log), (torch.ones(1),), CONTEXT, records),
+    finish(forward_steps(phases("y", log), Results((torch.zeros(1),)), CONTEXT, records))
+    forward, backward = alternate(
+        forward_steps([Compute("x", log)], Results((torch.zeros(1),)), CONTEXT, []),
+        backward_steps(phases("y", log), Results((torch.ones(1),)), CONTEXT, records),
         pair_order(1, 3),
     )
-    assert (x.item(), dy.item()) == (1, 12)
+    assert (forward.tensors[0].item(), backward.tensors[0].item()) == (1, 12)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -190,11 +195,12 @@ class Sink:
         self.keys.append(key)
 
 
-def stage_of(schedule: Schedule, stage: int, world: World, sink: Any) -> PipelineStage:
+def stage_of(schedule: Schedule, messages: Messages, stage: int, world: World, sink: Any) -> PipelineStage:
     order = list(range(len(schedule.placement)))
     models = {v: Part([Checked(v, order)]) for v, place in enumerate(schedule.placement) if place == stage}
-    transport = PipelineTransport(world.group("pp", range(world.size)), 1, torch.float32, torch.device("cpu"))
-    return PipelineStage(models, build_routes(schedule, stage), transport, sink)
+    channels = build_channels(messages, range(world.size), world)
+    transport = PipelineTransport(channels, 1, torch.float32, torch.device("cpu"))
+    return PipelineStage(models, build_routes(schedule, stage), transport, sink, CPU)
 
 
 @pytest.mark.parametrize(("kind", "pp", "vpp", "microbatches"), [
@@ -215,10 +221,11 @@ def test_messages_meet_their_microbatch_and_each_weight_gradient_is_taken_once(
         pair_forward_backward=paired, split_weight_grad=kind in ("k2", "zb_h1"),
     ))  # fmt: skip
     validate(schedule)
+    messages = plan_messages(schedule)
 
     def run(world: World) -> tuple[list[Key], list[int]]:
         sink, done = Sink(), []
-        stage = stage_of(schedule, world.rank, world, sink)
+        stage = stage_of(schedule, messages, world.rank, world, sink)
         inputs = StepInputs(
             tokens=lambda m: torch.full((1, 2), float(m)),
             make_context=lambda v, m: MicrobatchContext(
@@ -240,7 +247,7 @@ def test_messages_meet_their_microbatch_and_each_weight_gradient_is_taken_once(
 
 
 def alone(sink: Any = None) -> PipelineStage:
-    stage = PipelineStage({0: Part([Checked(0, [0])])}, {0: Route(0, None, None, 0, 0)}, None, sink)
+    stage = PipelineStage({0: Part([Checked(0, [0])])}, {0: Route(0, None, None, 0, 0)}, None, sink, CPU)
     context = lambda v, m: MicrobatchContext(num_sequences=1, key=(v, m), weight_grads=stage.queue)  # noqa: E731
     stage.begin_step(StepInputs(lambda m: torch.full((1, 2), float(m)), context, 1))
     return stage
@@ -271,7 +278,7 @@ def test_evaluation_keeps_nothing() -> None:
 
 
 def test_a_step_that_fails_leaves_nothing_under_way() -> None:
-    stage = PipelineStage({0: Part([Checked(0, [0])])}, {0: Route(0, None, None, 0, 0)}, None, Sink())
+    stage = PipelineStage({0: Part([Checked(0, [0])])}, {0: Route(0, None, None, 0, 0)}, None, Sink(), CPU)
     context = lambda v, m: MicrobatchContext(num_sequences=1, key=(v, m), weight_grads=stage.queue)  # noqa: E731
     inputs = StepInputs(lambda m: torch.full((1, 2), float(m)), context, 1)
     with pytest.raises(KeyError), stage.step(inputs):
