@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import functools
 import importlib
 import importlib.util
 import sysconfig
@@ -25,6 +26,7 @@ from k2train.model.phase import Phase, Tensors
 from k2train.model.pieces import ModelPart
 from k2train.model.saved import KeepEverything, SavedActivations
 from k2train.ops.attention import causal_attention, causal_attention_reference
+from k2train.ops.backend import OpsBackend, choose_backend
 from k2train.ops.cross_entropy import linear_cross_entropy
 from k2train.ops.grouped import grouped_linear
 from k2train.ops.kernels import gpu_kernels
@@ -43,11 +45,16 @@ Attend = Callable[[torch.Tensor, torch.Tensor, torch.Tensor, float], torch.Tenso
 # Operations.
 
 
+def backend(config: Config, device: torch.device) -> OpsBackend:
+    """Whose kernels a run of this config takes on this device."""
+    return choose_backend(config.ops, config.model, config.train.dtype, config.optim.tau, device)
+
+
 def attention(
-    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float, taken: OpsBackend
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """The program's attention with the backend it takes here: output (B, S, H, V), largest logit of each head."""
-    attended = causal_attention(q, k, v, scale)
+    """The program's attention: output (B, S, H, V), largest logit of each head."""
+    attended = causal_attention(q, k, v, scale, backend=taken)
     return attended.out, attended.max_logits
 
 
@@ -79,9 +86,16 @@ def kernel_attention(kernels: ModuleType) -> Attend:
 
 @contextlib.contextmanager
 def other_blocks(kernels: ModuleType, name: str, **changes: int) -> Iterator[None]:
-    """The kernels with other block sizes. They read them when they are launched; the program's own come back afterwards."""
+    """The kernels with other block sizes, read when they are launched; the program's own come back afterwards.
+
+    name: of a module's Blocks, or of its function from widths to Blocks.
+    """
     own = getattr(kernels, name)
-    setattr(kernels, name, dataclasses.replace(own, **changes))
+
+    def changed(query: int, value: int) -> Any:
+        return dataclasses.replace(own(query, value), **changes)
+
+    setattr(kernels, name, changed if callable(own) else dataclasses.replace(own, **changes))
     try:
         yield
     finally:
@@ -107,7 +121,9 @@ def add_weight_gradient(buffer_OI: torch.Tensor, dy_TO: torch.Tensor, x_TI: torc
 def head_loss(hidden_TD: torch.Tensor, weight_VD: torch.Tensor, targets_T: torch.Tensor,
               buffer_VD: torch.Tensor) -> torch.Tensor:  # fmt: skip
     """Chunked loss, with the weight's gradient added into `buffer_VD`."""
-    return linear_cross_entropy(hidden_TD, weight_VD, targets_T, 1 / targets_T.numel(), buffer_VD)
+    return linear_cross_entropy(
+        hidden_TD, weight_VD, targets_T, 1 / targets_T.numel(), functools.partial(add_product_into, buffer_VD)
+    )
 
 
 def orthogonalise(matrices: torch.Tensor) -> torch.Tensor:
@@ -172,7 +188,7 @@ def forward_phase(phase: Phase, inputs: Tensors, context: MicrobatchContext) -> 
 def _part(config: Config, layers: tuple[int, ...], embedding: bool, head: bool, device: torch.device,
           dtype: torch.dtype) -> Model:  # fmt: skip
     part = ModelPart(layers, embedding, head, tuple(range(config.model.n_routed_experts)))
-    model = build_model(config.model, part, dtype, device)
+    model = build_model(config.model, part, dtype, device, backend=backend(config, device))
     for piece in model.pieces():
         # The model's own initial values come from the host, one weight after another, which takes too long here.
         if piece.trained and piece.tensor.dim() == 1:
@@ -198,7 +214,9 @@ class ScheduledPass:
         }
         self.config, self.device = config, device
         self.store = build_activations(config, layout, 0, self.schedule.stages[0], build_device(device))
-        self.stage = PipelineStage(self.models, build_routes(self.schedule, 0), None, gradients)
+        self.stage = PipelineStage(
+            self.models, build_routes(self.schedule, 0), None, gradients, build_device(device)
+        )
         self.gradients = gradients
 
     def run(self, batch: torch.Tensor) -> float:

@@ -1,8 +1,8 @@
 """Section 6: one MoE layer of K2 with 24 experts on one device, by phase, under each activation preset.
 
 Milliseconds of the phases forward, of their backward and of the put-off weight gradients; bytes kept between forward and
-backward, and the peak above what is there before, beside the plan's bound. (A rehearsal takes whole steps: section 9 stands beside one.) The device's own
-experts get as many rows as in K2's layout, since every token chooses 8 of them.
+backward, and the peak above what is there before, beside the plan's bound. A rehearsal takes whole steps, so its peak
+stands beside the training of section 9. The experts get as many rows as in K2's layout, since every token chooses 8.
 """
 
 from __future__ import annotations
