@@ -237,7 +237,7 @@ class ScheduledPass:
 
         def make_context(virtual_stage: int, microbatch: int) -> MicrobatchContext:
             store = self.store
-            saved: SavedActivations = KeepEverything() if store is None else store.microbatch(virtual_stage)
+            saved: SavedActivations = KeepEverything() if store is None else store.microbatch()
             return MicrobatchContext(
                 num_sequences=train.microbatch_size, gradients=self.gradients, weight_grads=self.stage.queue,
                 key=(virtual_stage, microbatch), statistics=found, loss_scale=1 / train.global_batch_tokens,
