@@ -79,7 +79,7 @@ class _Pages:
     """Host memory that nobody gives."""
 
     def __init__(self, num_bytes: int) -> None:
-        self.bytes = torch.empty(num_bytes, dtype=torch.uint8)
+        self.bytes = torch.zeros(num_bytes, dtype=torch.uint8)
 
 
 class RehearsedDevice(Device):

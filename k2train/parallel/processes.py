@@ -21,7 +21,7 @@ import datetime
 import os
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 import torch.distributed as dist
@@ -73,6 +73,11 @@ class _ProcessWork:
             except RuntimeError as error:
                 raise self.group.failure(self.operation, error) from error
 
+    def wait_host(self) -> None:
+        self.wait()
+        if self.group.device.type == "cuda":
+            torch.cuda.current_stream(self.group.device).synchronize()
+
     def done(self) -> bool:
         return all(handle.is_completed() for handle in self.handles)
 
@@ -88,7 +93,7 @@ class ProcessCommunicator(Communicator):
         self.size = len(self.ranks)
         self.rank = self.ranks.index(dist.get_rank())
         self._group = group
-        self._device = device
+        self.device = device
         self._uneven = dist.get_backend(group) == "nccl"
 
     def start_all_reduce(self, t: torch.Tensor, op: ReduceOp = "sum") -> Work:
@@ -159,7 +164,7 @@ class ProcessCommunicator(Communicator):
         return self._message(operation, dist.irecv, t, peer)
 
     def barrier(self) -> None:
-        token = torch.zeros(1, device=self._device)
+        token = torch.zeros(1, device=self.device)
         self._start("barrier", partial(dist.all_reduce, token)).wait()
         token.item()
 
@@ -276,7 +281,7 @@ def _described(name: str, ranks: Sequence[int]) -> str:
     return f"{name} ({others})"
 
 
-def _nccl_options(timeout: datetime.timedelta) -> dist.Backend.Options:
+def _nccl_options(timeout: datetime.timedelta) -> Any:
     """Communication on streams of high priority: its kernels are few and small, and what they bring is waited for.
 
     A build of torch without NCCL has no such class, so it is imported here.

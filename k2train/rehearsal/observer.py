@@ -122,6 +122,11 @@ class Observer(TorchDispatchMode):
         """Begin to look for a peak anew, from what is alive now."""
         self.peak, self._highest, self._looked_at = Peak(), self.bytes_alive, 0
 
+    def forget_work(self) -> None:
+        """Count launches and waits of the host anew."""
+        self.work.clear()
+        self.device.host_waits.clear()
+
     def watch(self, steps: Iterable[Any], kind: Callable[[Any], str]) -> Iterator[Any]:
         """The steps of an action list, one after the other; the level of memory is noted after each."""
         for number, step in enumerate(steps):

@@ -27,7 +27,9 @@ from k2train.rehearsal.world import Counts, RehearsedWorld
 from k2train.runtime.recorder import Message
 from k2train.runtime.stage import PipelineStage
 from k2train.schedule.actions import Pair, Step
+from k2train.schedule.messages import plan_messages
 from k2train.trainer.build import Run, build_layouts, build_run
+from k2train.trainer.dry_run import dry_run
 from k2train.trainer.garbage import GarbageControl
 from k2train.trainer.step import train_step
 
@@ -100,12 +102,16 @@ def rehearse(config: Config) -> Rehearsal:
     started = time.perf_counter()
     with FakeTensorMode(allow_non_fake_inputs=True), observer, GarbageControl():
         world = RehearsedWorld(rank, layout.world, DEVICE, counts)
-        groups = build_groups(layout.grid, world, layout.relay_ranks)
+        groups = build_groups(layout.grid, world, layout.relay_ranks, plan_messages(schedule))
         corpus = cast(Corpus, NoCorpus(config.train.seq_len))
         run = build_run(config, layout, schedule, corpus, groups, device, initialise=False)
         run = watched_run(run, observer)
+        with observer.at(Place("dry run")):
+            dry_run(run)
         states, built = observer.bytes_alive, time.perf_counter()
         before = set(observer.alive.values())
+        observer.forget_work()
+        counts.clear()
         recording = Recording(observer)
         with observer.at(Place("update")):
             train_step(run, 0, recording)

@@ -21,6 +21,7 @@ from k2train.parallel.communicator import (
     Work,
     equal_splits,
 )
+from k2train.schedule.channels import ChannelForm
 
 
 class Traffic(NamedTuple):
@@ -39,6 +40,11 @@ class Counts:
         self.calls: collections.Counter[Traffic] = collections.Counter()
         self.bytes: collections.Counter[Traffic] = collections.Counter()
         self._place = place
+
+    def clear(self) -> None:
+        """Count anew."""
+        self.calls.clear()
+        self.bytes.clear()
 
     def add(self, group: str, operation: str, tensor: torch.Tensor) -> None:
         key = Traffic(self._place(), group, operation)
@@ -126,6 +132,8 @@ class RehearsedCommunicator(Communicator):
 
 class RehearsedWorld:
     """The run, seen by rank `rank`. Implements parallel.communicator.World."""
+
+    channel_form = ChannelForm.ORDERED_PAIR
 
     def __init__(self, rank: int, size: int, device: torch.device, counts: Counts) -> None:
         self.rank, self.size, self.device, self.counts = rank, size, device, counts

@@ -146,7 +146,7 @@ def test_members_that_have_made_different_numbers_of_groups_are_told_so() -> Non
         world.group("both", [0, 1])
 
     with pytest.raises(
-        CommunicationError, match="rank 1 makes group both .* number 2, another rank as its number 1"
+        CommunicationError, match=r"rank 1 makes group both .* number 2, another rank as its number 1"
     ):
         run_threads(2, fn)
 
