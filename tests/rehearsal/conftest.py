@@ -17,7 +17,15 @@ ROOT = Path(__file__).parents[2]
 def run_rehearsal(folder: Path, *words: str) -> subprocess.CompletedProcess[str]:
     """`k2train rehearse` with its report in `folder`/report.json."""
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
-    command = [sys.executable, "-W", "error", "-m", "k2train", "rehearse", f"rehearse.json={folder / 'report.json'}"]
+    command = [
+        sys.executable,
+        "-W",
+        "error",
+        "-m",
+        "k2train",
+        "rehearse",
+        f"rehearse.json={folder / 'report.json'}",
+    ]
     return subprocess.run([*command, *words], env=environment, capture_output=True, text=True, check=False)
 
 
