@@ -60,10 +60,8 @@ class Side:
                  batch: torch.Tensor) -> None:  # fmt: skip
         self.config, self.batch, self.gradients = config, batch, gradients
         self.schedule: Schedule = build_layouts(config)[1]
-        device = batch.device
-        self.engine = OffloadEngine(
-            device, HostArena(pinned=device.type == "cuda"), timed=device.type == "cuda"
-        )
+        device = build_device(batch.device, timed=True)
+        self.engine = OffloadEngine(device, HostArena(device), timed=True)
         self.store = ActivationStore(config.activations, self.engine)
         # As in training: where every tensor is kept, autograd keeps it, and no store is in its way.
         self.keeps_everything = preset == BASE
@@ -99,7 +97,7 @@ class Side:
                 num_sequences=train.microbatch_size, gradients=self.gradients, weight_grads=self.stage.queue,
                 key=(virtual_stage, microbatch), statistics=found, loss_scale=1 / train.global_batch_tokens,
                 balance_loss_scale=train.balance_loss_alpha / len(microbatches), targets=microbatches[microbatch][:, 1:],
-                saved=self.store.microbatch(virtual_stage) if use_store else KeepEverything(),
+                saved=self.store.microbatch() if use_store else KeepEverything(),
                 device=build_device(microbatches[microbatch].device),
             )  # fmt: skip
 

@@ -40,12 +40,14 @@ from k2train.model.phase import ComputePhase, ComputeRecord, Grads, Phase, Tenso
 from k2train.model.pieces import Piece
 from k2train.ops.linear import linear
 from k2train.ops.weight_grad import PlainGradients, WeightGradSlot
+from k2train.parallel.channels import build_channels
 from k2train.parallel.communicator import World
 from k2train.parallel.pipeline import PipelineTransport
 from k2train.parallel.testing import run_distributed_test
 from k2train.runtime.executor import run_actions
 from k2train.runtime.stage import Here, PipelineStage, StepInputs, Transport
 from k2train.schedule import Schedule, ScheduleSpec, build_schedule, validate
+from k2train.schedule.messages import plan_messages
 from k2train.trainer.build import build_routes
 
 PP, VPP = 4, 2
@@ -160,6 +162,9 @@ class NoTransport:
         return Here(torch.zeros(num_rows, self.hidden))
 
     def finish(self) -> None:
+        pass
+
+    def abandon(self) -> None:
         pass
 
 
@@ -321,7 +326,6 @@ def run_rank(world: World, options: argparse.Namespace) -> dict[str, Any]:
     """One process: check, time every side in turns, then measure what our own code costs."""
     modules = build_modules(options, options.hidden, world.rank)
     batch = make_batch(options, options.tokens)
-    group = world.group("pp", range(PP))
     schedules = {name: make_schedule(options, switches) for name, switches in OURS.items()}
     parts = {index: build_phases(module) for index, module in modules.items()}
     sides = {
@@ -329,7 +333,12 @@ def run_rank(world: World, options: argparse.Namespace) -> dict[str, Any]:
             schedule,
             world.rank,
             parts,
-            PipelineTransport(group, options.hidden, torch.float32, world.device),
+            PipelineTransport(
+                build_channels(plan_messages(schedule), range(PP), world),
+                options.hidden,
+                torch.float32,
+                world.device,
+            ),
             batch,
         )
         for name, schedule in schedules.items()

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import contextlib
+import resource
 import time
 
 import torch
 
 from k2train.device.host_memory import PageableMemory
 from k2train.device.protocol import Device, Event, HostPages, Priority, Reading, Stream
+
+CPU = torch.device("cpu")
 
 
 class CpuEvent(Event):
@@ -63,7 +66,7 @@ class CpuReading(Reading):
 class CpuDevice(Device):
     """The host's own memory and arithmetic."""
 
-    def __init__(self, torch_device: torch.device) -> None:
+    def __init__(self, torch_device: torch.device = CPU) -> None:
         self._torch_device = torch_device
         self._main = CpuStream("main")
 
@@ -89,3 +92,6 @@ class CpuDevice(Device):
 
     def synchronize(self) -> None:
         """All is done."""
+
+    def peak_bytes(self) -> int:
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024

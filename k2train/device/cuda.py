@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import mmap
 from collections.abc import Iterator
 
 import torch
@@ -74,6 +75,7 @@ class CudaReading(Reading):
 class CudaDevice(Device):
     """One GPU. timed: events can be compared by `seconds_since`."""
 
+    page_bytes = mmap.PAGESIZE
     # CUDA's lowest number is its highest priority; torch knows two.
     _PRIORITY = {"normal": 0, "high": -1}  # noqa: RUF012
 
@@ -96,6 +98,10 @@ class CudaDevice(Device):
     def pages(self, num_bytes: int) -> HostPages:
         return PinnedMemory(num_bytes)
 
+    def upload(self, host: torch.Tensor) -> torch.Tensor:
+        # torch keeps the pinned copy until the stream has read it.
+        return host.pin_memory().to(self._torch_device, non_blocking=True)
+
     def start_read(self, tensor: torch.Tensor, what: str) -> CudaReading:
         numbers = tensor.detach().flatten()
         host = torch.empty(numbers.shape, dtype=numbers.dtype, pin_memory=True)
@@ -107,3 +113,6 @@ class CudaDevice(Device):
 
     def synchronize(self) -> None:
         torch.cuda.synchronize(self._torch_device)
+
+    def peak_bytes(self) -> int:
+        return torch.cuda.max_memory_allocated(self._torch_device)

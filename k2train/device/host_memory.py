@@ -17,7 +17,7 @@ class PageableMemory:
     """Memory of the ordinary allocator."""
 
     def __init__(self, num_bytes: int) -> None:
-        self.bytes = torch.empty(num_bytes, dtype=torch.uint8)
+        self.bytes = torch.zeros(num_bytes, dtype=torch.uint8)
 
 
 class PinnedMemory:

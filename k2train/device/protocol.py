@@ -79,12 +79,15 @@ class HostPages(Protocol):
 
     @property
     def bytes(self) -> torch.Tensor:
-        """All of it, uint8, one dimension. A view must not outlive the piece."""
+        """All of it, uint8, one dimension, zero when new. A view must not outlive the piece."""
         ...
 
 
 class Device(Protocol):
     """One device, seen by the rank that computes on it."""
+
+    page_bytes: int = 1
+    """A size of `pages` that is no multiple of this wastes the rest of its last page."""
 
     @property
     def torch_device(self) -> torch.device: ...
@@ -99,11 +102,24 @@ class Device(Protocol):
         ...
 
     def pages(self, num_bytes: int) -> HostPages:
-        """Host memory of exactly this size that copies can reach by themselves.
+        """Host memory of exactly this size (> 0) that copies can reach by themselves.
 
-        Raises OSError or RuntimeError where the system gives or locks no more.
+        Raises OSError or RuntimeError where the system gives or locks no more. To lock memory takes milliseconds and
+        may stop the device, so it belongs before the first step.
         """
         ...
+
+    def empty(self, num_bytes: int) -> torch.Tensor:
+        """New device memory, uint8, one dimension, of the current stream.
+
+        Kernels that were issued to that stream before may still use it: another stream that is to write it waits for
+        an event recorded after this call.
+        """
+        return torch.empty(num_bytes, dtype=torch.uint8, device=self.torch_device)
+
+    def upload(self, host: torch.Tensor) -> torch.Tensor:
+        """A copy of a small host tensor, for the current stream; the host need not wait for it."""
+        return host.to(self.torch_device)
 
     def start_read(self, tensor: torch.Tensor, what: str) -> Reading:
         """Begin to bring a tensor's numbers to the host, behind what the current stream has been given so far.
@@ -118,6 +134,10 @@ class Device(Protocol):
 
     def synchronize(self) -> None:
         """Return when every stream is idle."""
+        ...
+
+    def peak_bytes(self) -> int:
+        """The most memory used since the start: of the device, or of the process where that is the same."""
         ...
 
 

@@ -42,6 +42,26 @@ class TimedPhase:
 
 
 @dataclass(frozen=True)
+class Exchange:
+    """Seconds of a MoE layer's traffic between the ranks of an expert-parallel group."""
+
+    route: float
+    """Until the host knows how many rows go where (`traffic.route_seconds`)."""
+    move: float
+    """One dispatch or one combine, 0 without expert parallelism."""
+
+    @property
+    def before(self) -> tuple[TimedPhase, TimedPhase]:
+        """Before the experts, in the forward."""
+        return TimedPhase("route", "ep", self.route), TimedPhase("dispatch", "ep", self.move)
+
+    @property
+    def after(self) -> tuple[TimedPhase]:
+        """After the experts, in the forward."""
+        return (TimedPhase("combine", "ep", self.move),)
+
+
+@dataclass(frozen=True)
 class LayerCosts:
     """One layer, or one end of the model, for one microbatch on one rank."""
 
@@ -58,18 +78,20 @@ class LayerCosts:
 
 
 def transformer_layer(
-    w: Workload, policies: ActivationsConfig, machine: Machine, all_to_all_seconds: float, moe: bool
+    w: Workload, policies: ActivationsConfig, machine: Machine, exchange: Exchange, moe: bool
 ) -> LayerCosts:
-    """One layer. all_to_all_seconds: one dispatch or one combine, 0 without expert parallelism."""
+    """One layer."""
     saved = saved_tensors(w, policies, moe)
     phases = _phases(w, moe)
     forward = [_forward(machine, name, ops, saved) for name, ops in phases]
     backward = [_backward(machine, name, ops, saved) for name, ops in reversed(phases)]
-    if moe and all_to_all_seconds:
-        forward = _around_experts(forward, all_to_all_seconds, ("dispatch", "combine"))
-        backward = _around_experts(backward, all_to_all_seconds, ("combine", "dispatch"))
+    if moe:
+        forward = _around_experts(forward, exchange.before, exchange.after)
+        # The route's step of the backward does nothing; it keeps the halves of a pair in time.
+        done = TimedPhase("route", "ep", 0.0)
+        backward = _around_experts(backward, exchange.after, (exchange.before[1], done))
     ops = [op for _, phase in phases for op in phase]
-    exchange = 2 * w.rows * w.model.hidden_size * w.element_bytes if moe and w.ep > 1 else 0
+    moved = 2 * w.rows * w.model.hidden_size * w.element_bytes if moe and w.ep > 1 else 0
     unkept = sum(tensor.full_bytes - tensor.stored_bytes for tensor in saved)
     return LayerCosts(
         tuple(forward),
@@ -77,8 +99,8 @@ def transformer_layer(
         machine.weight_grad(ops),
         saved,
         # As if nothing that a layer makes were freed before it ends: an upper bound.
-        unkept + exchange,
-        unkept + exchange + _gradient_bytes(w, moe),
+        unkept + moved,
+        unkept + moved + _gradient_bytes(w, moe),
         _queue_bytes(ops),
         sum(op.flops for op in ops),
         sum(op.flops for op in _recomputed(ops, saved)),
@@ -147,14 +169,13 @@ def _phases(w: Workload, moe: bool) -> list[tuple[str, list[Op]]]:
     return [("attention", attention_phase(w, moe=True) + merge_ops(w)), ("experts", experts_phase(w))]
 
 
-def _around_experts(phases: Sequence[TimedPhase], seconds: float, names: tuple[str, str]) -> list[TimedPhase]:
-    """An all-to-all before and one after the experts."""
+def _around_experts(
+    phases: Sequence[TimedPhase], before: Sequence[TimedPhase], after: Sequence[TimedPhase]
+) -> list[TimedPhase]:
+    """What the ranks exchange before and after the experts."""
     placed: list[TimedPhase] = []
     for phase in phases:
-        if phase.name == "experts":
-            placed += [TimedPhase(names[0], "ep", seconds), phase, TimedPhase(names[1], "ep", seconds)]
-        else:
-            placed.append(phase)
+        placed += [*before, phase, *after] if phase.name == "experts" else [phase]
     return placed
 
 

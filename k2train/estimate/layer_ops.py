@@ -14,12 +14,22 @@ import dataclasses
 from dataclasses import dataclass
 
 from k2train.config.model import ModelConfig
+from k2train.config.ops import (
+    DEFAULT_OPS,
+    AttentionKernel,
+    AttentionSite,
+    OpsConfig,
+    attention_kernel,
+)
 from k2train.config.sections import Dtype, TrainConfig
 from k2train.estimate.work import ELEMENT_BYTES, Op, accumulation_bytes
 from k2train.layout.weights import attention_flops
 
 EMBEDDING_COLUMNS = 1024
 """Columns of the embedding's gradient that are summed at a time."""
+TRITON_SPEED = 0.7
+"""Of cuDNN's attention, whose share of the matrix rate the cluster file has. Public figures for a forward on an H100 at 4096
+positions and width 128, in TFLOP/s: cuDNN 609, FlashAttention-3 590 to 638, Triton 389 to 458 (pytorch/benchmark, #2391)."""
 
 
 @dataclass(frozen=True)
@@ -33,10 +43,14 @@ class Workload:
     ep: int
     balance_loss: bool = True
     """Whether the sequence-wise balance loss is on, which keeps every sequence's loads."""
-    fused_attention: bool = False
-    """Whether attention takes its GPU kernels (ops.attention), which keep a number of each head and token."""
+    attention: AttentionKernel = "tiles"
+    """Whose attention is taken (`config.ops.attention_kernel`, which the program asks too)."""
+    exact_max_logits: bool = False
+    """Whether the largest logits beside cuDNN's attention are found exactly, whatever they are."""
     relay_ranks: int | None = None
     """`Layout.relay_ranks`: whether a token's copies are passed on, and among how many ranks."""
+    deepep: bool = False
+    """Whether DeepEP's kernels carry the tokens, which keep tables of their own."""
 
     @property
     def tokens(self) -> int:
@@ -49,14 +63,30 @@ class Workload:
         return self.tokens * self.model.num_experts_per_tok
 
     @property
+    def fused_attention(self) -> bool:
+        """Whether attention keeps a number of each head and token instead of making its scores again from nothing."""
+        return self.attention != "tiles"
+
+    @property
     def element_bytes(self) -> int:
         return ELEMENT_BYTES[self.dtype]
 
 
-def workload(model: ModelConfig, train: TrainConfig, ep: int, relay_ranks: int | None = None) -> Workload:
-    """The microbatch that `train` asks for."""
+def workload(
+    model: ModelConfig,
+    train: TrainConfig,
+    ep: int,
+    relay_ranks: int | None = None,
+    ops: OpsConfig = DEFAULT_OPS,
+    deepep: bool = False,
+) -> Workload:
+    """The microbatch that `train` asks for. Raises ConfigError for an `ops.backend` that cannot run there.
+
+    deepep: whether the layout leaves the exchange to DeepEP.
+    """
     balance_loss = train.balance_loss_alpha > 0
-    fused_attention = train.device != "cpu" and train.dtype == "bfloat16"
+    on_gpu = train.device != "cpu" and train.dtype == "bfloat16"
+    site = AttentionSite(on_gpu, train.dtype, model.qk_head_dim, model.v_head_dim)
     return Workload(
         model,
         train.seq_len,
@@ -64,8 +94,10 @@ def workload(model: ModelConfig, train: TrainConfig, ep: int, relay_ranks: int |
         train.dtype,
         ep,
         balance_loss,
-        fused_attention,
+        attention_kernel(ops.backend, site),
+        ops.exact_max_logits,
         relay_ranks,
+        deepep and ep > 1,
     )
 
 
@@ -165,16 +197,46 @@ def _core_attention(w: Workload) -> list[Op]:
     forward = tokens * attention_flops(model, w.seq_len)
     # The backward rebuilds the scores and takes gradients of scores, values, queries and keys: three products of the
     # query-key width and two of the value width, where the forward has one of each (FlashAttention, arXiv 2307.08691). The
-    # kernels take queries and keys apart, and rebuild scores and their gradients for each.
+    # Triton kernels take queries and keys apart, and rebuild scores and their gradients for each.
     query, value = model.qk_head_dim, model.v_head_dim
-    twice = 1 if w.fused_attention else 0
+    twice = 1 if w.attention == "triton" else 0
     backward = forward * ((3 + twice) * query + (2 + twice) * value) / (query + value)
     moved = w.element_bytes * tokens * heads * (2 * query + 2 * value)
-    return [
-        # Queries and keys are written once more, rotated and put together with their unrotated part.
-        elementwise(w, "rotary", 4 * tokens * heads * query),
-        Op("attention", "attention", moved, forward, "attention_output", backward_flops=backward),
-    ]
+    attention = Op(
+        "attention",
+        "attention",
+        moved,
+        forward,
+        "attention_output",
+        backward_flops=backward,
+        relative_speed=TRITON_SPEED if w.attention == "triton" else 1.0,
+    )
+    # Queries and keys are written once more, rotated and put together with their unrotated part.
+    rotary = elementwise(w, "rotary", 4 * tokens * heads * query)
+    return [rotary, attention, *([_row_statistics(w)] if w.fused_attention else [])]
+
+
+def _row_statistics(w: Workload) -> Op:
+    """A number of each row: in the forward the largest logits, in the backward the sum of output times gradient.
+
+    The largest logits are the attention's own but for cuDNN's. There a kernel reads every row's log-sum-exp, and that is
+    all while no head's passes QK-Clip's tau; wanted exactly whatever they are, they may need all scores once more.
+    """
+    model, rows = w.model, w.tokens * w.model.num_attention_heads
+    outputs = 2 * w.element_bytes * rows * model.v_head_dim
+    scores = 0.0
+    if w.attention == "cudnn" and w.exact_max_logits:
+        share = model.qk_head_dim / (model.qk_head_dim + model.v_head_dim)
+        scores = share * w.tokens * attention_flops(model, w.seq_len)
+    return Op(
+        "row_statistics",
+        "attention" if scores else "elementwise",
+        4.0 * rows,
+        backward_flops=0.0,
+        backward_bytes=outputs + 4.0 * rows,
+        extra_flops=scores,
+        relative_speed=TRITON_SPEED,
+    )
 
 
 def _routing(w: Workload) -> list[Op]:

@@ -28,6 +28,7 @@ from k2train.model.pieces import Allocator, Piece
 from k2train.model.routing import Router
 from k2train.model.saved import named_norm
 from k2train.ops.attention_tiles import AttentionScratch
+from k2train.ops.backend import OpsBackend
 from k2train.ops.weight_grad import WeightGradSlot
 
 
@@ -37,13 +38,21 @@ class AttentionPhase(ComputePhase):
     layer: int
 
     def __init__(
-        self, model: ModelConfig, layer: int, rotary: Rotary, scratch: AttentionScratch, allocator: Allocator
+        self,
+        model: ModelConfig,
+        layer: int,
+        rotary: Rotary,
+        scratch: AttentionScratch,
+        backend: OpsBackend,
+        allocator: Allocator,
     ) -> None:
         super().__init__(f"layer{layer}.attention", layer)
         self.model = model
         self.prefix = f"model.layers.{layer}"
         self.norm = allocator.parameter(model.hidden_size)
-        self.attention = LatentAttention(model, f"{self.prefix}.self_attn", rotary, scratch, allocator)
+        self.attention = LatentAttention(
+            model, f"{self.prefix}.self_attn", rotary, scratch, backend, allocator
+        )
 
     def pieces(self) -> list[Piece]:
         return [Piece(f"{self.prefix}.input_layernorm.weight", self.norm), *self.attention.pieces()]
@@ -67,9 +76,15 @@ class RoutedAttentionPhase(AttentionPhase):
     """A MoE layer's attention, followed by its second norm and the router."""
 
     def __init__(
-        self, model: ModelConfig, layer: int, rotary: Rotary, scratch: AttentionScratch, allocator: Allocator
+        self,
+        model: ModelConfig,
+        layer: int,
+        rotary: Rotary,
+        scratch: AttentionScratch,
+        backend: OpsBackend,
+        allocator: Allocator,
     ) -> None:
-        super().__init__(model, layer, rotary, scratch, allocator)
+        super().__init__(model, layer, rotary, scratch, backend, allocator)
         self.post_norm = allocator.parameter(model.hidden_size)
         self.router = Router(model, layer, allocator)
 

@@ -30,6 +30,7 @@ from k2train.model.phase import Grads, Tensors
 from k2train.model.pieces import Allocator, ModelPart, Piece
 from k2train.model.routing import Router, update_correction_bias
 from k2train.ops.attention_tiles import AttentionScratch
+from k2train.ops.backend import OpsBackend
 
 AnyPhase = (
     AttentionPhase
@@ -74,8 +75,13 @@ def build_model(
     dtype: torch.dtype = torch.float32,
     device: torch.device | str = "cpu",
     dispatcher: Dispatcher | None = None,
+    backend: OpsBackend | None = None,
 ) -> Model:
-    """The phases of `part` with empty parameters; `Model.initialise` or a checkpoint fills them."""
+    """The phases of `part` with empty parameters; `Model.initialise` or a checkpoint fills them.
+
+    backend: whose kernels compute; None for stock attention.
+    """
+    backend = backend or OpsBackend()
     allocator = Allocator(dtype, torch.device(device))
     rotary, scratch = Rotary(config, allocator), AttentionScratch()
     exchange: Dispatcher = dispatcher or LocalDispatcher(build_device(torch.device(device)))
@@ -83,7 +89,7 @@ def build_model(
     for layer in part.layers:
         if config.is_moe(layer):
             phases += [
-                RoutedAttentionPhase(config, layer, rotary, scratch, allocator),
+                RoutedAttentionPhase(config, layer, rotary, scratch, backend, allocator),
                 RoutePhase(layer, exchange),
                 DispatchPhase(layer, exchange),
                 ExpertsPhase(config, layer, part.local_experts, allocator),
@@ -91,7 +97,7 @@ def build_model(
             ]
         else:
             phases += [
-                AttentionPhase(config, layer, rotary, scratch, allocator),
+                AttentionPhase(config, layer, rotary, scratch, backend, allocator),
                 MlpPhase(config, layer, allocator),
             ]
     if part.head:

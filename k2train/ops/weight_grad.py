@@ -161,7 +161,7 @@ class WeightGradQueue:
         for entry in (entry for one in keys for entry in self._entries.get(one, ())):
             for tensor in entry.tensors:
                 storage = tensor.untyped_storage()
-                storages[storage.data_ptr()] = storage.nbytes()
+                storages[id(storage)] = storage.nbytes()
         return sum(storages.values())
 
 

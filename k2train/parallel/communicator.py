@@ -16,6 +16,8 @@ from typing import Literal, Protocol
 
 import torch
 
+from k2train.schedule.channels import ChannelForm
+
 ReduceOp = Literal["sum", "max"]
 
 
@@ -33,12 +35,28 @@ class Work(Protocol):
     def wait(self) -> None:
         """Return when the operation's tensors may be used again (on CUDA: by the current stream)."""
 
+    def wait_host(self) -> None:
+        """Return when the operation has ended, so that an error of it shows here."""
+
+    def done(self) -> bool:
+        """Whether the operation has ended, so that `wait()` would not wait. Returns at once.
+
+        False may also mean that the backend does not say: gloo's messages have ended when `wait()` has returned. An
+        operation that failed has ended too; its `wait()` raises.
+        """
+
 
 class CompletedWork:
     """The Work of an operation that ended before it returned."""
 
     def wait(self) -> None:
         pass
+
+    def wait_host(self) -> None:
+        pass
+
+    def done(self) -> bool:
+        return True
 
 
 class Communicator(Protocol):
@@ -80,7 +98,12 @@ class Communicator(Protocol):
         """Replace t by the root's t."""
 
     def start_send(self, t: torch.Tensor, peer: int) -> Work:
-        """Send t; messages between two ranks arrive in the order they were sent in (there are no tags)."""
+        """Send t; messages between two ranks arrive in the order they were sent in (there are no tags).
+
+        Sends and receives with one peer are one queue, in the order in which this rank starts them. A message moves
+        when both of its ends are at the head of their queues. So a group in which two ranks both send to each other
+        can deadlock where two groups would not.
+        """
 
     def start_recv(self, t: torch.Tensor, peer: int) -> Work:
         """Receive into t."""
@@ -128,8 +151,18 @@ class World(Protocol):
     @property
     def device(self) -> torch.device: ...
 
+    @property
+    def channel_form(self) -> ChannelForm:
+        """Which messages of a pipeline share a communicator in this world."""
+        ...
+
     def group(self, name: str, ranks: Sequence[int]) -> Communicator:
-        """A new group of these ranks, this one among them. Every member calls it, with the same arguments."""
+        """A new group of these ranks, this one among them. Every member calls it, with the same arguments.
+
+        It must be every member's n-th group, with one n for all: torch names a group by its ranks and by how many
+        groups the caller has made, and members with different names wait for each other for ever. So ranks that have
+        no part in a round of groups make one of their own.
+        """
 
 
 def equal_splits(num_entries: int, size: int) -> tuple[int, ...]:

@@ -5,6 +5,12 @@
 What this file smooths over: torch 2.13 renamed the flat all-gather and reduce-scatter; no collective takes float8 (it
 travels as bytes); gloo's all-gather and reduce-scatter take equal parts only (uneven ones become a broadcast or reduce
 per part, which moves as many bytes); a failed operation says which one it was, in which group.
+
+Over NCCL `Work.wait()` makes the current stream wait and returns at once, so a failure cannot be raised there. It comes
+from torch's watchdog thread, which ends the process when an operation fails or runs into the timeout
+(TORCH_NCCL_ASYNC_ERROR_HANDLING=3, torch's default). Its message has the kind of the operation, the rank, and the
+description of the group; therefore a group's description is its name and its ranks, and the two ends of a channel
+between stages are a group of their own. TORCH_NCCL_BLOCKING_WAIT must stay off: every wait would hold the host.
 """
 
 from __future__ import annotations
@@ -15,7 +21,7 @@ import datetime
 import os
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 import torch.distributed as dist
@@ -31,6 +37,7 @@ from k2train.parallel.communicator import (
     equal_splits,
     split_parts,
 )
+from k2train.schedule.channels import ChannelForm
 
 try:  # torch 2.13 and later; the old names warn there, and warnings are errors here
     from torch.distributed import all_gather_single, reduce_scatter_single
@@ -66,6 +73,14 @@ class _ProcessWork:
             except RuntimeError as error:
                 raise self.group.failure(self.operation, error) from error
 
+    def wait_host(self) -> None:
+        self.wait()
+        if self.group.device.type == "cuda":
+            torch.cuda.current_stream(self.group.device).synchronize()
+
+    def done(self) -> bool:
+        return all(handle.is_completed() for handle in self.handles)
+
 
 class ProcessCommunicator(Communicator):
     """A torch.distributed group. ranks: its global ranks, in group order."""
@@ -78,8 +93,13 @@ class ProcessCommunicator(Communicator):
         self.size = len(self.ranks)
         self.rank = self.ranks.index(dist.get_rank())
         self._group = group
-        self._device = device
+        self.device = device
         self._uneven = dist.get_backend(group) == "nccl"
+
+    @property
+    def process_group(self) -> dist.ProcessGroup:
+        """The group itself, for libraries that bring their own collectives."""
+        return self._group
 
     def start_all_reduce(self, t: torch.Tensor, op: ReduceOp = "sum") -> Work:
         if self.size == 1:
@@ -149,15 +169,19 @@ class ProcessCommunicator(Communicator):
         return self._message(operation, dist.irecv, t, peer)
 
     def barrier(self) -> None:
-        token = torch.zeros(1, device=self._device)
+        token = torch.zeros(1, device=self.device)
         self._start("barrier", partial(dist.all_reduce, token)).wait()
         token.item()
 
+    @property
+    def description(self) -> str:
+        """What torch calls the group in its own messages."""
+        return str(self._group.group_desc)
+
     def failure(self, operation: str, error: RuntimeError) -> CommunicationError:
         """What is raised when `operation` of this rank failed."""
-        others = f"{len(self.ranks)} ranks" if len(self.ranks) > 16 else f"ranks {list(self.ranks)}"
         return CommunicationError(
-            f"rank {self.ranks[self.rank]}: {operation} in group {self.name} ({others}) failed: {error}"
+            f"rank {self.ranks[self.rank]}: {operation} in group {_described(self.name, self.ranks)} failed: {error}"
         )
 
     def _start(self, operation: str, *calls: Callable[..., dist.Work | None]) -> Work:
@@ -187,12 +211,29 @@ class ProcessWorld:
     device: torch.device
     timeout: datetime.timedelta
 
+    @property
+    def channel_form(self) -> ChannelForm:
+        """Every group has communicators of its own, so a group for every ordered pair is a communicator for each.
+
+        That holds with and without a `device_id` in `init_process_group`. None is given there: torch would then make
+        each group by splitting the communicator of the whole world, which every rank of the world must take part in.
+        """
+        return ChannelForm.ORDERED_PAIR
+
     def group(self, name: str, ranks: Sequence[int]) -> ProcessCommunicator:
-        """A new group of these global ranks, this one among them. Every member, and nobody else, must call it."""
+        """A new group of these global ranks, this one among them. Every member, and nobody else, must call it.
+
+        It must be every member's n-th group, with one n for all (`World.group`).
+        """
         backend = "nccl" if self.device.type == "cuda" else "gloo"
         try:
             group = dist.new_group(
-                list(ranks), timeout=self.timeout, backend=backend, use_local_synchronization=True
+                list(ranks),
+                timeout=self.timeout,
+                backend=backend,
+                pg_options=_nccl_options(self.timeout) if backend == "nccl" else None,
+                use_local_synchronization=True,
+                group_desc=_described(name, ranks),
             )
         except RuntimeError as error:
             raise CommunicationError(f"rank {self.rank}: forming group {name} failed: {error}") from error
@@ -237,6 +278,24 @@ def check_launched() -> None:
     if missing:
         raise ConfigError("world", "processes", f"needs a launcher; {', '.join(missing)} not set",
                           "start with torchrun --nproc-per-node=N -m k2train train ..., or set world=single")  # fmt: skip
+
+
+def _described(name: str, ranks: Sequence[int]) -> str:
+    """A group in words."""
+    others = f"{len(ranks)} ranks" if len(ranks) > 16 else f"ranks {list(ranks)}"
+    return f"{name} ({others})"
+
+
+def _nccl_options(timeout: datetime.timedelta) -> Any:
+    """Communication on streams of high priority: its kernels are few and small, and what they bring is waited for.
+
+    A build of torch without NCCL has no such class, so it is imported here.
+    """
+    from torch.distributed import ProcessGroupNCCL
+
+    options = ProcessGroupNCCL.Options(is_high_priority_stream=True)
+    options._timeout = timeout  # torch warns where it differs from the group's
+    return options
 
 
 def _even(splits: Sequence[int]) -> bool:

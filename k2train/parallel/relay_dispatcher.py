@@ -25,6 +25,7 @@ import dataclasses
 from collections.abc import Iterable, Sequence
 
 import torch
+import torch.nn.functional as F
 
 from k2train.device.protocol import Event, Reading, integers
 from k2train.model.dispatcher import Results, Route, Tensors, with_added
@@ -33,7 +34,6 @@ from k2train.ops.permute import sum_copies
 from k2train.parallel.communicator import Communicator
 from k2train.parallel.exchange import pack, unpack
 from k2train.parallel.relay_route import (
-    ExpertTables,
     HopTables,
     RelayRoute,
     RouteCounts,
@@ -50,6 +50,7 @@ class RelayRouting:
     side: SideStream
     saved: SavedActivations
     hop_groups: Sequence[Communicator]
+    num_tokens: int
     counts: RouteCounts
     reading: Reading
     counted: Event
@@ -57,7 +58,7 @@ class RelayRouting:
     def wait(self) -> RelayRoute:
         numbers = integers(self.reading.wait())
         with self.side.issue((), self.counted):
-            return build_route(self.counts, numbers, self.hop_groups, self.saved)
+            return build_route(self.counts, numbers, self.num_tokens, self.hop_groups, self.saved)
 
 
 class RelayDispatcher:
@@ -96,12 +97,13 @@ class RelayDispatcher:
     ) -> RelayRouting:
         with self.side.issue((experts_TK,), ready):
             choices_PTK = self._all_choices(experts_TK)
+            num_tokens, group = experts_TK.shape[0], self.group
             counts = count_route(
-                choices_PTK, self.num_local, self.group.rank, self.hop_groups, self.num_parts
+                choices_PTK, num_tokens, self.num_local, group.rank, self.hop_groups, self.num_parts
             )
             reading = self.device.start_read(counts.numbers, "route")
             counted = self.device.current.record()
-        return RelayRouting(self.side, saved, self.hop_groups, counts, reading, counted)
+        return RelayRouting(self.side, saved, self.hop_groups, num_tokens, counts, reading, counted)
 
     def dispatch(
         self,
@@ -116,7 +118,7 @@ class RelayDispatcher:
         def move(*rows: torch.Tensor) -> Tensors:
             rows_RD, *weights_RK = unpack(self._spread(route, hops, rows), rows)
             found = (w.reshape(-1).index_select(0, experts.place) for w in weights_RK)
-            return rows_RD.index_select(0, experts.row), *found
+            return rows_RD.index_select(0, experts.rows(route.num_choices)), *found
 
         return self.side.start(move, (x_TD,) if weights_TK is None else (x_TD, weights_TK), ready)
 
@@ -134,7 +136,7 @@ class RelayDispatcher:
         def move(*inputs: torch.Tensor) -> Tensors:
             sums: Tensors = (sum_copies(rows_MD, experts.order, experts.first),)
             if weights_M is not None:
-                sums += (_placed(weights_M, experts, sum(route.rows_of_parts), route.num_choices),)
+                sums += (experts.placed(weights_M, route.num_choices),)
             sums_TD, *weights_TK = self._gathered(route, hops, sums)
             return with_added(sums_TD, plus_TD), *weights_TK
 
@@ -171,21 +173,14 @@ class RelayDispatcher:
         return tuple(_joined(found) for found in zip(*parts, strict=True))
 
     def _all_choices(self, experts_TK: torch.Tensor) -> torch.Tensor:
-        """Every rank's choices (P, T, K), int64."""
+        """Every rank's choices (P, T, K), int64, T filled up to equal parts with choices of no expert."""
         mine_TK = experts_TK.to(torch.int32).contiguous()
+        missing = -len(mine_TK) % self.num_parts
+        if missing:
+            mine_TK = F.pad(mine_TK, (0, 0, 0, missing), value=self.num_local * self.group.size)
         choices = mine_TK.new_empty(self.group.size * mine_TK.shape[0], mine_TK.shape[1])
         self.group.all_gather(choices, mine_TK)
         return choices.view(self.group.size, *mine_TK.shape).to(torch.int64)
-
-
-def _placed(weights_M: torch.Tensor, experts: ExpertTables, num_rows: int, num_choices: int) -> torch.Tensor:
-    """The experts' weights at their places among the choices (R, K).
-
-    A place belongs to one expert, so nothing is added up: the other places wait for other ranks.
-    """
-    weights_RK = weights_M.new_zeros(num_rows, num_choices)
-    weights_RK.view(-1).scatter_(0, experts.place.long(), weights_M)
-    return weights_RK
 
 
 def _joined(parts: Tensors) -> torch.Tensor:

@@ -14,6 +14,7 @@ from __future__ import annotations
 import dataclasses
 import itertools
 from collections.abc import Iterator, Sequence
+from typing import NamedTuple
 
 import torch
 
@@ -27,28 +28,39 @@ Masks = tuple[torch.Tensor, torch.Tensor]
 """Which copies leave in a hop, and which arrive."""
 
 
-@dataclasses.dataclass(frozen=True)
-class HopTables:
-    """One hop of one part, int32: the row of each copy (C,), copies in order of their rows (C,), and where each
-    row's begin there (S,)."""
+class HopTables(NamedTuple):
+    """One hop of one part, int32."""
 
     row_of_copy: torch.Tensor
+    """(C,)."""
     order: torch.Tensor
+    """(C,): copies in order of their rows."""
     first: torch.Tensor
+    """(S,): where each row's copies begin in that order."""
 
 
-@dataclasses.dataclass(frozen=True)
-class ExpertTables:
-    """The rows at this rank's experts, int32.
+class ExpertTables(NamedTuple):
+    """The rows at this rank's experts, int32."""
 
-    row, place (M,): of each expert row its row among those that arrived (part by part), and its place row * K + k
-    among their choices. order (M,), first (R,): the expert rows in order of the R rows that arrived.
-    """
-
-    row: torch.Tensor
     place: torch.Tensor
+    """(M,): of each expert row its place row * K + k among the choices of the R rows that arrived (part by part)."""
     order: torch.Tensor
+    """(M,): expert rows in order of the rows that arrived."""
     first: torch.Tensor
+    """(R,): where each one's begin in that order."""
+
+    def rows(self, num_choices: int) -> torch.Tensor:
+        """(M,): of each expert row its row among those that arrived."""
+        return torch.div(self.place, num_choices, rounding_mode="floor")
+
+    def placed(self, weights_M: torch.Tensor, num_choices: int) -> torch.Tensor:
+        """The experts' weights at their places among the choices (R, K).
+
+        A place belongs to one expert, so nothing is added up: the other places wait for other ranks.
+        """
+        weights_RK = weights_M.new_zeros(self.first.shape[0], num_choices)
+        weights_RK.view(-1).scatter_(0, self.place.long(), weights_M)
+        return weights_RK
 
 
 @dataclasses.dataclass(frozen=True)
@@ -86,8 +98,8 @@ class Hop:
 class RelayRoute:
     """One layer's exchange of one microbatch.
 
-    parts: the hops of every part of its tokens. tables: those of every part and hop, then the experts'.
-    num_choices: K. offsets (L,) int32.
+    parts: the hops of every part of its tokens. tables: those of every hop, all parts one behind the other, then
+    the experts'. num_choices: K. offsets (L,) int32.
     """
 
     parts: tuple[tuple[Hop, ...], ...]
@@ -101,10 +113,16 @@ class RelayRoute:
 
     def split_tables(self, tables: Tensors) -> tuple[list[list[HopTables]], ExpertTables]:
         """The tables by part and hop, and those of the expert rows."""
-        *of_hops, row_M, place_M, order_M, first_R = tables
-        found = iter(of_hops)
-        parts = [[HopTables(next(found), next(found), next(found)) for _ in hops] for hops in self.parts]
-        return parts, ExpertTables(row_M, place_M, order_M, first_R)
+        *of_hops, place_M, order_M, first_R = tables
+        by_hop = []
+        for hop, column in enumerate(zip(*self.parts, strict=True)):
+            copies, rows = [sum(part.leaving) for part in column], [part.num_rows for part in column]
+            cut = (
+                t.split(sizes) for t, sizes in zip(of_hops[3 * hop :], (copies, copies, rows), strict=False)
+            )
+            by_hop.append([HopTables(*found) for found in zip(*cut, strict=True)])
+        parts = [list(found) for found in zip(*by_hop, strict=True)]
+        return parts, ExpertTables(place_M, order_M, first_R)
 
     @property
     def tokens_of_parts(self) -> list[int]:
@@ -120,128 +138,142 @@ class RelayRoute:
 class RouteCounts:
     """A route before its sizes are known.
 
-    choices (P, T, K) int64 are every rank's experts, chosen (P, T, K) which of them are here. masks: of every
-    part's hops. offsets (L,) int32. numbers: for every part, hop and direction the copies by peer, then the rows
-    of each local expert.
+    choices (P, T, K) int64 are every rank's experts, chosen (P, T, K) which of them are here. here (parts, T / parts):
+    this rank's tokens, without those that fill up the last parts. masks: of every hop, a part for every first index.
+    offsets (L,) int32. numbers: for every hop and direction the copies by part and peer, then the rows of each local
+    expert.
     """
 
     choices: torch.Tensor
     chosen: torch.Tensor
-    masks: list[list[Masks]]
+    here: torch.Tensor
+    masks: list[Masks]
     offsets: torch.Tensor
     numbers: torch.Tensor
 
 
 def count_route(
-    choices_PTK: torch.Tensor, num_local: int, rank: int, hop_groups: Sequence[Communicator], num_parts: int
+    choices_PTK: torch.Tensor,
+    num_tokens: int,
+    num_local: int,
+    rank: int,
+    hop_groups: Sequence[Communicator],
+    num_parts: int,
 ) -> RouteCounts:
     """Count the route of `rank` in the group; waits for nothing and communicates with nobody.
 
-    choices_PTK: every rank's experts, int64. hop_groups: the group of every hop, the last one that of its node.
+    choices_PTK: every rank's experts, int64; T is a multiple of num_parts, and tokens from num_tokens on choose an
+    expert that does not exist. hop_groups: the group of every hop, the last one that of its node.
     """
     owner_PTK = choices_PTK // num_local
     chosen_PTK = owner_PTK == rank
-    whole = hop_masks(owner_PTK, hop_groups[-1].size, rank)[-len(hop_groups) :]
-    cut = [[mask.tensor_split(num_parts, -1) for mask in hop] for hop in whole]
-    masks = [[(outgoing[part], incoming[part]) for outgoing, incoming in cut] for part in range(num_parts)]
-    counts = [mask.flatten(1).sum(1) for hops in masks for hop in hops for mask in hop]
+    masks = hop_masks(owner_PTK, hop_groups[-1].size, rank, num_parts)[-len(hop_groups) :]
+    counts = [mask.flatten(2).sum(2).flatten() for hop in masks for mask in hop]
     # One place more, for the choices of other ranks' experts.
     local_PTK = torch.where(chosen_PTK, choices_PTK - rank * num_local, num_local).flatten()
     rows_L = choices_PTK.new_zeros(num_local + 1).scatter_add_(0, local_PTK, torch.ones_like(local_PTK))
     rows_L = rows_L[:num_local]
-    offsets_L = rows_L.cumsum(0).to(torch.int32)
-    return RouteCounts(choices_PTK, chosen_PTK, masks, offsets_L, torch.cat([*counts, rows_L]))
+    here = (torch.arange(choices_PTK.shape[1], device=owner_PTK.device) < num_tokens).view(num_parts, -1)
+    offsets_L = rows_L.cumsum(0, dtype=torch.int32)
+    return RouteCounts(choices_PTK, chosen_PTK, here, masks, offsets_L, torch.cat([*counts, rows_L]))
 
 
 def build_route(
-    counts: RouteCounts, numbers: Sequence[int], hop_groups: Sequence[Communicator], saved: SavedActivations
+    counts: RouteCounts,
+    numbers: Sequence[int],
+    num_tokens: int,
+    hop_groups: Sequence[Communicator],
+    saved: SavedActivations,
 ) -> RelayRoute:
     """The route, from its counts and the same on the host; waits for nothing and communicates with nobody."""
+    num_parts, part_tokens = counts.here.shape
     found = iter(numbers)
-    hops, tables, rows = zip(*(_hops(hop_groups, masks, found) for masks in counts.masks), strict=True)
-    rows_of_experts = tuple(found)
-    row_PT = torch.cat(_one_after_the_other(rows, [part[-1].num_arriving for part in hops]), 1)
-    experts = _expert_tables(
-        counts, row_PT, sum(rows_of_experts), sum(part[-1].num_arriving for part in hops)
-    )
-    kept = RouteTables(saved, *itertools.chain(*tables), *experts)
-    return RelayRoute(hops, kept, counts.choices.shape[2], counts.offsets, rows_of_experts)
-
-
-def _expert_tables(
-    counts: RouteCounts, row_PT: torch.Tensor, num_chosen: int, num_arrived: int
-) -> tuple[torch.Tensor, ...]:
-    """`ExpertTables`, from the row of every rank's token that arrived here."""
-    num_choices = counts.choices.shape[2]
-    row_PTK = row_PT.unsqueeze(-1).expand_as(counts.chosen)
-    place_PTK = row_PTK * num_choices + torch.arange(num_choices, dtype=torch.int32, device=row_PT.device)
-    where_M = _places(counts.chosen, num_chosen)
-    expert_M = counts.choices.flatten().index_select(0, where_M)
-    by_expert_M = where_M.index_select(0, torch.sort(expert_M, stable=True).indices)
-    row_M, place_M = (t.flatten().index_select(0, by_expert_M) for t in (row_PTK, place_PTK))
-    return row_M, place_M, *sum_order(row_M, num_arrived)
-
-
-def _hops(
-    groups: Sequence[Communicator], masks: list[Masks], numbers: Iterator[int]
-) -> tuple[tuple[Hop, ...], Tensors, torch.Tensor]:
-    """The hops of one part, their tables, and the row at this rank of every rank's token (P, T) that comes here."""
-    hops: list[Hop] = []
+    rows = [max(0, min(part_tokens, num_tokens - part * part_tokens)) for part in range(num_parts)]
+    row_of_token = torch.arange(part_tokens, dtype=torch.int32, device=counts.here.device)
+    row_of_token, here = row_of_token.expand_as(counts.here), counts.here
+    hops: list[list[Hop]] = []
     tables: list[torch.Tensor] = []
-    num_rows = masks[0][0].shape[-1]
-    row_of_token = torch.arange(num_rows, dtype=torch.int32, device=masks[0][0].device)
-    here = torch.ones_like(row_of_token, dtype=torch.bool)
-    for group, (outgoing, incoming) in zip(groups, masks, strict=True):
-        leaving = list(itertools.islice(numbers, group.size))
-        arriving = list(itertools.islice(numbers, group.size))
-        tables += _hop_tables(row_of_token, here, outgoing, num_rows, sum(leaving))
-        hops.append(Hop(group, leaving, arriving, num_rows))
-        row_of_token, here, num_rows = _numbered(incoming), incoming, sum(arriving)
-    return tuple(hops), tuple(tables), row_of_token.transpose(0, 1).flatten(0, 1)
+    for group, (outgoing, incoming) in zip(hop_groups, counts.masks, strict=True):
+        leaving, arriving = (_by_part(found, num_parts, group.size) for _ in range(2))
+        hops.append([Hop(group, *sizes) for sizes in zip(leaving, arriving, rows, strict=True)])
+        tables += _hop_tables(row_of_token, here, outgoing, sum(rows), sum(map(sum, leaving)))
+        row_of_token, here, rows = _numbered(incoming), incoming, [sum(sizes) for sizes in arriving]
+    rows_of_experts = tuple(found)
+    experts = _expert_tables(counts, sum(rows_of_experts), sum(rows))
+    kept = RouteTables(saved, *tables, *experts)
+    parts = tuple(zip(*hops, strict=True))
+    return RelayRoute(parts, kept, counts.choices.shape[2], counts.offsets, rows_of_experts)
+
+
+def _by_part(numbers: Iterator[int], num_parts: int, size: int) -> list[list[int]]:
+    """The next num_parts x size numbers."""
+    return [list(itertools.islice(numbers, size)) for _ in range(num_parts)]
 
 
 def _hop_tables(
     row_of_token: torch.Tensor, here: torch.Tensor, outgoing: torch.Tensor, num_rows: int, num_copies: int
 ) -> tuple[torch.Tensor, ...]:
-    """`HopTables` without a sort. here: which tokens' rows are at this rank, numbered by row_of_token; outgoing has
-    one dimension more in front, the peers that copies leave for."""
-    row_C = _selected(row_of_token.expand_as(outgoing), outgoing, num_copies)
+    """`HopTables` of all parts, without a sort.
+
+    here (parts, ...): which tokens' rows are at this rank, numbered within their part by row_of_token. outgoing
+    (parts, peers, ...): which copies leave. num_rows, num_copies: of all parts.
+    """
+    row_C = _selected(row_of_token.unsqueeze(1).expand_as(outgoing), outgoing, num_copies)
     # Copies leave in order of peer and token; for the sums they are wanted in order of token and peer.
-    order_C = _selected(_numbered(outgoing).movedim(0, -1), outgoing.movedim(0, -1), num_copies)
-    copies_S = _selected(outgoing.sum(0, dtype=torch.int32), here, num_rows)
-    return row_C, order_C, copies_S.cumsum(0, dtype=torch.int32) - copies_S
+    order_C = _selected(_numbered(outgoing).movedim(1, -1), outgoing.movedim(1, -1), num_copies)
+    copies = outgoing.sum(1, dtype=torch.int32)
+    first = copies.flatten(1).cumsum(1, dtype=torch.int32).view_as(copies) - copies
+    return row_C, order_C, _selected(first, here, num_rows)
 
 
-def hop_masks(owner_PTK: torch.Tensor, ranks_per_node: int, rank: int) -> list[Masks]:
+def _expert_tables(counts: RouteCounts, num_chosen: int, num_arrived: int) -> ExpertTables:
+    num_choices = counts.choices.shape[2]
+    incoming = counts.masks[-1][1]
+    row = incoming.flatten().cumsum(0, dtype=torch.int32).sub_(1).view_as(incoming)
+    # (parts, G, N, T / parts) to every rank's tokens (P, T).
+    row_PT = row.permute(2, 1, 0, 3).reshape(counts.choices.shape[:2])
+    choice_M = choices_by_expert(counts.choices, counts.chosen, num_chosen)
+    token_M = torch.div(choice_M, num_choices, rounding_mode="floor")
+    row_M = row_PT.flatten().index_select(0, token_M)
+    place_M = row_M * num_choices + (choice_M % num_choices).to(torch.int32)
+    return ExpertTables(place_M, *sum_order(row_M, num_arrived))
+
+
+def choices_by_expert(experts: torch.Tensor, chosen: torch.Tensor, num_chosen: int) -> torch.Tensor:
+    """The chosen ones of many choices, in order of expert and within one as they stand: flat places (M,) int64."""
+    where_M = _places(chosen, num_chosen)
+    expert_M = experts.flatten().index_select(0, where_M)
+    return where_M.index_select(0, torch.sort(expert_M, stable=True).indices)
+
+
+def hop_masks(owner_PTK: torch.Tensor, ranks_per_node: int, rank: int, num_parts: int) -> list[Masks]:
     """Which copies leave `rank` and which arrive, for the hop between nodes and the hop inside one.
 
-    owner_PTK: the rank of every choice. Each mask's first dimension is the peer; then come the tokens the copies
-    are of, in the order they travel in: (N, T) between nodes, where N is the peer's node, and (G, N, T) inside,
-    where G is the peer's place on the node and N the node a token comes from.
+    owner_PTK: the rank of every choice, P where there is none. Each mask's first dimension is the part, the second
+    the peer; then come the tokens the copies are of, in the order they travel in: N x T / parts between nodes,
+    where N is the peer's node, and G x N x T / parts inside, where G is the peer's place on the node and N the node
+    a token comes from.
     """
     num_ranks, tokens, _ = owner_PTK.shape
     nodes = num_ranks // ranks_per_node
     node, place = divmod(rank, ranks_per_node)
-    needed_PTP = torch.zeros(num_ranks, tokens, num_ranks, dtype=torch.bool, device=owner_PTK.device)
-    needed_PTP.scatter_(2, owner_PTK, True)
+    needed = torch.zeros(num_ranks, tokens, num_ranks + 1, dtype=torch.bool, device=owner_PTK.device)
+    needed_PTP = needed.scatter_(2, owner_PTK, True)[..., :num_ranks]
     # Token of (source's node, source's place), needed by (node, place).
-    needed_NGTNG = needed_PTP.view(nodes, ranks_per_node, tokens, nodes, ranks_per_node)
+    needed_NGTNG = needed_PTP.unflatten(2, (nodes, ranks_per_node)).unflatten(0, (nodes, ranks_per_node))
     on_rail_NTNG = needed_NGTNG[:, place]
     crossing_NTN = on_rail_NTNG.any(-1)
     between = crossing_NTN[node].t(), crossing_NTN[:, :, node]
     inside = on_rail_NTNG[:, :, node].permute(2, 0, 1), needed_NGTNG[:, :, :, node, place].transpose(0, 1)
-    return [between, inside]
-
-
-def _one_after_the_other(rows: Sequence[torch.Tensor], sizes: Sequence[int]) -> list[torch.Tensor]:
-    """Row numbers of each part, counted on from those of the parts before it."""
-    first = itertools.accumulate(sizes, initial=0)
-    return [row + start for row, start in zip(rows, first, strict=False)]
+    by_part = [
+        [mask.unflatten(-1, (num_parts, -1)).movedim(-2, 0) for mask in hop] for hop in (between, inside)
+    ]
+    return [(outgoing, incoming) for outgoing, incoming in by_part]
 
 
 def _numbered(mask: torch.Tensor) -> torch.Tensor:
-    """The place of every True among all of them, int32 like all tables."""
-    return mask.flatten().cumsum(0, dtype=torch.int32).sub_(1).view(mask.shape)
+    """The place of every True among all of its part, int32 like all tables."""
+    return mask.flatten(1).cumsum(1, dtype=torch.int32).sub_(1).view(mask.shape)
 
 
 def _places(mask: torch.Tensor, size: int) -> torch.Tensor:

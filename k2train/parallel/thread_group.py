@@ -1,8 +1,12 @@
 """What the ranks of a threads world share about one group: pending operations, checked and computed when complete.
 
 The n-th collective a rank starts in a group is matched with the n-th of every other; the last to arrive checks that all
-fit and computes every output, in rank order. Messages between two ranks are matched in order. A misfit is a
-CommunicationError that names both ranks, the group, the operations and the lines that started them.
+fit and computes every output, in rank order. A misfit is a CommunicationError that names both ranks, the group, the
+operations and the lines that started them.
+
+Messages follow NCCL's rules, so that a run stands still here where it would over NCCL. What a rank sends to and receives
+from one peer is one queue, or, where the world has one communicator for all, what it sends and receives at all. A message
+moves when its two ends are at the heads of their queues; nothing is buffered.
 """
 
 from __future__ import annotations
@@ -18,6 +22,7 @@ from typing import Any
 import torch
 
 from k2train.parallel.communicator import CommunicationError, split_parts
+from k2train.schedule.channels import ChannelForm
 
 _HERE = os.path.dirname(os.path.abspath(__file__))
 
@@ -71,27 +76,34 @@ class Operation:
         self.waiters: list[int] = []
 
 
-@dataclasses.dataclass
-class _Message:
-    """A send or a receive that waits for its other half."""
+@dataclasses.dataclass(frozen=True)
+class _End:
+    """A send or a receive, one end of a message that has not moved. peer: the rank in the group at the other end."""
 
+    is_send: bool
+    peer: int
     tensor: torch.Tensor
     site: CallSite
     operation: Operation
 
+    def __str__(self) -> str:
+        return f"{self.operation.what}, {self.site}"
+
 
 class GroupState:
-    """Pending operations of one group. Only the rank that holds the baton may call it."""
+    """Pending operations of one group. Only the rank that holds the baton may call it.
 
-    def __init__(self, name: str, ranks: Sequence[int]) -> None:
+    count: how many groups its first member had made with it.
+    """
+
+    def __init__(self, name: str, ranks: Sequence[int], form: ChannelForm, count: int) -> None:
         self.name = name
+        self.count = count
         self.ranks = tuple(ranks)
+        self._one_queue = form is ChannelForm.ONE
         self._counts = [0] * len(self.ranks)
         self._pending: dict[int, Operation] = {}
-        self._sends: dict[tuple[int, int], collections.deque[_Message]] = collections.defaultdict(
-            collections.deque
-        )
-        self._recvs: dict[tuple[int, int], collections.deque[_Message]] = collections.defaultdict(
+        self._queues: dict[tuple[int, int | None], collections.deque[_End]] = collections.defaultdict(
             collections.deque
         )
 
@@ -114,37 +126,63 @@ class GroupState:
             operation.calls = {}
         return operation
 
-    def post(self, kind: str, rank: int, peer: int, tensor: torch.Tensor, site: CallSite) -> Operation:
-        """Add a send from `rank` or a receive by it; the second half of a message completes both."""
-        sending = kind == "send"
-        pair = (rank, peer) if sending else (peer, rank)
-        others = self._recvs[pair] if sending else self._sends[pair]
-        direction = "to" if sending else "from"
+    def post(
+        self, kind: str, rank: int, peer: int, tensor: torch.Tensor, site: CallSite
+    ) -> tuple[Operation, list[Operation]]:
+        """Queue a send from `rank` or a receive by it. Returns its operation, and those that are complete now."""
+        is_send = kind == "send"
+        direction = "to" if is_send else "from"
         operation = Operation(f"{kind} {direction} rank {self.ranks[peer]}")
-        message = _Message(tensor, site, operation)
-        if not others:
-            (self._sends if sending else self._recvs)[pair].append(message)
-            return operation
-        other = others.popleft()
-        send, recv = (message, other) if sending else (other, message)
+        queue = self._queue(rank, peer)
+        queue.append(_End(is_send, peer, tensor, site, operation))
+        return operation, self._move(rank, peer) if len(queue) == 1 else []
+
+    def _queue(self, rank: int, peer: int) -> collections.deque[_End]:
+        """The queue of a rank's messages with a peer."""
+        return self._queues[rank, None if self._one_queue else peer]
+
+    def _move(self, rank: int, peer: int) -> list[Operation]:
+        """Move every message that can move since `rank` has a new head in its queue for `peer`."""
+        complete: list[Operation] = []
+        changed = [(rank, peer)]
+        while changed:
+            rank, peer = changed.pop()
+            mine = self._queue(rank, peer)
+            while mine:
+                head, theirs = mine[0], self._queue(mine[0].peer, rank)
+                if not theirs or theirs[0].peer != rank or theirs[0].is_send is head.is_send:
+                    break
+                mine.popleft()
+                other = theirs.popleft()
+                self._copy(*((head, other) if head.is_send else (other, head)))
+                complete += [head.operation, other.operation]
+                changed.append((head.peer, rank))
+        return complete
+
+    def _copy(self, send: _End, recv: _End) -> None:
         if send.tensor.shape != recv.tensor.shape or send.tensor.dtype != recv.tensor.dtype:
-            source, target = self.ranks[pair[0]], self.ranks[pair[1]]
+            source, target = self.ranks[recv.peer], self.ranks[send.peer]
             raise self._error(
                 f"rank {source} sends {form(send.tensor)}, rank {target} expects {form(recv.tensor)}",
                 [(source, send.site), (target, recv.site)],
             )
         with torch.no_grad():
             recv.tensor.copy_(send.tensor)
-        message.operation.done = other.operation.done = True
-        # The other half may be waited for already; the one who completes it wakes them.
-        operation.waiters, other.operation.waiters = other.operation.waiters, []
-        return operation
+        send.operation.done = recv.operation.done = True
 
     def describe(self, operation: Operation, rank: int, site: CallSite) -> str:
         """A line about a rank that waits for an operation."""
         missing = [self.ranks[r] for r in range(len(self.ranks)) if r not in operation.calls]
         absent = f"; not there: ranks {missing}" if operation.calls else ""
-        return f"{operation.what} of group {self.name} {_short(self.ranks)}, {site}{absent}"
+        behind = self._behind(operation)
+        return f"{operation.what} of group {self.name} {_short(self.ranks)}, {site}{absent}{behind}"
+
+    def _behind(self, operation: Operation) -> str:
+        """What is ahead of a send or receive in its queue."""
+        for queue in self._queues.values():
+            if any(end.operation is operation for end in queue) and queue[0].operation is not operation:
+                return f"; behind {queue[0]}"
+        return ""
 
     def unfinished(self) -> list[str]:
         """Operations that were started and never completed."""
@@ -153,9 +191,8 @@ class GroupState:
             for operation in self._pending.values()
             for call in operation.calls.values()
         ]
-        for queues in (self._sends, self._recvs):
-            for messages in queues.values():
-                lines += [f"{m.operation.what} in group {self.name}, {m.site}" for m in messages]
+        for queue in self._queues.values():
+            lines += [f"{end.operation.what} in group {self.name}, {end.site}" for end in queue]
         return lines
 
     def refuse(self, call: Call, why: str) -> CommunicationError:

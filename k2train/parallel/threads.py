@@ -3,7 +3,8 @@
 K2's 16 x 16 layout is 256 ranks; as processes that is 256 interpreters, as threads it is one. One rank runs at a time
 (baton.py); what ranks tell each other goes through shared tensors (thread_group.py). Nothing is gained in speed, all in
 certainty: two runs are equal bit for bit, a missing or mismatched collective is named in milliseconds, and an exception
-in one rank ends the others.
+in one rank ends the others. What would hang over NCCL stands still here and is reported: messages queue up as they do
+there (thread_group.py), and groups must be made in step, which torch's names for groups ask for.
 
 What threads do not inherit in torch: grad mode (set here to the caller's), autocast and default device (not set). The
 random generator and the default type are the process's: use explicit generators.
@@ -24,6 +25,7 @@ import torch
 from k2train.parallel.baton import AbortedRank, Baton
 from k2train.parallel.communicator import CommunicationError, Communicator, ReduceOp, Work, equal_splits
 from k2train.parallel.thread_group import Call, CallSite, GroupState, Operation, call_site, form
+from k2train.schedule.channels import ChannelForm
 
 T = TypeVar("T")
 # Enough for torch's kernels and backward; 256 default stacks would reserve 2 GiB.
@@ -37,6 +39,7 @@ class _Shared:
     baton: Baton
     size: int
     device: torch.device
+    channel_form: ChannelForm
     groups: dict[tuple[str, tuple[int, ...], int], GroupState] = dataclasses.field(default_factory=dict)
 
 
@@ -48,10 +51,15 @@ class ThreadWorld:
         self.rank = rank
         self.size = shared.size
         self.device = shared.device
+        self.channel_form = shared.channel_form
         self._made: dict[tuple[str, tuple[int, ...]], int] = {}
 
     def group(self, name: str, ranks: Sequence[int]) -> Communicator:
-        """A new group. Every member calls it; the n-th call with equal arguments is the same group on all of them."""
+        """A new group. Every member calls it, as its n-th with one n for all.
+
+        Raises CommunicationError for ranks that cannot be a group, or where a member has made more or fewer groups
+        before this one: over torch.distributed such members never meet.
+        """
         key = (name, tuple(ranks))
         if (
             self.rank not in key[1]
@@ -60,7 +68,14 @@ class ThreadWorld:
         ):
             raise CommunicationError(f"rank {self.rank} cannot make group {name} of ranks {list(ranks)}")
         number = self._made[key] = self._made.get(key, 0) + 1
-        state = self._shared.groups.setdefault((*key, number), GroupState(*key))
+        count = sum(self._made.values())
+        fresh = GroupState(*key, self._shared.channel_form, count)
+        state = self._shared.groups.setdefault((*key, number), fresh)
+        if state.count != count:
+            raise CommunicationError(
+                f"rank {self.rank} makes group {name} of ranks {list(ranks)[:8]} as its group number {count}, another "
+                f"rank as its number {state.count}; torch.distributed names groups by that number, and these would not meet"
+            )
         return ThreadCommunicator(state, self.rank, self._shared.baton)
 
 
@@ -74,6 +89,12 @@ class _ThreadWork:
 
     def wait(self) -> None:
         self._owner.wait_for(self._operation, self._site)
+
+    def wait_host(self) -> None:
+        self.wait()
+
+    def done(self) -> bool:
+        return self._operation.done
 
 
 class ThreadCommunicator(Communicator):
@@ -157,8 +178,9 @@ class ThreadCommunicator(Communicator):
     def _post(self, kind: str, t: torch.Tensor, peer: int) -> Work:
         self._baton.check()
         site = call_site()
-        operation = self._state.post(kind, self.rank, peer, t.detach(), site)
-        self._wake(operation)
+        operation, complete = self._state.post(kind, self.rank, peer, t.detach(), site)
+        for each in complete:
+            self._wake(each)
         return _ThreadWork(self, operation, site)
 
     def _wake(self, operation: Operation) -> None:
@@ -178,15 +200,20 @@ class ThreadCommunicator(Communicator):
 
 
 def run_threads(
-    world_size: int, fn: Callable[[ThreadWorld], T], device: torch.device | None = None
+    world_size: int,
+    fn: Callable[[ThreadWorld], T],
+    device: torch.device | None = None,
+    channel_form: ChannelForm = ChannelForm.ORDERED_PAIR,
 ) -> list[T]:
     """Run fn on every rank of a threads world and return what they returned, by rank.
+
+    channel_form: which messages of a pipeline share a communicator; other forms than the default are for tests.
 
     The first exception of any rank ends all and is raised as it is, its cause naming the rank. Raises
     CommunicationError (a DeadlockError where nobody can run) for operations that do not fit together or were started
     and never completed.
     """
-    shared = _Shared(Baton(world_size), world_size, device or torch.device("cpu"))
+    shared = _Shared(Baton(world_size), world_size, device or torch.device("cpu"), channel_form)
     results: dict[int, T] = {}
     grad_mode = torch.is_grad_enabled()
 

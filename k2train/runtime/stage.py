@@ -47,6 +47,10 @@ class Transport(Protocol):
         """Wait until everything sent has left."""
         ...
 
+    def abandon(self) -> None:
+        """Let go of what an interrupted step has sent, without waiting for it."""
+        ...
+
 
 @dataclasses.dataclass(frozen=True)
 class Route:
@@ -151,6 +155,8 @@ class PipelineStage:
             context.saved.drop()
         for held in self._held().values():
             held.clear()
+        if self.transport is not None:
+            self.transport.abandon()
         self.queue.clear()
 
     def forward(self, virtual_stage: int, microbatch: int) -> None:

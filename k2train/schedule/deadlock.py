@@ -1,155 +1,163 @@
 """The validator's last check: does the schedule run to its end, and if not, who waits for whom.
 
-Every stage is advanced as far as it can go; a step runs when what it needs has been sent to it or done on its own stage.
-Sends and receives never block (`p2p.py`). A stage that stands still waits for exactly one action of one stage, so
-following the waits from any stage ends in a cycle, and the cycle is the error.
+Everything that waits in a `Replay` waits for exactly one other thing. A stage stands at a step and waits for an action of
+its own, for another stage, or for the operation at the head of one of its queues; an operation at the head of a queue waits
+for its other end, which another stage has not issued yet or which is behind something in that stage's queue. So following
+the waits from any stage ends in a cycle, and the cycle is the error.
 """
 
 from __future__ import annotations
 
-from k2train.schedule.actions import BACKWARDS, Action, Kind, Pair, Step, parts
+from typing import NamedTuple
+
+from k2train.schedule.actions import Action, Kind, parts
+from k2train.schedule.channels import ChannelForm
 from k2train.schedule.errors import ScheduleError
+from k2train.schedule.p2p import receive_of, received_as
 from k2train.schedule.program import Schedule
+from k2train.schedule.replay import Replay
 
 
-def check_progress(schedule: Schedule, has_messages: bool) -> None:
-    """Run the lists without times. Raises ScheduleError with the cycle where they stand still."""
-    run = _Run(schedule, has_messages)
-    run.advance()
-    stuck = [stage for stage, line in enumerate(schedule.stages) if run.position[stage] < len(line)]
-    if stuck:
+def check_progress(
+    schedule: Schedule,
+    has_messages: bool = True,
+    form: ChannelForm = ChannelForm.ORDERED_PAIR,
+    max_sends: int | None = None,
+) -> tuple[int, ...]:
+    """Run the lists. Raises ScheduleError with the cycle of waits where they stand still.
+
+    has_messages=False: before `insert_p2p`; results then pass between stages at once. max_sends: a SEND waits until
+    fewer than so many messages of its ordered pair of stages are under way; None means that it never waits.
+    Returns, for each stage, the most messages it had under way to any one other stage.
+    """
+    replay = Replay(schedule, has_messages, form, max_sends)
+    replay.run()
+    if replay.stuck:
+        left = sum(len(line) - at for line, at in zip(schedule.stages, replay.position, strict=True))
         raise ScheduleError(
-            f"deadlock: {len(stuck)} of {schedule.num_stages} stages stand still, {run.remaining()} steps are left",
-            run.cycle(stuck[0]),
+            f"deadlock: {len(replay.stuck)} of {schedule.num_stages} stages stand still, {left} steps are left",
+            cycle(replay),
         )
+    return tuple(max(peaks.values(), default=0) for peaks in replay.peak_sends)
 
 
-_PASSIVE = frozenset({Kind.W, Kind.RECV_F, Kind.RECV_B, Kind.OFFLOAD, Kind.RELOAD})
-"""Kinds that wait for nothing of another stage and that nobody else waits for."""
+class Waiting(NamedTuple):
+    """What waits: a stage at its next step, or, with a key, the operation at the head of its queue of that communicator."""
+
+    stage: int
+    key: tuple[int, ...] | None = None
 
 
-class _Run:
-    """Positions of all stages and what has been done."""
+class Wait(NamedTuple):
+    """A wait in words, and what it is for."""
 
-    def __init__(self, schedule: Schedule, has_messages: bool) -> None:
-        self.schedule = schedule
-        self.position = [0] * schedule.num_stages
-        self._has_messages = has_messages
-        cells = schedule.num_virtual_stages * schedule.num_microbatches
-        # Done on its stage, and visible to the neighbour: by its SEND, or at once where there are no messages.
-        self._forward, self._forward_sent = bytearray(cells), bytearray(cells)
-        self._backward, self._backward_sent = bytearray(cells), bytearray(cells)
+    text: str
+    waits_for: Waiting
 
-    def advance(self) -> None:
-        """Advance every stage until none can go on."""
-        waiting = list(range(self.schedule.num_stages))
-        while waiting:
-            stage = waiting.pop()
-            for woken in self._advance_stage(stage):
-                if woken not in waiting:
-                    waiting.append(woken)
 
-    def _advance_stage(self, stage: int) -> set[int]:
-        line = self.schedule.stages[stage]
-        place = self.schedule.placement
-        woken: set[int] = set()
-        index = self.position[stage]
-        while index < len(line):
-            step = line[index]
-            if isinstance(step, Action) and step.kind in _PASSIVE:
-                index += 1
-                continue
-            if self.blocker(stage, step) is not None:
-                break
-            for action in parts(step):
-                target = self._mark(action)
-                if target is not None and place[target] != stage:
-                    woken.add(place[target])
-            index += 1
-        self.position[stage] = index
-        return woken
+def cycle(replay: Replay) -> list[str]:
+    """The waits from a stage that stands still, cut down to the cycle they end in; a line for each."""
+    path: list[Waiting] = []
+    lines: list[str] = []
+    here = Waiting(replay.stuck[0])
+    while here not in path:
+        path.append(here)
+        wait = (
+            _stage_wait(replay, here.stage) if here.key is None else _queue_wait(replay, here.stage, here.key)
+        )
+        lines.append(wait.text)
+        here = wait.waits_for
+    return lines[path.index(here) :]
 
-    def _mark(self, action: Action) -> int | None:
-        """Record an action; returns the virtual stage that may now go on."""
-        kind, virtual_stage, microbatch = action
-        cell = virtual_stage * self.schedule.num_microbatches + microbatch
-        if kind is Kind.F:
-            self._forward[cell] = 1
-        elif kind is Kind.I or kind is Kind.B:
-            self._backward[cell] = 1
-        visible = not self._has_messages
-        if kind is Kind.SEND_F or (visible and kind is Kind.F):
-            self._forward_sent[cell] = 1
-            return self.schedule.next[virtual_stage]
-        if kind is Kind.SEND_B or (visible and kind in BACKWARDS):
-            self._backward_sent[cell] = 1
-            return self.schedule.previous[virtual_stage]
-        return None
 
-    def blocker(self, stage: int, step: Step) -> Action | None:
-        """The compute or SEND action this step waits for, None where it can run."""
-        for action in parts(step):
-            needed = self._needed(stage, action)
-            if needed is not None:
-                return needed
-        return None
+def _stage_wait(replay: Replay, stage: int) -> Wait:
+    schedule = replay.schedule
+    step = schedule.stages[stage][replay.position[stage]]
+    subject = f"stage {stage} stands at {step} and waits"
+    action = next(action for action in parts(step) if action.kind in replay.ends or not replay.ready(action))
+    if action.kind in replay.ends:
+        end = replay.ends[action.kind][action.virtual_stage]
+        assert end is not None
+        queue = replay.queues[stage, end.key]
+        oldest = next(other for peer, is_send, other in queue if is_send and peer == end.peer)
+        return _message_wait(
+            replay, f"{subject} until {oldest} has left, which waits", stage, end.key, oldest
+        )
+    needed = _own_need(replay, action)
+    if needed is not None:
+        where = "runs in the same pair" if needed in parts(step) else "stands later in the same list"
+        return Wait(f"{subject} for {needed}, which {where}", Waiting(stage))
+    if not replay.has_messages:
+        needed = _source(replay, action)
+        place = schedule.placement[needed.virtual_stage]
+        return Wait(f"{subject} for {needed}, {_not_there(replay, place)}", Waiting(place))
+    receive = receive_of(schedule, action)
+    assert receive is not None
+    end = replay.ends[receive.kind][receive.virtual_stage]
+    assert end is not None
+    return _message_wait(replay, subject, stage, end.key, receive)
 
-    def _needed(self, stage: int, action: Action) -> Action | None:
-        kind, virtual_stage, microbatch = action
-        width = self.schedule.num_microbatches
-        if kind is Kind.F:
-            source, own, sent, send = (
-                self.schedule.previous[virtual_stage],
-                self._forward,
-                self._forward_sent,
-                Kind.SEND_F,
-            )
-        elif kind is Kind.I or kind is Kind.B:
-            if not self._forward[virtual_stage * width + microbatch]:
-                return Action(Kind.F, virtual_stage, microbatch)
-            source, own, sent, send = (
-                self.schedule.next[virtual_stage],
-                self._backward,
-                self._backward_sent,
-                Kind.SEND_B,
-            )
-        else:
-            return None
-        if source is None:
-            return None
-        local = self.schedule.placement[source] == stage
-        if (own if local else sent)[source * width + microbatch]:
-            return None
-        if self._has_messages and not local:
-            return Action(send, source, microbatch)
-        return Action(Kind.F if kind is Kind.F else Kind.I, source, microbatch)
 
-    def remaining(self) -> int:
-        return sum(len(line) - at for line, at in zip(self.schedule.stages, self.position, strict=True))
+def _own_need(replay: Replay, action: Action) -> Action | None:
+    """What a compute action needs of its own stage and has not got."""
+    schedule = replay.schedule
+    cell = action.virtual_stage * replay.width + action.microbatch
+    if action.kind is not Kind.F and not replay.forward_done[cell]:
+        return Action(Kind.F, action.virtual_stage, action.microbatch)
+    source = _source(replay, action)
+    is_here = schedule.placement[source.virtual_stage] == schedule.placement[action.virtual_stage]
+    return source if is_here else None
 
-    def cycle(self, stage: int) -> list[str]:
-        """The waits from a stage that stands still, cut down to the cycle they end in."""
-        path: list[int] = []
-        while stage not in path:
-            path.append(stage)
-            stage = self.schedule.placement[self._wait(stage).virtual_stage]
-        return [self._describe(member) for member in path[path.index(stage) :]]
 
-    def _wait(self, stage: int) -> Action:
-        needed = self.blocker(stage, self.schedule.stages[stage][self.position[stage]])
-        assert needed is not None
-        return needed
+def _source(replay: Replay, action: Action) -> Action:
+    """The compute action that gives a compute action its input."""
+    forward = action.kind is Kind.F
+    source = (replay.schedule.previous if forward else replay.schedule.next)[action.virtual_stage]
+    assert source is not None
+    return Action(Kind.F if forward else Kind.I, source, action.microbatch)
 
-    def _describe(self, stage: int) -> str:
-        step = self.schedule.stages[stage][self.position[stage]]
-        needed = self._wait(stage)
-        other = self.schedule.placement[needed.virtual_stage]
-        if other != stage:
-            where = (
-                f"which stage {other} reaches only after {self.schedule.stages[other][self.position[other]]}"
-            )
-        elif isinstance(step, Pair) and needed in step:
-            where = "which runs in the same pair"
-        else:
-            where = "which stands later in the same list"
-        return f"stage {stage} stands at {step} and waits for {needed}, {where}"
+
+def _message_wait(replay: Replay, subject: str, stage: int, key: tuple[int, ...], action: Action) -> Wait:
+    """A stage's wait for one of its own operations, which is in its queue of the communicator `key`."""
+    queue = replay.queues[stage, key]
+    if queue[0][2] == action:
+        return _head_wait(replay, subject, stage, key)
+    head = queue[0][2]
+    return Wait(f"{subject} for {action}, which is behind {head} in {_name(key)}", Waiting(stage, key))
+
+
+def _queue_wait(replay: Replay, stage: int, key: tuple[int, ...]) -> Wait:
+    return _head_wait(replay, f"{replay.queues[stage, key][0][2]} of stage {stage} waits", stage, key)
+
+
+def _head_wait(replay: Replay, subject: str, stage: int, key: tuple[int, ...]) -> Wait:
+    """What the operation at the head of a stage's queue waits for: its other end."""
+    peer, is_send, action = replay.queues[stage, key][0]
+    other_end = _other_end(replay, action, is_send)
+    theirs = replay.queues[peer, key]
+    if not any(queued == other_end for _, _, queued in theirs):
+        return Wait(f"{subject} for {other_end}, {_not_there(replay, peer)}", Waiting(peer))
+    where = f"which on stage {peer} is behind {theirs[0][2]} in {_name(key)}"
+    return Wait(f"{subject} for {other_end}, {where}", Waiting(peer, key))
+
+
+def _other_end(replay: Replay, action: Action, is_send: bool) -> Action:
+    schedule = replay.schedule
+    if is_send:
+        return received_as(schedule, action)
+    forward = action.kind is Kind.RECV_F
+    source = (schedule.previous if forward else schedule.next)[action.virtual_stage]
+    assert source is not None
+    return Action(Kind.SEND_F if forward else Kind.SEND_B, source, action.microbatch)
+
+
+def _not_there(replay: Replay, stage: int) -> str:
+    line, at = replay.schedule.stages[stage], replay.position[stage]
+    if at == len(line):
+        return f"which is not in the list of stage {stage}"
+    return f"which stage {stage} reaches only after {line[at]}"
+
+
+def _name(key: tuple[int, ...]) -> str:
+    """A communicator in words."""
+    return f"the channel of stages {key[0]} and {key[1]}" if key else "the channel of all stages"

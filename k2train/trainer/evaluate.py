@@ -9,8 +9,7 @@ import torch
 from k2train.model.context import MicrobatchContext, Statistics
 from k2train.runtime.executor import run_actions
 from k2train.runtime.stage import StepInputs
-from k2train.schedule import Action, Kind, Schedule
-from k2train.schedule.p2p import receive_of, sends_of
+from k2train.schedule.forward import forward_only as forward_schedule
 from k2train.trainer.build import Run
 from k2train.trainer.compression import bits_per_byte
 from k2train.trainer.totals import losses_of_rank
@@ -62,10 +61,11 @@ def evaluate(run: Run, max_tokens: int) -> Evaluation | None:
     statistics = Statistics()
     windows = cut(streams, train.seq_len, train.eval_overlap_tokens)
     forward_only(run, local_microbatches(run, windows), statistics, 1.0 / num_tokens)
-    losses = losses_of_rank(statistics, run.device)
+    losses = losses_of_rank(statistics, run.device.torch_device)
     run.groups.world.all_reduce(losses)
     num_bytes = sum(run.corpus.num_bytes(stream[1:]) for stream in streams)
-    return Evaluation(losses[0].item(), num_sequences, num_tokens, num_bytes)
+    loss, _ = run.device.read(losses, "evaluation")
+    return Evaluation(loss, num_sequences, num_tokens, num_bytes)
 
 
 def cut(streams: list[torch.Tensor], seq_len: int, context: int) -> Windows:
@@ -97,36 +97,19 @@ def local_microbatches(run: Run, windows: Windows) -> list[Windows]:
     missing = -len(windows.inputs) % (size * dp.size)
     inputs = torch.cat([windows.inputs, windows.inputs[:1].expand(missing, -1)])
     targets = torch.cat([windows.targets, torch.full_like(windows.targets[:1], IGNORED).expand(missing, -1)])
-    return Windows(inputs.to(run.device), targets.to(run.device)).split(size)[dp.rank :: dp.size]
+    windows = Windows(run.device.upload(inputs), run.device.upload(targets))
+    return windows.split(size)[dp.rank :: dp.size]
 
 
 def forward_only(run: Run, microbatches: list[Windows], statistics: Statistics, loss_scale: float) -> None:
-    """Forward passes without anything saved, in the order of `forward_actions`."""
+    """Forward passes without anything saved, in the order of `schedule.forward_only`."""
 
     def make_context(virtual_stage: int, microbatch: int) -> MicrobatchContext:
         part = microbatches[microbatch]
         return MicrobatchContext(num_sequences=len(part.inputs), key=(virtual_stage, microbatch), statistics=statistics,
-                                 loss_scale=loss_scale, targets=part.targets, device=run.streams)  # fmt: skip
+                                 loss_scale=loss_scale, targets=part.targets, device=run.device)  # fmt: skip
 
     tokens = [part.inputs for part in microbatches]
     stage = run.evaluation
     with stage.step(StepInputs(tokens.__getitem__, make_context, len(microbatches))):
-        run_actions(forward_actions(run.schedule, run.pp_rank, len(microbatches)), stage)
-
-
-def forward_actions(schedule: Schedule, stage: int, num_microbatches: int) -> list[Action]:
-    """The forwards of one stage, with their messages.
-
-    pp microbatches at a time go through the first virtual stage of every stage, then through the second, and so on: with
-    that many under way no stage waits for the one behind it, and two stages exchange messages in one order.
-    """
-    pp = schedule.num_stages
-    mine = sorted(schedule.virtual_stages_of(stage))
-    actions: list[Action] = []
-    for first in range(0, num_microbatches, pp):
-        for virtual_stage in mine:
-            for microbatch in range(first, min(first + pp, num_microbatches)):
-                forward = Action(Kind.F, virtual_stage, microbatch)
-                with_messages = (receive_of(schedule, forward), forward, sends_of(schedule, forward))
-                actions += [action for action in with_messages if action is not None]
-    return actions
+        run_actions(forward_schedule(run.schedule, len(microbatches)).stages[run.pp_rank], stage)

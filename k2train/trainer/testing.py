@@ -6,9 +6,11 @@ from collections.abc import Callable
 from typing import Literal, TypeVar
 
 from k2train.config.schema import Config
+from k2train.device.build import build_device
 from k2train.parallel.communicator import World
 from k2train.parallel.groups import build_groups
 from k2train.parallel.testing import run_distributed_test
+from k2train.schedule.messages import plan_messages
 from k2train.trainer.build import Run, build_layouts, build_run, open_corpus
 
 T = TypeVar("T")
@@ -22,7 +24,7 @@ def run_on_ranks(
 ) -> list[T]:
     """What fn returned on every rank, by rank. It is called with the rank's run, before its first step, on the CPU."""
     layout, schedule = build_layouts(config)
-    corpus = open_corpus(config)
+    corpus, messages = open_corpus(config), plan_messages(schedule)
 
     def run_rank(world: World) -> T:
         return fn(
@@ -31,8 +33,8 @@ def run_on_ranks(
                 layout,
                 schedule,
                 corpus,
-                build_groups(layout.grid, world, layout.relay_ranks),
-                world.device,
+                build_groups(layout.grid, world, layout.relay_ranks, messages),
+                build_device(world.device),
             )
         )
 

@@ -14,6 +14,7 @@ from k2train.model.context import MicrobatchContext
 from k2train.model.dispatcher import Results
 from k2train.model.phase import CommunicationPhase, Started
 from k2train.ops.weight_grad import Key, PlainGradients
+from k2train.parallel.channels import build_channels
 from k2train.parallel.communicator import World
 from k2train.parallel.pipeline import PipelineTransport
 from k2train.parallel.threads import run_threads
@@ -22,6 +23,7 @@ from k2train.runtime.passes import alternate, backward_steps, finish, forward_st
 from k2train.runtime.stage import PipelineStage, Route, StepInputs
 from k2train.schedule import Schedule, ScheduleSpec, build_schedule, validate
 from k2train.schedule.actions import parse_line
+from k2train.schedule.messages import Messages, plan_messages
 from k2train.schedule.overlap import pair_order
 from k2train.trainer.build import build_routes
 
@@ -193,10 +195,11 @@ class Sink:
         self.keys.append(key)
 
 
-def stage_of(schedule: Schedule, stage: int, world: World, sink: Any) -> PipelineStage:
+def stage_of(schedule: Schedule, messages: Messages, stage: int, world: World, sink: Any) -> PipelineStage:
     order = list(range(len(schedule.placement)))
     models = {v: Part([Checked(v, order)]) for v, place in enumerate(schedule.placement) if place == stage}
-    transport = PipelineTransport(world.group("pp", range(world.size)), 1, torch.float32, torch.device("cpu"))
+    channels = build_channels(messages, range(world.size), world)
+    transport = PipelineTransport(channels, 1, torch.float32, torch.device("cpu"))
     return PipelineStage(models, build_routes(schedule, stage), transport, sink, CPU)
 
 
@@ -218,10 +221,11 @@ def test_messages_meet_their_microbatch_and_each_weight_gradient_is_taken_once(
         pair_forward_backward=paired, split_weight_grad=kind in ("k2", "zb_h1"),
     ))  # fmt: skip
     validate(schedule)
+    messages = plan_messages(schedule)
 
     def run(world: World) -> tuple[list[Key], list[int]]:
         sink, done = Sink(), []
-        stage = stage_of(schedule, world.rank, world, sink)
+        stage = stage_of(schedule, messages, world.rank, world, sink)
         inputs = StepInputs(
             tokens=lambda m: torch.full((1, 2), float(m)),
             make_context=lambda v, m: MicrobatchContext(

@@ -27,7 +27,7 @@ def staging_bytes(world: World, config: Config, layout: Layout) -> int:
     models = build_models(config, layout, groups, CpuDevice(torch.device("cpu")))
     pieces = [[piece for piece in model.pieces() if piece.trained] for model in models.values()]
     catalogue = {spec.name: spec for spec in model_tensors(config.model)}
-    return build_optimizer(config.optim, config.model, catalogue, pieces, groups).staging_bytes
+    return build_optimizer(config.optim, config.model, catalogue, pieces, groups, CpuDevice()).staging_bytes
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float64"])
