@@ -156,7 +156,7 @@ def _deepep_seconds(w: Workload, cluster: ClusterConfig) -> float:
     return max(inside, crossing / rate) + cluster.internode_latency_seconds
 
 
-ROUTE_OPERATIONS = {"local": 10, "per_expert": 29, "per_rank": 60, "per_node": 97, "deepep": 12}
+ROUTE_OPERATIONS = {"local": 10, "per_expert": 29, "per_rank": 59, "per_node": 96, "deepep": 12}
 """Operations that a route issues, each a small kernel or a few, from the choices to the tables. tests/parallel/
 test_route_costs.py counts them, but DeepEP's kernel."""
 

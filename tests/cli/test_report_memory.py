@@ -7,9 +7,10 @@ import torch
 
 from k2train.cli.main import main
 from k2train.config.compose import load_config
+from k2train.device.cpu import CpuDevice
 from k2train.trainer.memory_report import measure_memory
 
-CPU = torch.device("cpu")
+CPU = CpuDevice(torch.device("cpu"))
 PRESETS = ["none", "recompute", "recompute_fp8", "recompute_offload", "offload", "k2"]
 MODELS = {
     "k2": ["model=k2", "train.dtype=bfloat16"],
