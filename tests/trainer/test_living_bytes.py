@@ -81,8 +81,12 @@ class Auditor:
         unknown = [birth for birth in alive if birth.key not in known and birth.num_bytes]
         others = [birth for birth in unknown if not is_host(birth)]
         assert not others, f"{when}: in nobody's books: {[str(birth) for birth in others]}"
-        assert sum(birth.num_bytes for birth in unknown) == self.arena.allocated_bytes - self.host_before, when
-        stored = {id(tensor.untyped_storage()): tensor.untyped_storage().nbytes() for tensor in books["store"]}
+        assert sum(birth.num_bytes for birth in unknown) == self.arena.allocated_bytes - self.host_before, (
+            when
+        )
+        stored = {
+            id(tensor.untyped_storage()): tensor.untyped_storage().nbytes() for tensor in books["store"]
+        }
         assert sum(stored.values()) == self.store.device_bytes, when
         self.most_alive = max(self.most_alive, sum(birth.num_bytes for birth in alive))
         self.most_stored = max(self.most_stored, self.store.device_bytes)
@@ -95,7 +99,9 @@ class Auditor:
         records = held.pop("records")
         return {
             "store": list(self.store.tensors()),
-            "queue": [t for queued in stage.queue._entries.values() for entry in queued for t in entry.tensors],
+            "queue": [
+                t for queued in stage.queue._entries.values() for entry in queued for t in entry.tensors
+            ],
             "messages": list(tensors_in(held)),
             "sending": list(tensors_in(vars(stage.transport)) if stage.transport is not None else ()),
             "batch": [stage._inputs_of_step().tokens(0)],
