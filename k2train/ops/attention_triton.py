@@ -45,23 +45,27 @@ class Blocks:
         return {"num_warps": self.num_warps, "num_stages": self.num_stages, "enable_fp_fusion": True}
 
 
-# Rows are a multiple of keys here, and keys of rows in `key_gradient_blocks`, so that a block lies on the diagonal or off it.
+# Rows are a multiple of keys in the first two, and keys of rows in the third, so that a block lies on the diagonal or off it.
 FORWARD = Blocks(rows=128, keys=64, num_warps=8, num_stages=2)
-# Features of queries and values together for which shared memory of an H100 holds the larger blocks of the backward, in
-# 16 bits, and next to nothing spills (tests compile them): MLA's 192 and 128.
+ROW_GRADIENTS = Blocks(rows=128, keys=64, num_warps=8, num_stages=2)
+KEY_GRADIENTS = Blocks(rows=32, keys=128, num_warps=8, num_stages=2)
+# Features of queries and values together for which shared memory of an H100 holds the two of the backward, in 16 bits, and
+# next to nothing spills (tests compile them): MLA's 192 and 128. Wider heads take half of their larger side.
 _LARGE_BLOCKS_WIDTH = 320
 
 
 def row_gradient_blocks(query: int, value: int) -> Blocks:
     """Of the launch that makes dq."""
-    rows = 128 if _fits_large_blocks(query, value) else 64
-    return Blocks(rows, keys=64, num_warps=8, num_stages=2)
+    if _fits_large_blocks(query, value):
+        return ROW_GRADIENTS
+    return dataclasses.replace(ROW_GRADIENTS, rows=ROW_GRADIENTS.rows // 2)
 
 
 def key_gradient_blocks(query: int, value: int) -> Blocks:
     """Of the launch that makes dk and dv."""
-    keys = 128 if _fits_large_blocks(query, value) else 64
-    return Blocks(32, keys, num_warps=8, num_stages=2)
+    if _fits_large_blocks(query, value):
+        return KEY_GRADIENTS
+    return dataclasses.replace(KEY_GRADIENTS, keys=KEY_GRADIENTS.keys // 2)
 
 
 def _fits_large_blocks(query: int, value: int) -> bool:

@@ -96,6 +96,11 @@ class ProcessCommunicator(Communicator):
         self.device = device
         self._uneven = dist.get_backend(group) == "nccl"
 
+    @property
+    def process_group(self) -> dist.ProcessGroup:
+        """The group itself, for libraries that bring their own collectives."""
+        return self._group
+
     def start_all_reduce(self, t: torch.Tensor, op: ReduceOp = "sum") -> Work:
         if self.size == 1:
             return CompletedWork()
