@@ -79,7 +79,7 @@ class MemoryReport:
 
     @property
     def other_bytes(self) -> int:
-        """Alive and not the store's."""
+        """Alive and not the store's: the row counts by which exchanges are undone, a few numbers for each expert."""
         return self.alive_bytes - self.stored_bytes
 
     @property

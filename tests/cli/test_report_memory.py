@@ -28,7 +28,8 @@ def test_predicted_is_measured_for_every_name(model, preset):
     found = report(model, preset)
     assert set(found.layers) == {"dense layer", "MoE layer"}
     assert found.largest_difference == 0
-    assert found.other_bytes == 0
+    experts = load_config(MODELS[model]).model.n_routed_experts
+    assert 0 <= found.other_bytes <= 2 * 8 * experts
     kept = sum(row.measured_device + row.measured_host for row in found.layers["MoE layer"])
     assert kept > 0
 
