@@ -31,6 +31,13 @@ class Geometry:
     def of(tensor: torch.Tensor) -> Geometry:
         return Geometry(tuple(tensor.shape), tensor.stride(), int(tensor.storage_offset()))
 
+    @property
+    def end(self) -> int:
+        """The element of the storage behind the last that it reaches; `offset` where it has no elements."""
+        if 0 in self.shape:
+            return self.offset
+        return self.offset + 1 + sum((n - 1) * step for n, step in zip(self.shape, self.stride, strict=True))
+
     def view(self, other: torch.Tensor, shift: int = 0) -> torch.Tensor:
         """The tensor that lies here, `shift` elements further on, in the storage of another."""
         return other.as_strided(self.shape, self.stride, self.offset + shift)

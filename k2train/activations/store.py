@@ -211,7 +211,12 @@ class MicrobatchStore:
         """The tensor as its user keeps it; the entry is stored with its first."""
         if not entry.stored:
             entry.store(tensor, self._parent.non_finite_counter(entry.origin, tensor.device))
-        return Slot(entry, Geometry.of(tensor))
+        where = Geometry.of(tensor)
+        # What lies outside of the named part is neither rounded nor moved with it.
+        assert entry.where.offset <= where.offset and where.end <= entry.where.end, (  # noqa: PT018
+            f"a view {where} of {entry.origin.name} reaches beyond what was named, {entry.where}"
+        )
+        return Slot(entry, where)
 
 
 class _Unnamed:

@@ -43,6 +43,11 @@ def run(args: list[str]) -> int:
         f"largest difference between predicted and measured: {100 * report.largest_difference:.2f} % of a name's bytes",
         highlight=False,
     )
+    console.print(
+        f"device, both layers and the model's ends: the store says {report.stored_bytes:,} bytes, alive are "
+        f"{report.alive_bytes:,} for the microbatch",
+        highlight=False,
+    )
     return 0
 
 

@@ -154,9 +154,9 @@ def _tiles(rows_RW: torch.Tensor) -> torch.Tensor:
 def _untile(tiles_RNt: torch.Tensor, width: int) -> torch.Tensor:
     """The rows (R, W) of `_tiles`, contiguous."""
     num_rows, tiles, _ = tiles_RNt.shape
-    rows = tiles_RNt.view(num_rows, tiles * TILE)
-    # `contiguous` would not do: a slice of one row or none counts as contiguous with the strides of the whole.
-    return rows if rows.shape[1] == width else rows[:, :width].clone(memory_format=torch.contiguous_format)
+    rows = tiles_RNt.view(num_rows, tiles * TILE)[:, :width]
+    # `contiguous` would not do: one row or none counts as contiguous whatever its strides are.
+    return rows if rows.stride() == (width, 1) else rows.clone(memory_format=torch.contiguous_format)
 
 
 def _kernels(device: torch.device) -> ModuleType | None:

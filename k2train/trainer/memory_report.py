@@ -1,7 +1,8 @@
 """Bytes of every saved tensor, predicted beside measured: what `k2train report memory` prints.
 
 Measured means: one microbatch forward through one dense and one MoE layer of the config, with the store that training uses and
-the offload executed, and then the tensors counted that are really held, here and on the host. A model whose layers are too
+the offload executed, and then the tensors counted that are really held, here and on the host. Beside the store's own sum stands
+that of the storages which are really alive because of the microbatch: those that go when it is forgotten. A model whose layers are too
 large for that is measured at a fraction of its widths (hidden, latents, feed-forwards, number of heads; head sizes, experts and
 choices stay), and the prediction beside it is for the same widths.
 """
@@ -21,12 +22,13 @@ from k2train.activations.store import ActivationStore
 from k2train.config.model import ModelConfig
 from k2train.config.schema import Config
 from k2train.config.sections import ActivationsConfig
+from k2train.device.living import LivingStorages
 from k2train.device.protocol import Device
 from k2train.estimate.activations import SavedTensor, saved_tensors
 from k2train.estimate.layer_ops import Workload, workload
 from k2train.layout.build import build_layout
 from k2train.layout.tensors import layer_tensors
-from k2train.model.context import MicrobatchContext
+from k2train.model.context import MicrobatchContext, Statistics
 from k2train.model.model import build_model, forward
 from k2train.model.pieces import whole_model
 from k2train.ops.backend import OpsBackend, choose_backend
@@ -63,11 +65,22 @@ class NameBytes:
 
 @dataclasses.dataclass(frozen=True)
 class MemoryReport:
-    """`divisor` of the widths at which was measured; the names of each kind of layer, "MoE layer" and "dense layer"."""
+    """`divisor` of the widths at which was measured; the names of each kind of layer, "MoE layer" and "dense layer".
+
+    stored_bytes: on the device after the offload, the ends of the model included, as the store says. alive_bytes: of
+    storages that were freed when the microbatch was forgotten.
+    """
 
     divisor: int
     tokens: int
     layers: Mapping[str, tuple[NameBytes, ...]]
+    stored_bytes: int
+    alive_bytes: int
+
+    @property
+    def other_bytes(self) -> int:
+        """Alive and not the store's: the row counts by which exchanges are undone, a few numbers for each expert."""
+        return self.alive_bytes - self.stored_bytes
 
     @property
     def largest_difference(self) -> float:
@@ -81,7 +94,7 @@ def measure_memory(config: Config, device: Device) -> MemoryReport:
     small = two_layers(narrowed(config.model, divisor), kinds)
     here = microbatch(config, small, device)
     backend = choose_backend(config.ops, small, here.dtype, config.optim.tau, device.torch_device)
-    measured = measured_bytes(small, here, config.activations, device, backend)
+    measured = measure(small, here, config.activations, device, backend)
     layout = build_layout(config.layout, config.cluster, config.model, config.train.seq_len)
     whole = workload(config.model, config.train, layout.ep, layout.relay_ranks, config.ops)
     layers = {}
@@ -89,10 +102,10 @@ def measure_memory(config: Config, device: Device) -> MemoryReport:
         moe = kind == "MoE layer"
         planned = {tensor.name: tensor for tensor in saved_tensors(whole, config.activations, moe)}
         layers[kind] = tuple(
-            row(tensor, planned[tensor.name], measured.get((layer, tensor.name), (0, 0)), here, whole)
+            row(tensor, planned[tensor.name], measured.by_name.get((layer, tensor.name), (0, 0)), here, whole)
             for tensor in saved_tensors(here, config.activations, moe)
         )
-    return MemoryReport(divisor, here.tokens, layers)
+    return MemoryReport(divisor, here.tokens, layers, measured.stored, measured.alive)
 
 
 def layer_kinds(model: ModelConfig) -> list[str]:
@@ -146,38 +159,55 @@ def microbatch(config: Config, model: ModelConfig, device: Device) -> Workload:
     return workload(model, train, ep=1, ops=config.ops)
 
 
-def measured_bytes(
-    model: ModelConfig,
-    here: Workload,
-    policies: ActivationsConfig,
-    device: Device,
-    backend: OpsBackend,
-) -> dict[tuple[int | None, str], tuple[int, int]]:
-    """Bytes of every (layer, name) on the device and on the host, after a forward and its offload."""
-    engine = OffloadEngine(device, HostArena(device))
-    store = ActivationStore(policies, engine)
+@dataclasses.dataclass(frozen=True)
+class Measured:
+    """by_name: bytes of every (layer, name) on the device and on the host. The others: see MemoryReport."""
+
+    by_name: Mapping[tuple[int | None, str], tuple[int, int]]
+    stored: int
+    alive: int
+
+
+def measure(
+    model: ModelConfig, here: Workload, policies: ActivationsConfig, device: Device, backend: OpsBackend
+) -> Measured:
+    """A microbatch's forward and its offload; then everything is counted, and the microbatch forgotten."""
+    store = ActivationStore(policies, OffloadEngine(device, HostArena(device)))
     built = build_model(model, whole_model(model), DTYPES[here.dtype], device.torch_device, backend=backend)
     for parameter in {piece.parameter for piece in built.pieces()}:
         torch.nn.init.normal_(parameter, std=model.initializer_range)
     tokens_BS1 = torch.randint(VOCABULARY, (1, here.tokens + 1), device=device.torch_device)
-    context = MicrobatchContext(
-        1,
-        PlainGradients(),
-        targets=tokens_BS1[:, 1:],
-        balance_loss_scale=float(here.balance_loss),
-        saved=store.microbatch(),
-        device=device,
-    )
-    # The records hold what the backward would need; they must live until everything is counted.
-    _, records = forward(built, (tokens_BS1[:, :-1],), context)
-    context.saved.offload()
+    # What outlives a microbatch is made outside and held.
+    statistics, gradients = Statistics(), PlainGradients()
+    with LivingStorages() as living:
+        context = MicrobatchContext(
+            1,
+            gradients,
+            statistics=statistics,
+            targets=tokens_BS1[:, 1:],
+            balance_loss_scale=float(here.balance_loss),
+            saved=store.microbatch(),
+            device=device,
+        )
+        # The records hold what the backward would need; they must live until everything is counted.
+        outputs, records = forward(built, (tokens_BS1[:, :-1],), context)
+        context.saved.offload()
+        by_name, stored, before = bytes_by_name(store), store.device_bytes, living.num_bytes()
+        context.saved.drop()
+        records.clear()
+        del context
+        alive = before - living.num_bytes()
+    del outputs
+    return Measured(by_name, stored, alive)
+
+
+def bytes_by_name(store: ActivationStore) -> dict[tuple[int | None, str], tuple[int, int]]:
+    """Of everything stored now."""
     found: dict[tuple[int | None, str], tuple[int, int]] = defaultdict(lambda: (0, 0))
     for entry in store.entries():
         place = entry.origin.layer, entry.origin.name
         on_device, on_host = found[place]
         found[place] = on_device + entry.device_bytes, on_host + entry.host_bytes
-    context.saved.drop()
-    records.clear()
     return found
 
 

@@ -5,8 +5,11 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Literal, TypeVar
 
+import torch
+
 from k2train.config.schema import Config
 from k2train.device.build import build_device
+from k2train.device.protocol import Device
 from k2train.parallel.communicator import World
 from k2train.parallel.groups import build_groups
 from k2train.parallel.testing import run_distributed_test
@@ -21,8 +24,12 @@ def run_on_ranks(
     fn: Callable[[Run], T],
     backend: Literal["threads", "processes"] = "threads",
     timeout_seconds: float = 120.0,
+    make_device: Callable[[torch.device], Device] = build_device,
 ) -> list[T]:
-    """What fn returned on every rank, by rank. It is called with the rank's run, before its first step, on the CPU."""
+    """What fn returned on every rank, by rank. It is called with the rank's run, before its first step, on the CPU.
+
+    make_device: by default the CPU as it is.
+    """
     layout, schedule = build_layouts(config)
     corpus, messages = open_corpus(config), plan_messages(schedule)
 
@@ -34,7 +41,7 @@ def run_on_ranks(
                 schedule,
                 corpus,
                 build_groups(layout.grid, world, layout.relay_ranks, messages),
-                build_device(world.device),
+                make_device(world.device),
             )
         )
 

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import pytest
-import torch
 
 from k2train.cli.main import main
 from k2train.config.compose import load_config
 from k2train.device.cpu import CpuDevice
 from k2train.trainer.memory_report import measure_memory
 
-CPU = CpuDevice(torch.device("cpu"))
+CPU = CpuDevice()
 PRESETS = ["none", "recompute", "recompute_fp8", "recompute_offload", "offload", "k2"]
 MODELS = {
     "k2": ["model=k2", "train.dtype=bfloat16"],
@@ -29,6 +28,8 @@ def test_predicted_is_measured_for_every_name(model, preset):
     found = report(model, preset)
     assert set(found.layers) == {"dense layer", "MoE layer"}
     assert found.largest_difference == 0
+    experts = load_config(MODELS[model]).model.n_routed_experts
+    assert 0 <= found.other_bytes <= 2 * 8 * experts
     kept = sum(row.measured_device + row.measured_host for row in found.layers["MoE layer"])
     assert kept > 0
 

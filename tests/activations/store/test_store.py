@@ -167,3 +167,13 @@ def test_values_that_are_not_finite_are_counted_by_name(k2, make_model, begin, p
     found = begin(model, policies).store.non_finite_tiles()
     assert set(found) == {"swiglu_input"}
     assert found["swiglu_input"] > 0
+
+
+def test_a_view_that_reaches_beyond_what_was_named_of_its_storage_is_our_own_mistake(make_model, begin, k2):
+    """Only the named part is rounded or moved, so the rest would come back as something else."""
+    store = begin(make_model(k2), preset("k2")).store.microbatch()
+    wide = torch.randn(4, 8)
+    store.name("layer_input", wide[:2])
+    assert torch.equal(store.hold(wide[1]).get(), wide[1])
+    with pytest.raises(AssertionError, match="reaches beyond what was named"):
+        store.hold(wide[1:3])
