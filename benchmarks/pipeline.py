@@ -39,8 +39,8 @@ from k2train.model.phase import ComputePhase, ComputeRecord, Grads, Phase, Tenso
 from k2train.model.pieces import Piece
 from k2train.ops.linear import linear
 from k2train.ops.weight_grad import PlainGradients, WeightGradSlot
-from k2train.parallel.communicator import World
 from k2train.parallel.channels import build_channels
+from k2train.parallel.communicator import World
 from k2train.parallel.pipeline import PipelineTransport
 from k2train.parallel.testing import run_distributed_test
 from k2train.runtime.executor import run_actions
@@ -333,7 +333,10 @@ def run_rank(world: World, options: argparse.Namespace) -> dict[str, Any]:
             world.rank,
             parts,
             PipelineTransport(
-                build_channels(plan_messages(schedule), range(PP), world), options.hidden, torch.float32, world.device
+                build_channels(plan_messages(schedule), range(PP), world),
+                options.hidden,
+                torch.float32,
+                world.device,
             ),
             batch,
         )

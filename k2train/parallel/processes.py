@@ -21,7 +21,7 @@ import datetime
 import os
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 import torch
 import torch.distributed as dist
@@ -44,6 +44,9 @@ try:  # torch 2.13 and later; the old names warn there, and warnings are errors 
 except ImportError:  # torch 2.11 and 2.12
     from torch.distributed import all_gather_into_tensor as all_gather_single
     from torch.distributed import reduce_scatter_tensor as reduce_scatter_single
+
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroupNCCL
 
 # Ranks come up seconds or, from a shared file system, minutes apart, which says nothing of how long a collective may take.
 JOIN_SECONDS = 120.0
@@ -276,7 +279,7 @@ def _described(name: str, ranks: Sequence[int]) -> str:
     return f"{name} ({others})"
 
 
-def _nccl_options(timeout: datetime.timedelta) -> dist.Backend.Options:
+def _nccl_options(timeout: datetime.timedelta) -> ProcessGroupNCCL.Options:
     """Communication on streams of high priority: its kernels are few and small, and what they bring is waited for.
 
     A build of torch without NCCL has no such class, so it is imported here.

@@ -62,7 +62,9 @@ def cycle(replay: Replay) -> list[str]:
     here = Waiting(replay.stuck[0])
     while here not in path:
         path.append(here)
-        wait = _stage_wait(replay, here.stage) if here.key is None else _queue_wait(replay, here.stage, here.key)
+        wait = (
+            _stage_wait(replay, here.stage) if here.key is None else _queue_wait(replay, here.stage, here.key)
+        )
         lines.append(wait.text)
         here = wait.waits_for
     return lines[path.index(here) :]
@@ -78,7 +80,9 @@ def _stage_wait(replay: Replay, stage: int) -> Wait:
         assert end is not None
         queue = replay.queues[stage, end.key]
         oldest = next(other for peer, is_send, other in queue if is_send and peer == end.peer)
-        return _message_wait(replay, f"{subject} until {oldest} has left, which waits", stage, end.key, oldest)
+        return _message_wait(
+            replay, f"{subject} until {oldest} has left, which waits", stage, end.key, oldest
+        )
     needed = _own_need(replay, action)
     if needed is not None:
         where = "runs in the same pair" if needed in parts(step) else "stands later in the same list"

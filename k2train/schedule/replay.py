@@ -38,7 +38,9 @@ class Replay:
         self.position = [0] * schedule.num_stages
         self.ends = message_ends(schedule, form)
         ends = [end for kind_ends in self.ends.values() for end in kind_ends if end is not None]
-        self.queues: dict[tuple[int, tuple[int, ...]], Queue] = {(end.stage, end.key): deque() for end in ends}
+        self.queues: dict[tuple[int, tuple[int, ...]], Queue] = {
+            (end.stage, end.key): deque() for end in ends
+        }
         self.sends: list[dict[int, int]] = [{} for _ in schedule.stages]
         """For each stage, by the other stage, the messages under way to it now."""
         self.peak_sends: list[dict[int, int]] = [{} for _ in schedule.stages]
@@ -51,7 +53,10 @@ class Replay:
         self.forward_ready, self.backward_ready = bytearray(cells), bytearray(cells)
         self._produced: list[tuple[bytearray, int]] = []
         for vs in range(schedule.num_virtual_stages):
-            for around, ready in ((schedule.previous, self.forward_ready), (schedule.next, self.backward_ready)):
+            for around, ready in (
+                (schedule.previous, self.forward_ready),
+                (schedule.next, self.backward_ready),
+            ):
                 if around[vs] is None:
                     ready[vs * width : (vs + 1) * width] = b"\x01" * width
 

@@ -129,9 +129,7 @@ def build_run(
     dtype = DTYPES[config.train.dtype]
     channels = groups.channels
     transport = (
-        None
-        if channels is None
-        else PipelineTransport(channels, config.model.hidden_size, dtype, device)
+        None if channels is None else PipelineTransport(channels, config.model.hidden_size, dtype, device)
     )
     learning_rate = LrSchedule(config.optim.lr_phases, config.train.steps, config.train.global_batch_tokens)
     return Run(

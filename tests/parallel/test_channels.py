@@ -54,7 +54,9 @@ def test_each_rank_makes_channels_to_its_neighbours_only_and_they_carry_messages
 
     def fn(world: World) -> list[int]:
         channels = build_channels(messages, range(pp), world)
-        assert sorted(channels.outgoing) == sorted(target for source, target in messages.pairs if source == world.rank)
+        assert sorted(channels.outgoing) == sorted(
+            target for source, target in messages.pairs if source == world.rank
+        )
         assert channels.outgoing.keys() == channels.incoming.keys()
         received = {stage: torch.zeros(3) for stage in channels.incoming}
         works = [channels.incoming[stage].start_recv(t) for stage, t in received.items()]
@@ -86,7 +88,8 @@ def test_both_directions_in_one_queue_are_reported_as_a_deadlock_that_names_rank
 
     for form in (ChannelForm.UNORDERED_PAIR, ChannelForm.ONE):
         with pytest.raises(
-            DeadlockError, match=r"rank 0 waits in recv from rank 1 of group pipeline messages .*test_channels"
+            DeadlockError,
+            match=r"rank 0 waits in recv from rank 1 of group pipeline messages .*test_channels",
         ):
             run_threads(2, fn, channel_form=form)
     run_threads(2, fn)
@@ -99,7 +102,9 @@ def test_what_is_ahead_in_a_queue_is_named() -> None:
         group.start_recv(torch.zeros(1), other)
         group.start_send(torch.zeros(1), other).wait()
 
-    with pytest.raises(DeadlockError, match=r"rank 0 waits in send to rank 1 .*; behind recv from rank 1, .*test_channels"):
+    with pytest.raises(
+        DeadlockError, match=r"rank 0 waits in send to rank 1 .*; behind recv from rank 1, .*test_channels"
+    ):
         run_threads(2, fn)
 
 
@@ -128,7 +133,9 @@ def test_a_schedule_that_needs_more_than_the_world_provides_is_refused_before_an
     def fn(world: World) -> None:
         build_groups(RankGrid(2, 1, 1), world, messages=messages)
 
-    with pytest.raises(ConfigError, match=r"(?s)schedule\.kind=k2: cannot run with .*RECV_F2\.0 of stage 0 waits for"):
+    with pytest.raises(
+        ConfigError, match=r"(?s)schedule\.kind=k2: cannot run with .*RECV_F2\.0 of stage 0 waits for"
+    ):
         run_threads(2, fn, channel_form=ChannelForm.UNORDERED_PAIR)
 
 
@@ -140,7 +147,9 @@ def test_members_that_have_made_different_numbers_of_groups_are_told_so() -> Non
             world.group("alone", [1])
         world.group("both", [0, 1])
 
-    with pytest.raises(CommunicationError, match="rank 1 makes group both .* number 2, another rank as its number 1"):
+    with pytest.raises(
+        CommunicationError, match=r"rank 1 makes group both .* number 2, another rank as its number 1"
+    ):
         run_threads(2, fn)
 
 
@@ -231,7 +240,9 @@ def test_a_message_that_has_left_is_released_at_the_next_call_though_few_are_und
         assert ref.expired()
         del posted
 
-    with pytest.raises(CommunicationError, match="never completed:\n  recv from rank 1 in group stage 1 to 0"):
+    with pytest.raises(
+        CommunicationError, match="never completed:\n  recv from rank 1 in group stage 1 to 0"
+    ):
         run_threads(2, fn)
 
 

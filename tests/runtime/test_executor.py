@@ -192,9 +192,7 @@ class Sink:
         self.keys.append(key)
 
 
-def stage_of(
-    schedule: Schedule, messages: Messages, stage: int, world: World, sink: Any
-) -> PipelineStage:
+def stage_of(schedule: Schedule, messages: Messages, stage: int, world: World, sink: Any) -> PipelineStage:
     order = list(range(len(schedule.placement)))
     models = {v: Part([Checked(v, order)]) for v, place in enumerate(schedule.placement) if place == stage}
     channels = build_channels(messages, range(world.size), world)

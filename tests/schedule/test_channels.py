@@ -122,7 +122,9 @@ def test_evaluations_forwards_complete_over_ordered_pairs_with_one_message_under
             assert max(check_progress(schedule, max_sends=1)) == 1
 
 
-def test_evaluations_forwards_share_a_queue_with_what_comes_round_where_two_stages_are_both_neighbours() -> None:
+def test_evaluations_forwards_share_a_queue_with_what_comes_round_where_two_stages_are_both_neighbours() -> (
+    None
+):
     """Of two stages each is the other's next and previous one, so two directions meet there and nowhere else."""
     for pp in range(2, 9):
         schedule = forward_only(build_schedule(ScheduleSpec.preset("k2", pp, 2, 2)), 2 * pp)
@@ -191,5 +193,7 @@ def test_a_world_that_provides_too_little_is_refused_with_the_cycle_and_what_to_
         assert error.value.field == "schedule.kind"
         assert f"cannot run with {form}" in error.value.rule
         assert "deadlock: 4 of 4 stages stand still" in error.value.rule
-        assert re.search(r"(SEND|RECV)_F\d+\.\d of stage \d waits for .*, which on stage 3 is behind", error.value.rule)
+        assert re.search(
+            r"(SEND|RECV)_F\d+\.\d of stage \d waits for .*, which on stage 3 is behind", error.value.rule
+        )
         assert str(ChannelForm.ORDERED_PAIR) in error.value.remedy
