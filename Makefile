@@ -10,7 +10,7 @@ ARGS ?=
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
 .DEFAULT_GOAL := help
-.PHONY: help install train k2 test test-slow check checks lint format types contract wheel clean
+.PHONY: help install train k2 test test-slow gpu-bench check checks lint format types contract wheel clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z0-9-]+:.*## / {printf "  make %-10s %s\n", $$1, $$2}' Makefile
@@ -39,6 +39,9 @@ test: $(VENV)/.dev ## run the tests
 
 test-slow: $(VENV)/.dev ## run the tests that take more than a minute each
 	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto -m slow $(ARGS)
+
+gpu-bench: $(VENV)/.dev ## measure one GPU beside the plan, 8 minutes at most (ARGS="--sections 1,4 --json gpu.json")
+	@$(BIN)/python benchmarks/gpu.py $(ARGS)
 
 lint: $(VENV)/.dev
 	@$(BIN)/ruff check .

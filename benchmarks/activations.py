@@ -28,6 +28,7 @@ from k2train.activations.offload import OffloadEngine
 from k2train.activations.store import ActivationStore
 from k2train.config.compose import load_config
 from k2train.config.schema import Config
+from k2train.device.build import build_device
 from k2train.layout.layout import Layout
 from k2train.model.context import MicrobatchContext, Statistics
 from k2train.model.model import Model, build_model
@@ -59,14 +60,14 @@ class Side:
                  batch: torch.Tensor) -> None:  # fmt: skip
         self.config, self.batch, self.gradients = config, batch, gradients
         self.schedule: Schedule = build_layouts(config)[1]
-        device = batch.device
-        self.engine = OffloadEngine(
-            device, HostArena(pinned=device.type == "cuda"), timed=device.type == "cuda"
-        )
+        device = build_device(batch.device, timed=True)
+        self.engine = OffloadEngine(device, HostArena(device), timed=True)
         self.store = ActivationStore(config.activations, self.engine)
         # As in training: where every tensor is kept, autograd keeps it, and no store is in its way.
         self.keeps_everything = preset == BASE
-        self.stage = PipelineStage(models, build_routes(self.schedule, 0), None, gradients)
+        self.stage = PipelineStage(
+            models, build_routes(self.schedule, 0), None, gradients, build_device(device)
+        )
 
     def run(self, watch: Peak | None = None) -> float:
         """One pass; the loss. watch: notes what the store holds."""
@@ -96,7 +97,8 @@ class Side:
                 num_sequences=train.microbatch_size, gradients=self.gradients, weight_grads=self.stage.queue,
                 key=(virtual_stage, microbatch), statistics=found, loss_scale=1 / train.global_batch_tokens,
                 balance_loss_scale=train.balance_loss_alpha / len(microbatches), targets=microbatches[microbatch][:, 1:],
-                saved=self.store.microbatch(virtual_stage) if use_store else KeepEverything(),
+                saved=self.store.microbatch() if use_store else KeepEverything(),
+                device=build_device(microbatches[microbatch].device),
             )  # fmt: skip
 
         return StepInputs(

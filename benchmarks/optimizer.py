@@ -29,6 +29,7 @@ from torch.optim.adamw import adamw
 
 from k2train.config.model import ModelConfig
 from k2train.config.optim import LrPhase, OptimConfig
+from k2train.device.build import build_device
 from k2train.layout.tensors import model_tensors
 from k2train.model.model import build_model
 from k2train.model.pieces import whole_model
@@ -146,7 +147,12 @@ def build(optim: OptimConfig, device: torch.device) -> Optimizer:
     return run_threads(
         1,
         lambda world: build_optimizer(
-            optim, MODEL, catalogue, pieces, single_rank_groups(world.group("world", [0]))
+            optim,
+            MODEL,
+            catalogue,
+            pieces,
+            single_rank_groups(world.group("world", [0])),
+            build_device(device),
         ),
     )[0]
 

@@ -34,6 +34,7 @@ import torch.nn.functional as F
 from torch import nn
 from torch.distributed import pipelining
 
+from k2train.device.cpu import CpuDevice
 from k2train.model.context import MicrobatchContext, Statistics
 from k2train.model.phase import ComputePhase, ComputeRecord, Grads, Phase, Tensors
 from k2train.model.pieces import Piece
@@ -247,7 +248,7 @@ def our_side(
     schedule: Schedule, rank: int, parts: dict[int, Part], transport: Transport, batch: torch.Tensor
 ) -> OurSide:
     gradients = PlainGradients()
-    stage = PipelineStage(parts, build_routes(schedule, rank), transport, gradients)
+    stage = PipelineStage(parts, build_routes(schedule, rank), transport, gradients, CpuDevice(batch.device))
     return OurSide(schedule, rank, stage, gradients, batch)
 
 

@@ -14,10 +14,10 @@ if [[ -z "${RANKS:-}" ]]; then
   [[ "$RANKS" -gt 0 ]] || RANKS=4
 fi
 
+# shellcheck source=launch/env.sh
+source "$(dirname "${BASH_SOURCE[0]}")/env.sh"
 # One intra-op thread a rank: ranks share the cores.
 export OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}"
-# torchrun kills its ranks 30 seconds after a SIGTERM unless told to wait for their step and checkpoint.
-export TORCH_ELASTIC_SHUTDOWN_TIMEOUT="${TORCH_ELASTIC_SHUTDOWN_TIMEOUT:-270}"
 # A mistake in the config is told once and ends with status 2, before any rank has started.
 WORLD_SIZE=$((${NUM_NODES:-1} * RANKS)) python -m k2train train --check "$@"
 exec torchrun \

@@ -13,13 +13,37 @@ Sizes are bytes. Everything here is called from one thread, `abandon` excepted.
 
 from __future__ import annotations
 
-import mmap
 from collections import Counter, deque
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 
-from k2train.activations.host_memory import HostMemoryError, HostPages, PageableMemory, PinnedMemory
+from k2train.config.errors import ConfigError
+from k2train.device.protocol import Device, Event, HostPages
 
 SMALLEST_BYTES = 512
+
+
+class HostMemoryError(ConfigError):
+    """Offloaded activations do not fit into host memory.
+
+    asked_bytes: what was to be taken; used_bytes: what was in use; limit_bytes: what may be, None where the system
+    itself refused.
+    """
+
+    def __init__(self, asked_bytes: int, used_bytes: int, limit_bytes: int | None) -> None:
+        self.asked_bytes = asked_bytes
+        self.used_bytes = used_bytes
+        self.limit_bytes = limit_bytes
+        limit = "the system gives no more" if limit_bytes is None else f"the limit is {limit_bytes:,}"
+        super().__init__(
+            "activations",
+            "offload",
+            f"{asked_bytes:,} bytes of host memory were asked for, {used_bytes:,} are in use and {limit}",
+            "keep or recompute some activations instead of offloading them, store them as fp8_offload, or have fewer or "
+            "smaller microbatches in flight",
+        )
+
+    def _arguments(self) -> tuple[object, ...]:
+        return self.asked_bytes, self.used_bytes, self.limit_bytes
 
 
 def class_bytes(num_bytes: int, smallest: int = SMALLEST_BYTES) -> int:
@@ -38,7 +62,7 @@ class _Block:
     def __init__(self, pages: HostPages) -> None:
         self.pages = pages
         self.num_bytes = pages.bytes.numel()
-        self.ready: object | None = None
+        self.ready: Event | None = None
 
 
 class HostBuffer:
@@ -55,24 +79,24 @@ class HostBuffer:
         return self._block.num_bytes
 
     @property
-    def ready(self) -> object | None:
+    def ready(self) -> Event | None:
         """The event of the last copy from or to it, which the next copy has to wait for; None where there was none."""
         return self._block.ready
 
     @ready.setter
-    def ready(self, event: object) -> None:
+    def ready(self, event: Event) -> None:
         self._block.ready = event
 
 
 class HostArena:
     """Buffers of host memory.
 
-    pinned: locked for copy engines; needs CUDA. limit_bytes: the most that is allocated at once, None for no limit.
+    device: whose copies are to reach them. limit_bytes: the most that is allocated at once, None for no limit.
     """
 
-    def __init__(self, pinned: bool, limit_bytes: int | None = None) -> None:
-        self._make: Callable[[int], HostPages] = PinnedMemory if pinned else PageableMemory
-        self._smallest = mmap.PAGESIZE if pinned else SMALLEST_BYTES
+    def __init__(self, device: Device, limit_bytes: int | None = None) -> None:
+        self._device = device
+        self._smallest = max(SMALLEST_BYTES, device.page_bytes)
         self._limit_bytes = limit_bytes
         self._free: dict[int, deque[_Block]] = {}
         self._taken: dict[HostBuffer, _Block] = {}
@@ -155,7 +179,7 @@ class HostArena:
             if self._allocated_bytes + size > self._limit_bytes:
                 raise HostMemoryError(size, self._used_bytes, self._limit_bytes)
         try:
-            block = _Block(self._make(size))
+            block = _Block(self._device.pages(size))
         except (OSError, MemoryError, RuntimeError) as error:  # torch's allocator and CUDA raise the last
             raise HostMemoryError(size, self._used_bytes, None) from error
         self._allocated_bytes += size

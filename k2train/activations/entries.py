@@ -16,7 +16,7 @@ from collections.abc import Callable, Sequence
 import torch
 
 from k2train.config.sections import FP8_POLICIES, OFFLOAD_POLICIES, Policy
-from k2train.ops.fp8 import Fp8Tensor, dequantise, quantise
+from k2train.ops.fp8 import Fp8Form, dequantise, quantise
 
 
 @dataclasses.dataclass(frozen=True)
@@ -76,7 +76,7 @@ class Entry:
         self.where = Geometry.of(tensor)
         self._storage = weakref.ref(tensor.untyped_storage())
         self._stored = False
-        self._fp8: Fp8Tensor | None = None
+        self._fp8: Fp8Form | None = None
         self._fetch: Callable[[], None] | None = None
         self._away_bytes = 0
         self._returning = False
@@ -113,8 +113,9 @@ class Entry:
         self._stored = True
         whole = self.where.view(part.detach())
         if self.origin.policy in FP8_POLICIES:
-            self._fp8 = quantise(whole, non_finite_tiles)
-            self.payload = self._fp8.tensors
+            stored = quantise(whole, non_finite_tiles)
+            # Codes and scales are the payload alone: they leave with it.
+            self._fp8, self.payload = stored.form, stored.tensors
         elif self.origin.policy != "recompute":
             self.payload = (whole,)
 
@@ -142,7 +143,7 @@ class Entry:
     def _read(self) -> torch.Tensor:
         if self._fp8 is not None:
             codes_RW, scales_RN = self.payload
-            return dequantise(self._fp8.with_tensors((codes_RW, scales_RN)))
+            return dequantise(self._fp8.over(codes_RW, scales_RN))
         if self.origin.policy == "recompute":
             assert self.origin.recipe is not None, f"{self.origin.name} has no recipe"
             recipe, index = self.origin.recipe

@@ -34,7 +34,10 @@ class Stretch:
 
 @dataclasses.dataclass(frozen=True)
 class PackedStorage:
-    """What is copied of a storage. `source` is the index of one of the tensors that are views of it."""
+    """What is copied of a storage. `source` is the index of the tensor through which it is read, a view of it.
+
+    That is one with the smallest elements, so that every stretch is a whole number of them.
+    """
 
     source: int
     stretches: tuple[Stretch, ...]
@@ -67,32 +70,33 @@ class Packing:
 
 def plan_packing(tensors: Sequence[torch.Tensor]) -> Packing:
     """The packing of a group of strided tensors, in their order."""
-    members: dict[tuple[int, int], list[int]] = {}
+    members: dict[int, list[int]] = {}
     for index, tensor in enumerate(tensors):
         plain = tensor.layout == torch.strided and not tensor.is_conj() and not tensor.is_neg()
         assert plain, "only strided tensors without a pending conjugation or negation can be offloaded"
         if tensor.numel() > 0:
-            storage = tensor.untyped_storage()
-            members.setdefault((storage.data_ptr(), storage.nbytes()), []).append(index)
-    storages = tuple(_pack([(i, *_reach(tensors[i])) for i in group]) for group in members.values())
+            # The object of a storage is one and the same while the storage lives; its address says nothing where
+            # tensors have no memory.
+            members.setdefault(id(tensor.untyped_storage()), []).append(index)
+    storages = tuple(_pack(tensors, group) for group in members.values())
     place = {index: number for number, group in enumerate(members.values()) for index in group}
     forms = [_form(t, place.get(i), storages) for i, t in enumerate(tensors)]
     return Packing(storages, tuple(forms))
 
 
 def stretch_bytes(tensor: torch.Tensor, stretch: Stretch) -> torch.Tensor:
-    """A stretch of the tensor's storage, as bytes."""
-    raw = torch.empty(0, dtype=torch.uint8, device=tensor.device)
-    return raw.set_(tensor.untyped_storage(), stretch.start, (stretch.num_bytes,), (1,))
+    """A stretch of the tensor's storage, as bytes. The tensor is the `source` of its packing."""
+    start, size = stretch.start // tensor.itemsize, stretch.num_bytes // tensor.itemsize
+    return tensor.detach().as_strided((size,), (1,), start).view(torch.uint8)
 
 
 def rebuild(form: Form, packed: Sequence[torch.Tensor], device: torch.device) -> torch.Tensor:
     """The tensor of a form, as a view of the bytes of its packed storage; without gradient."""
     if form.storage is None:
         return torch.empty_strided(form.size, form.stride, dtype=form.dtype, device=device)
-    storage = packed[form.storage].untyped_storage()
-    raw = torch.empty(0, dtype=form.dtype, device=device)
-    return raw.set_(storage, form.offset // form.dtype.itemsize, form.size, form.stride)
+    storage, size = packed[form.storage], form.dtype.itemsize
+    elements = storage[: storage.numel() // size * size].view(form.dtype)
+    return elements.as_strided(form.size, form.stride, form.offset // size)
 
 
 def _reach(tensor: torch.Tensor) -> tuple[int, int]:
@@ -102,10 +106,11 @@ def _reach(tensor: torch.Tensor) -> tuple[int, int]:
     return start, start + int(steps + 1) * tensor.itemsize
 
 
-def _pack(reaches: list[tuple[int, int, int]]) -> PackedStorage:
-    """reaches: (index of the tensor, start, stop). Stretches that meet or overlap become one."""
+def _pack(tensors: Sequence[torch.Tensor], members: Sequence[int]) -> PackedStorage:
+    """The members share a storage. Stretches that meet or overlap become one."""
     merged: list[tuple[int, int]] = []
-    for start, stop in sorted((start - start % ALIGNMENT, stop) for _, start, stop in reaches):
+    reaches = [_reach(tensors[index]) for index in members]
+    for start, stop in sorted((start - start % ALIGNMENT, stop) for start, stop in reaches):
         if merged and start <= merged[-1][1]:
             merged[-1] = merged[-1][0], max(stop, merged[-1][1])
         else:
@@ -115,7 +120,7 @@ def _pack(reaches: list[tuple[int, int, int]]) -> PackedStorage:
     for start, stop in merged:
         stretches.append(Stretch(start, stop, position))
         position += -(-(stop - start) // ALIGNMENT) * ALIGNMENT
-    return PackedStorage(reaches[0][0], tuple(stretches))
+    return PackedStorage(min(members, key=lambda index: tensors[index].itemsize), tuple(stretches))
 
 
 def _form(tensor: torch.Tensor, number: int | None, storages: tuple[PackedStorage, ...]) -> Form:

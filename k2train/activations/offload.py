@@ -31,8 +31,10 @@ from typing import Any, Literal
 import torch
 
 from k2train.activations.arena import HostArena, HostBuffer
-from k2train.activations.copies import Copies, Queue, build_copies
 from k2train.activations.geometry import Packing, plan_packing, rebuild, stretch_bytes
+from k2train.device.protocol import Device, Event, Stream
+
+_Interval = Literal["out", "back", "exposed"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -50,18 +52,16 @@ class CopySeconds:
 class OffloadEngine:
     """Copies of one device's tensors to an arena and back.
 
-    device: of the tensors, with its index where it is a CUDA device. timed: record what `copy_seconds` reports.
-    copies: the device's queues; None for the real ones.
+    device: of the tensors. timed: record what `copy_seconds` reports; the device must be timed, too.
+    A stream for each direction, as each has a copy engine of its own; compute is whatever stream is current.
     """
 
-    def __init__(
-        self, device: torch.device, arena: HostArena, timed: bool = False, copies: Copies | None = None
-    ) -> None:
+    def __init__(self, device: Device, arena: HostArena, timed: bool = False) -> None:
         self.device = device
         self.arena = arena
-        self.copies = build_copies(device, timed) if copies is None else copies
+        self._out, self._back = device.stream("offload"), device.stream("reload")
         self._timed = timed
-        self._intervals: list[tuple[Queue, Any, Any]] = []
+        self._intervals: list[tuple[_Interval, Event, Event]] = []
         self._alive: weakref.WeakSet[Offloaded] = weakref.WeakSet()
         self.bytes_out = 0
         self.bytes_back = 0
@@ -73,19 +73,19 @@ class OffloadEngine:
 
     def offload(self, tensors: Sequence[torch.Tensor]) -> Offloaded:
         """Start copying; the tensors may be dropped when this returns. Raises HostMemoryError, having copied nothing."""
-        assert all(t.device == self.device for t in tensors), f"a tensor to offload is not on {self.device}"
+        here = self.device.torch_device
+        assert all(t.device == here for t in tensors), f"a tensor to offload is not on {here}"
         packing = plan_packing(tensors)
         buffers = self._take(packing)
-        self.copies.wait("out", self.copies.mark("compute"))
-        for buffer in buffers:
-            if buffer.ready is not None:
-                self.copies.wait("out", buffer.ready)
-        start = self._start("out")
+        self._out.wait(self.device.current.record(), *(buffer.ready for buffer in buffers))
+        start = self._start(self._out)
         for storage, buffer in zip(packing.storages, buffers, strict=True):
             for stretch in storage.stretches:
                 host = buffer.bytes[stretch.position : stretch.position + stretch.num_bytes]
-                self.copies.copy_out(host, stretch_bytes(tensors[storage.source], stretch))
-        done = self._stop("out", start)
+                source = stretch_bytes(tensors[storage.source], stretch)
+                self._out.copy(host, source)
+                self._out.uses(source)
+        done = self._stop("out", self._out, start)
         for buffer in buffers:
             buffer.ready = done
         offloaded = Offloaded(self, packing, buffers)
@@ -93,36 +93,43 @@ class OffloadEngine:
         self.bytes_out += offloaded.host_bytes
         return offloaded
 
-    def copy_back(self, buffers: Sequence[HostBuffer]) -> tuple[tuple[torch.Tensor, ...], Any]:
-        """Start copying the buffers into new device memory and give them back; (bytes, event). For `Offloaded`."""
-        targets = tuple(self.copies.empty(buffer.num_bytes) for buffer in buffers)
-        self.copies.wait("back", self.copies.mark("compute"))
-        for buffer in buffers:
-            self.copies.wait("back", buffer.ready)
-        start = self._start("back")
+    def copy_back(self, buffers: Sequence[HostBuffer]) -> tuple[tuple[torch.Tensor, ...], Event]:
+        """Start copying the buffers into new device memory and give them back; (bytes, event). For `Offloaded`.
+
+        The new memory belongs to the current stream, which waits for the copy before it reads. So the allocator need
+        not be told of the copy in the normal course, and memory use does not depend on timing there; see `let_go`.
+        """
+        targets = tuple(self.device.empty(buffer.num_bytes) for buffer in buffers)
+        self._back.wait(self.device.current.record(), *(buffer.ready for buffer in buffers))
+        start = self._start(self._back)
         for target, buffer in zip(targets, buffers, strict=True):
-            self.copies.copy_back(target, buffer.bytes)
-        done = self._stop("back", start)
+            self._back.copy(target, buffer.bytes)
+        done = self._stop("back", self._back, start)
         for buffer in buffers:
             buffer.ready = done
             self.bytes_back += buffer.num_bytes
             self.arena.give_back(buffer)
         return targets, done
 
-    def wait_for(self, event: Any) -> None:
+    def wait_for(self, event: Event) -> None:
         """Let compute wait for a copy back. For `Offloaded`."""
-        start = self._start("compute")
-        self.copies.wait("compute", event)
+        compute = self.device.current
+        start = self._start(compute)
+        compute.wait(event)
         if self._timed:
-            self._stop("compute", start)
+            self._stop("exposed", compute, start)
+
+    def let_go(self, targets: Sequence[torch.Tensor]) -> None:
+        """Targets of a copy back are dropped though compute never waited for it. Any thread may call it."""
+        self._back.uses(*targets)
 
     def copy_seconds(self) -> CopySeconds:
         """Since the last `reset_counters`; waits for what it measures. Only of an engine that is `timed`."""
         assert self._timed, "build the engine with timed=True to measure its copies"
-        seconds = {"out": 0.0, "back": 0.0, "compute": 0.0}
-        for queue, start, stop in self._intervals:
-            seconds[queue] += self.copies.seconds_between(start, stop)
-        return CopySeconds(seconds["out"], seconds["back"], seconds["compute"])
+        seconds: dict[_Interval, float] = {"out": 0.0, "back": 0.0, "exposed": 0.0}
+        for what, start, stop in self._intervals:
+            seconds[what] += stop.seconds_since(start)
+        return CopySeconds(**seconds)
 
     def reset_counters(self) -> None:
         """Start `bytes_out`, `bytes_back` and `copy_seconds` again, for a new step."""
@@ -141,13 +148,13 @@ class OffloadEngine:
             raise
         return tuple(buffers)
 
-    def _start(self, queue: Queue) -> Any:
-        return self.copies.mark(queue) if self._timed else None
+    def _start(self, stream: Stream) -> Event | None:
+        return stream.record() if self._timed else None
 
-    def _stop(self, queue: Queue, start: Any) -> Any:
-        done = self.copies.mark(queue)
-        if self._timed:
-            self._intervals.append((queue, start, done))
+    def _stop(self, what: _Interval, stream: Stream, start: Event | None) -> Event:
+        done = stream.record()
+        if start is not None:
+            self._intervals.append((what, start, done))
         return done
 
 
@@ -166,7 +173,7 @@ class Offloaded:
         self._state: Literal["out", "back", "read", "dropped"] = "out"
         self._tensors: tuple[torch.Tensor, ...] = ()
         self._targets: tuple[torch.Tensor, ...] = ()
-        self._event: Any = None
+        self._event: Event | None = None
         self._finaliser = _finaliser(self, engine.arena.abandon, buffers)
 
     @property
@@ -174,16 +181,21 @@ class Offloaded:
         """What it holds in host memory, without the size classes' surplus."""
         return sum(buffer.num_bytes for buffer in self._buffers)
 
+    @property
+    def returning(self) -> tuple[torch.Tensor, ...]:
+        """The tensors that are being copied back and that nobody has read yet."""
+        return self._tensors if self._state == "back" else ()
+
     def reload(self) -> None:
         """Start copying back into new device memory. Once only."""
         assert self._state != "dropped", "RELOAD of offloaded tensors that were dropped"
         assert self._state == "out", "a second RELOAD of the same offloaded tensors"
         self._targets, self._event = self._engine.copy_back(self._buffers)
         self._finaliser.detach()
-        self._finaliser = _finaliser(self, _let_go, self._engine.copies, self._targets)
+        self._finaliser = _finaliser(self, self._engine.let_go, self._targets)
         self._buffers = ()
         self._tensors = tuple(
-            rebuild(form, self._targets, self._engine.device) for form in self._packing.forms
+            rebuild(form, self._targets, self._engine.device.torch_device) for form in self._packing.forms
         )
         self._state = "back"
 
@@ -197,6 +209,7 @@ class Offloaded:
         assert self._state != "out", "offloaded tensors were read before their RELOAD"
         assert self._state != "dropped", "offloaded tensors were read after they were dropped"
         if self._state == "back":
+            assert self._event is not None
             self._finaliser.detach()
             self._engine.wait_for(self._event)
             self._targets = ()
@@ -209,7 +222,7 @@ class Offloaded:
             for buffer in self._buffers:
                 self._engine.arena.give_back(buffer)
         elif self._state == "back":
-            _let_go(self._engine.copies, self._targets)
+            self._engine.let_go(self._targets)
         self._finaliser.detach()
         self._buffers = self._targets = self._tensors = ()
         self._state = "dropped"
@@ -221,8 +234,3 @@ def _finaliser(
     finaliser = weakref.finalize(owner, function, *arguments)
     finaliser.atexit = False
     return finaliser
-
-
-def _let_go(copies: Copies, targets: Sequence[torch.Tensor]) -> None:
-    for target in targets:
-        copies.let_go(target)

@@ -9,8 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import weakref
-from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -18,6 +17,7 @@ import torch
 from k2train.activations.entries import Entry, Geometry, Origin, Recipe, Slot
 from k2train.activations.offload import Offloaded, OffloadEngine
 from k2train.config.sections import FP8_POLICIES, OFFLOAD_POLICIES, ActivationsConfig, Policy
+from k2train.device.protocol import integers
 from k2train.model.saved import Made
 
 
@@ -32,13 +32,13 @@ class ActivationStore:
     ) -> None:
         """peak_offloaded: the microbatches of each virtual stage that the schedule has on the host at once."""
         self.policies, self.engine = policies, engine
-        self._peak_offloaded = dict(peak_offloaded or {})
+        self.peak_offloaded = dict(peak_offloaded or {})
         self._non_finite: dict[str, torch.Tensor] = {}
         self._microbatches: weakref.WeakSet[MicrobatchStore] = weakref.WeakSet()
 
-    def microbatch(self, virtual_stage: int = 0) -> MicrobatchStore:
+    def microbatch(self) -> MicrobatchStore:
         """The store of one microbatch on one virtual stage."""
-        store = MicrobatchStore(self, virtual_stage)
+        store = MicrobatchStore(self)
         self._microbatches.add(store)
         return store
 
@@ -46,22 +46,15 @@ class ActivationStore:
         """What becomes of a name; the head's two stay where they are."""
         return "keep" if name in ("head_input", "head_gradient") else getattr(self.policies, name)
 
-    def offload(self, virtual_stage: int, tensors: Sequence[torch.Tensor]) -> Offloaded:
-        """Start to copy a microbatch's tensors out.
-
-        The first of a virtual stage shows how large they are, and the schedule how many there will be: their buffers are
-        made at once, so that nothing is allocated in the steady phase unless expert loads grow.
-        """
-        microbatches = self._peak_offloaded.pop(virtual_stage, 0)
-        if microbatches:
-            sizes = Counter(tensor.numel() * tensor.element_size() for tensor in tensors if tensor.numel())
-            self.engine.arena.reserve({size: count * microbatches for size, count in sizes.items()})
-        return self.engine.offload(tensors)
-
     def entries(self) -> Iterator[Entry]:
         """Everything stored now, of all microbatches."""
         for store in list(self._microbatches):
             yield from store.entries()
+
+    def tensors(self) -> Iterator[torch.Tensor]:
+        """What holds `device_bytes`, for whoever counts storages; those on their way back from the host included."""
+        for store in list(self._microbatches):
+            yield from store.tensors()
 
     @property
     def device_bytes(self) -> int:
@@ -78,15 +71,17 @@ class ActivationStore:
 
     def non_finite_tiles(self) -> dict[str, int]:
         """Tiles with a value that is not finite that FP8 storage has met since the start, by name. Waits for the device."""
-        counts = {name: int(count.item()) for name, count in self._non_finite.items()}
-        return {name: count for name, count in counts.items() if count}
+        if not self._non_finite:
+            return {}
+        counts = self.engine.device.read(torch.stack(list(self._non_finite.values())), "non-finite tiles")
+        return {name: count for name, count in zip(self._non_finite, integers(counts), strict=True) if count}
 
 
 class MicrobatchStore:
     """What one microbatch keeps on one virtual stage; implements model.saved.SavedActivations."""
 
-    def __init__(self, parent: ActivationStore, virtual_stage: int) -> None:
-        self._parent, self._virtual_stage = parent, virtual_stage
+    def __init__(self, parent: ActivationStore) -> None:
+        self._parent = parent
         self._named: dict[int, Entry] = {}
         self._entries: list[weakref.ref[Entry]] = []
         self._layer: int | None = None
@@ -138,6 +133,11 @@ class MicrobatchStore:
 
     # What the schedule says.
 
+    def sizes_to_offload(self) -> list[int]:
+        """Bytes of each host buffer that `offload` would take now."""
+        parts = [part for entry in self.entries() if entry.offloads for part in entry.payload]
+        return [part.numel() * part.element_size() for part in parts if part.numel()]
+
     def offload(self) -> None:
         """Start to copy what is to be offloaded to the host and let go of it here. Once, after the forward."""
         assert self._offloaded is None, "offloaded twice"
@@ -145,7 +145,7 @@ class MicrobatchStore:
         if not leaving:
             return
         parts = [part for entry in leaving for part in entry.payload]
-        self._offloaded = self._parent.offload(self._virtual_stage, parts)
+        self._offloaded = self._parent.engine.offload(parts)
         counts = [(weakref.ref(entry), len(entry.payload)) for entry in leaving]
         for entry in leaving:
             entry.leave(lambda: self._land(counts))
@@ -172,6 +172,13 @@ class MicrobatchStore:
             entry = reference()
             if entry is not None and entry.stored:
                 yield entry
+
+    def tensors(self) -> Iterator[torch.Tensor]:
+        """What is stored on the device now."""
+        for entry in self.entries():
+            yield from entry.payload
+        if self._offloaded is not None:
+            yield from self._offloaded.returning
 
     def _land(self, counts: list[tuple[weakref.ref[Entry], int]]) -> None:
         """Hand the reloaded tensors to their entries, so that each goes with its own last user."""

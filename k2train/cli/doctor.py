@@ -6,7 +6,10 @@ import dataclasses
 import importlib.metadata
 import os
 import platform
+import resource
 import shutil
+from collections.abc import Mapping
+from pathlib import Path
 
 from rich.console import Console
 from rich.markup import escape
@@ -14,6 +17,7 @@ from rich.table import Table
 
 from k2train.config.compose import config_dir
 from k2train.config.errors import ConfigError
+from k2train.trainer.cores import SYSFS, numa_node, pci_address
 
 USAGE = "usage: k2train doctor\n\nPrints versions, devices and optional packages; exit status 1 where training cannot start."
 
@@ -78,6 +82,10 @@ def _machine_table() -> Table:
     table.add_row("memory", f"{_memory_bytes() / 1e9:.1f} GB")
     table.add_row("free disk", f"{shutil.disk_usage('.').free / 1e9:.1f} GB")
     table.add_row("configs", str(config_dir()))
+    table.add_row("NUMA nodes", str(numa_node_count(SYSFS)))
+    table.add_row("RDMA devices", ", ".join(rdma_devices(SYSFS)) or "none; between nodes NCCL uses TCP")
+    table.add_row("locked memory", locked_memory(resource.getrlimit(resource.RLIMIT_MEMLOCK)[0]))
+    table.add_row("CUDA allocator", allocator_settings(os.environ))
     for name, value in _devices():
         table.add_row(name, value)
     return table
@@ -85,6 +93,31 @@ def _machine_table() -> Table:
 
 def _memory_bytes() -> int:
     return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+
+
+def numa_node_count(sysfs: Path) -> int:
+    """How many NUMA nodes the machine has; 1 where it does not say."""
+    return len(list((sysfs / "devices/system/node").glob("node[0-9]*"))) or 1
+
+
+def rdma_devices(sysfs: Path) -> list[str]:
+    """The names of InfiniBand and RoCE devices, such as `mlx5_0`."""
+    return sorted(path.name for path in (sysfs / "class/infiniband").glob("*"))
+
+
+def locked_memory(limit: int) -> str:
+    """What a process may lock, which is what RDMA registers. limit: in bytes, as getrlimit says it."""
+    if limit == resource.RLIM_INFINITY:
+        return "unlimited"
+    return f"{limit / 1e6:.1f} MB; RDMA wants it unlimited (ulimit -l)"
+
+
+def allocator_settings(environment: Mapping[str, str]) -> str:
+    """What torch's allocator for GPU memory is told, under either of the two names that torch reads."""
+    for name in ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF"):
+        if environment.get(name):
+            return f"{environment[name]} ({name})"
+    return "torch's default; the launch scripts set launch/env.sh's"
 
 
 def _devices() -> list[tuple[str, str]]:
@@ -95,11 +128,16 @@ def _devices() -> list[tuple[str, str]]:
 
     if not torch.cuda.is_available():
         return [("devices", "CPU only")]
-    names = [torch.cuda.get_device_properties(index) for index in range(torch.cuda.device_count())]
+    gpus = [torch.cuda.get_device_properties(index) for index in range(torch.cuda.device_count())]
     return [
-        (f"device {index}", f"{device.name}, {device.total_memory / 1e9:.0f} GB")
-        for index, device in enumerate(names)
+        (f"device {index}", gpu_facts(gpu.name, gpu.total_memory, numa_node(pci_address(gpu))))
+        for index, gpu in enumerate(gpus)
     ]
+
+
+def gpu_facts(name: str, num_bytes: int, node: int | None) -> str:
+    """A GPU's name, memory and NUMA node."""
+    return f"{name}, {num_bytes / 1e9:.0f} GB, NUMA node {'unknown' if node is None else node}"
 
 
 def _package_table() -> Table:

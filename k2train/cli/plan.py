@@ -13,12 +13,10 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from rich.console import Console
-
+from k2train.cli.show import show
 from k2train.config.compose import expand_sweep, load_config, parse_overrides
 from k2train.config.errors import ConfigError
 from k2train.config.help import render_help
@@ -29,7 +27,7 @@ from k2train.planner.advice import Advice, advise, all_to_all_note
 from k2train.planner.export import plan_document
 from k2train.planner.plan import Plan, build_plan
 from k2train.planner.sweep import Row, compared, plan_rows, sweep_table
-from k2train.planner.tables import WIDTH, plan_tables
+from k2train.planner.tables import plan_tables
 from k2train.schedule.render import render_timeline
 from k2train.schedule.trace import write_trace
 
@@ -57,7 +55,7 @@ def _single(config: Config) -> int:
     pictures = config.plan.timeline is not None or config.plan.trace is not None
     plan = build_plan(config, record=pictures)
     advice = None if plan.fits else advise(plan)
-    _print(*plan_tables(plan, advice, all_to_all_note(plan)))
+    show(*plan_tables(plan, advice, all_to_all_note(plan)))
     for path in _write(plan, advice):
         print(f"wrote {path}")
     return 0
@@ -67,7 +65,7 @@ def _compare(config: Config) -> int:
     """`plan.compare`: the same model and cluster under several schedules."""
     rows = plan_rows(compared(config))
     nodes = f"{config.name} on {rows[0].world} devices ({config.cluster.name})"
-    _print(*sweep_table(f"Schedules side by side: {nodes}", rows))
+    show(*sweep_table(f"Schedules side by side: {nodes}", rows))
     _write_rows(config.plan, rows)
     return 0
 
@@ -84,7 +82,7 @@ def _sweep(words: Sequence[str]) -> int:
         variants = compared(config) if config.plan.compare else [({}, config)]
         points += [({**labels, **more}, variant) for more, variant in variants]
     rows = plan_rows(points)
-    _print(*sweep_table(f"Sweep: {points[0][1].name}", rows))
+    show(*sweep_table(f"Sweep: {points[0][1].name}", rows))
     _write_rows(points[0][1].plan, rows)
     return 0
 
@@ -96,15 +94,6 @@ def swept_keys(words: Sequence[str]) -> list[str]:
 
 def _value(overrides: Sequence[str], key: str) -> str:
     return next(word.split("=", 1)[1] for word in overrides if word.split("=", 1)[0] == key)
-
-
-def _print(*things: object) -> None:
-    """Tables at the terminal's width, or at 100 columns where there is none."""
-    console = Console(width=None if sys.stdout.isatty() else WIDTH, highlight=False)
-    if console.width > WIDTH:
-        console = Console(width=WIDTH, highlight=False)
-    for thing in things:
-        console.print(thing)
 
 
 def check_files(section: PlanConfig) -> None:

@@ -11,6 +11,7 @@ from rich.table import Table
 from k2train.config.compose import config_dir, group_options, load_config
 from k2train.config.help import render_help
 from k2train.config.schema import Config
+from k2train.device.build import build_device
 from k2train.estimate.activations import check_policies
 from k2train.planner.tables import new_table
 from k2train.trainer.memory_report import MemoryReport, NameBytes, measure_memory
@@ -33,8 +34,8 @@ def run(args: list[str]) -> int:
     check_policies(config.activations)
     # But for what GPU kernels keep, bytes are the same wherever they are measured: a config made for GPUs can be looked at
     # without one.
-    device = torch.device("cuda" if torch.cuda.is_available() and config.train.device != "cpu" else "cpu")
-    report = measure_memory(config, device)
+    here = torch.device("cuda" if torch.cuda.is_available() and config.train.device != "cpu" else "cpu")
+    report = measure_memory(config, build_device(here))
     console = Console(width=None if Console().is_terminal else WIDTH)
     for kind, rows in report.layers.items():
         console.print(memory_table(kind, report, rows))

@@ -62,6 +62,11 @@ class OptimConfig:
     host_adam: Literal["torch", "deepspeed"] = key("which CPU AdamW updates states in host memory; deepspeed needs the "
                                                    "deepspeed extra", default="torch")  # fmt: skip
 
+    @property
+    def tau(self) -> float | None:
+        """QK-Clip's limit of logits; None where nothing is clipped."""
+        return self.qk_clip_tau if self.name == "muonclip" else None
+
     def __post_init__(self) -> None:
         check_ranges("optim", self)
         if not self.lr_phases:

@@ -9,12 +9,14 @@ from k2train.config.data import DataConfig
 from k2train.config.errors import ConfigError
 from k2train.config.fields import key
 from k2train.config.model import ModelConfig
+from k2train.config.ops import OpsConfig
 from k2train.config.optim import OptimConfig
 from k2train.config.sections import (
     ActivationsConfig,
     ClusterConfig,
     LayoutConfig,
     PlanConfig,
+    RehearseConfig,
     ScheduleConfig,
     TelemetryConfig,
     TrainConfig,
@@ -36,8 +38,10 @@ class Config:
     data: DataConfig = key("the corpora")
     cluster: ClusterConfig = key("the machine")
     train: TrainConfig = key("the step and the run")
+    ops: OpsConfig = key("whose kernels compute on a GPU", factory=OpsConfig)
     telemetry: TelemetryConfig = key("where metrics go", factory=TelemetryConfig)
     plan: PlanConfig = key("files of `k2train plan`", factory=PlanConfig)
+    rehearse: RehearseConfig = key("the rank of `k2train rehearse`", factory=RehearseConfig)
     world: World = key(
         "how ranks run: one process each (a launcher's, else started here), threads of one process, or a single rank",
         default="auto",

@@ -13,7 +13,7 @@ Policy = Literal["keep", "fp8", "recompute", "offload", "fp8_offload"]
 FP8_POLICIES: tuple[Policy, ...] = ("fp8", "fp8_offload")
 OFFLOAD_POLICIES: tuple[Policy, ...] = ("offload", "fp8_offload")
 Dtype = Literal["bfloat16", "float32", "float64"]
-DispatchKind = Literal["per_expert", "per_rank", "per_node"]
+DispatchKind = Literal["per_expert", "per_rank", "per_node", "deepep"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -38,7 +38,8 @@ class LayoutConfig:
         unit="layers")  # fmt: skip
     dispatch: DispatchKind = key(
         "how often a token is sent on its way to the experts: once for every expert it chose, once for every rank that holds "
-        "one, or once for every node that does and there once for every rank",
+        "one, or once for every node that does and there once for every rank; deepep is the last by DeepEP's kernels, where "
+        "that package is installed (not yet run on a GPU)",
         default="per_expert",
     )
     dispatch_parts: int = key(
@@ -147,6 +148,9 @@ class ClusterConfig:
     # docs/optimizer.md: 50 M parameters in 50 ms on one core, seven FP32 numbers read or written for each.
     host_update_bytes_per_second: float = key("host memory that one rank's AdamW reads and writes, where its states live "
                                               "there", unit="bytes/s", default=28.0e9, above=0)  # fmt: skip
+    # Assumption: a copy into pinned memory, the wake-up of the host, and the launch of a first kernel, some 10 us each.
+    host_read_seconds: float = key("from numbers on the device until the host has read them and its next kernel starts",
+                                   unit="seconds", default=3.0e-5, minimum=0)  # fmt: skip
 
     def __post_init__(self) -> None:
         check_ranges("cluster", self)
@@ -192,7 +196,8 @@ class TrainConfig:
         above=0,
     )
     bind_cores: bool = key(
-        "on CPUs, give each process of a launcher its own share of the cores (Linux)", default=True
+        "give each process of a launcher its own share of the cores, on GPUs of those of its GPU's NUMA node (Linux)",
+        default=True,
     )
     init_from: str | None = key(
         "checkpoint directory whose weights start the run, written by import-hf or train", default=None
@@ -229,6 +234,31 @@ class TelemetryConfig:
 
     def __post_init__(self) -> None:
         check_ranges("telemetry", self)
+
+
+@dataclasses.dataclass(frozen=True)
+class RehearseConfig:
+    """`rehearse`: which rank `k2train rehearse` runs, and what it writes."""
+
+    stage: int = key("stage of the pipeline whose rank is rehearsed, from 0", default=0, minimum=0)
+    data_rank: int = key(
+        "which of the stage's ranks, from 0 to layout.edp * layout.ep - 1", default=0, minimum=0
+    )
+    microbatches: int | None = key(
+        "microbatches of the rehearsed step; null takes the whole batch",
+        unit="microbatches",
+        default=None,
+        minimum=1,
+    )
+    skew: float = key(
+        "how unevenly experts are chosen: deviation of the logarithm of an expert's popularity, 0 for chance alone",
+        default=0.0, minimum=0.0,
+    )  # fmt: skip
+    json: str | None = key("file for the machine-readable report", default=None)
+    picture: str | None = key("PNG file for memory over the step, planned and rehearsed", default=None)
+
+    def __post_init__(self) -> None:
+        check_ranges("rehearse", self)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -13,9 +13,11 @@ from typing import Literal
 from k2train.config.sections import ActivationsConfig
 from k2train.estimate.activations import SavedTensor, saved_tensors
 from k2train.estimate.layer_ops import (
+    EMBEDDING_COLUMNS,
     Workload,
     attention_phase,
     embedding_grad_bytes,
+    embedding_grad_kernels,
     embedding_ops,
     experts_phase,
     head_ops,
@@ -40,6 +42,26 @@ class TimedPhase:
 
 
 @dataclass(frozen=True)
+class Exchange:
+    """Seconds of a MoE layer's traffic between the ranks of an expert-parallel group."""
+
+    route: float
+    """Until the host knows how many rows go where (`traffic.route_seconds`)."""
+    move: float
+    """One dispatch or one combine, 0 without expert parallelism."""
+
+    @property
+    def before(self) -> tuple[TimedPhase, TimedPhase]:
+        """Before the experts, in the forward."""
+        return TimedPhase("route", "ep", self.route), TimedPhase("dispatch", "ep", self.move)
+
+    @property
+    def after(self) -> tuple[TimedPhase]:
+        """After the experts, in the forward."""
+        return (TimedPhase("combine", "ep", self.move),)
+
+
+@dataclass(frozen=True)
 class LayerCosts:
     """One layer, or one end of the model, for one microbatch on one rank."""
 
@@ -56,18 +78,20 @@ class LayerCosts:
 
 
 def transformer_layer(
-    w: Workload, policies: ActivationsConfig, machine: Machine, all_to_all_seconds: float, moe: bool
+    w: Workload, policies: ActivationsConfig, machine: Machine, exchange: Exchange, moe: bool
 ) -> LayerCosts:
-    """One layer. all_to_all_seconds: one dispatch or one combine, 0 without expert parallelism."""
+    """One layer."""
     saved = saved_tensors(w, policies, moe)
     phases = _phases(w, moe)
     forward = [_forward(machine, name, ops, saved) for name, ops in phases]
     backward = [_backward(machine, name, ops, saved) for name, ops in reversed(phases)]
-    if moe and all_to_all_seconds:
-        forward = _around_experts(forward, all_to_all_seconds, ("dispatch", "combine"))
-        backward = _around_experts(backward, all_to_all_seconds, ("combine", "dispatch"))
+    if moe:
+        forward = _around_experts(forward, exchange.before, exchange.after)
+        # The route's step of the backward does nothing; it keeps the halves of a pair in time.
+        done = TimedPhase("route", "ep", 0.0)
+        backward = _around_experts(backward, exchange.after, (exchange.before[1], done))
     ops = [op for _, phase in phases for op in phase]
-    exchange = 2 * w.rows * w.model.hidden_size * w.element_bytes if moe and w.ep > 1 else 0
+    moved = 2 * w.rows * w.model.hidden_size * w.element_bytes if moe and w.ep > 1 else 0
     unkept = sum(tensor.full_bytes - tensor.stored_bytes for tensor in saved)
     return LayerCosts(
         tuple(forward),
@@ -75,8 +99,8 @@ def transformer_layer(
         machine.weight_grad(ops),
         saved,
         # As if nothing that a layer makes were freed before it ends: an upper bound.
-        unkept + exchange,
-        unkept + exchange + _gradient_bytes(w, moe),
+        unkept + moved,
+        unkept + moved + _gradient_bytes(w, moe),
         _queue_bytes(ops),
         sum(op.flops for op in ops),
         sum(op.flops for op in _recomputed(ops, saved)),
@@ -86,21 +110,23 @@ def transformer_layer(
 def embedding(w: Workload, machine: Machine) -> LayerCosts:
     """The look-up; its gradient is a weight gradient only."""
     output = w.tokens * w.model.hidden_size * w.element_bytes
+    summed = w.tokens * min(w.model.hidden_size, EMBEDDING_COLUMNS) * accumulation_bytes(w.dtype)
+    further = (embedding_grad_kernels(w) - 1) * machine.cluster.kernel_latency_seconds
     return LayerCosts(
         (TimedPhase("embedding", "compute", machine.forward(embedding_ops(w))),),
         (),
-        machine.seconds(0.0, embedding_grad_bytes(w), "elementwise"),
+        machine.seconds(0.0, embedding_grad_bytes(w), "elementwise") + further,
         (),
         output,
-        0,
+        2 * summed,
         output,
         0.0,
         0.0,
     )
 
 
-def head(w: Workload, machine: Machine) -> LayerCosts:
-    """Final norm, logits and loss in chunks of tokens, with both gradients on the spot.
+def head(w: Workload, machine: Machine, num_owners: int = 1) -> LayerCosts:
+    """Final norm, logits and loss in chunks of tokens, with both gradients on the spot. num_owners: as in `head_ops`.
 
     Each chunk's logits become its loss and its gradients and are gone, so the forward does all three products and
     backward and weight gradient have next to nothing left. Every chunk passes over the weight and its FP32 gradient
@@ -108,7 +134,7 @@ def head(w: Workload, machine: Machine) -> LayerCosts:
     """
     stream = w.tokens * w.model.hidden_size
     chunk = min(w.tokens, logits_chunk_tokens(w))
-    norm, logits, loss = head_ops(w, -(-w.tokens // chunk))
+    norm, logits, loss = head_ops(w, -(-w.tokens // chunk), num_owners)
     statistics = w.tokens * accumulation_bytes(w.dtype)
     kept = tuple(
         SavedTensor(name, "keep", stream, num_bytes, num_bytes)
@@ -121,11 +147,11 @@ def head(w: Workload, machine: Machine) -> LayerCosts:
     return LayerCosts(
         (TimedPhase("head", "compute", machine.forward([norm, logits, loss]) + both_gradients),),
         (TimedPhase("head", "compute", machine.backward_input([norm])),),
-        0.0,
+        machine.weight_grad([norm]),
         kept,
         chunk * w.model.vocab_size * (2 * w.element_bytes + 4),
         stream * w.element_bytes,
-        0,
+        _queue_bytes([norm]),
         logits.flops,
         0.0,
     )
@@ -143,14 +169,13 @@ def _phases(w: Workload, moe: bool) -> list[tuple[str, list[Op]]]:
     return [("attention", attention_phase(w, moe=True) + merge_ops(w)), ("experts", experts_phase(w))]
 
 
-def _around_experts(phases: Sequence[TimedPhase], seconds: float, names: tuple[str, str]) -> list[TimedPhase]:
-    """An all-to-all before and one after the experts."""
+def _around_experts(
+    phases: Sequence[TimedPhase], before: Sequence[TimedPhase], after: Sequence[TimedPhase]
+) -> list[TimedPhase]:
+    """What the ranks exchange before and after the experts."""
     placed: list[TimedPhase] = []
     for phase in phases:
-        if phase.name == "experts":
-            placed += [TimedPhase(names[0], "ep", seconds), phase, TimedPhase(names[1], "ep", seconds)]
-        else:
-            placed.append(phase)
+        placed += [*before, phase, *after] if phase.name == "experts" else [phase]
     return placed
 
 
@@ -195,7 +220,7 @@ def _gradient_bytes(w: Workload, moe: bool) -> int:
 
 
 def _queue_bytes(ops: Iterable[Op]) -> int:
-    """Inputs and output gradients of every product; an input that two products share waits once."""
+    """Inputs and output gradients of every product, an input that two products share once; gradients of norms' weights."""
     queued = [op.queued for op in ops if op.queued is not None]
     inputs = {name: num_bytes for name, num_bytes, _ in queued}
     return sum(inputs.values()) + sum(gradient for _, _, gradient in queued)

@@ -9,11 +9,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from k2train.config.model import ModelConfig
+from k2train.config.ops import DEFAULT_OPS, OpsConfig
 from k2train.config.sections import ActivationsConfig, ClusterConfig, TrainConfig
 from k2train.estimate.activations import SavedTensor, check_policies
-from k2train.estimate.layer_costs import LayerCosts, TimedPhase, embedding, head, transformer_layer
+from k2train.estimate.layer_costs import Exchange, LayerCosts, TimedPhase, embedding, head, transformer_layer
 from k2train.estimate.layer_ops import Workload, workload
-from k2train.estimate.traffic import Network, all_to_all_seconds, message_seconds
+from k2train.estimate.traffic import Network, all_to_all_seconds, message_seconds, route_seconds
 from k2train.estimate.work import Machine
 from k2train.layout.layout import Layout, VirtualStage
 
@@ -89,12 +90,13 @@ def build_estimator(
     policies: ActivationsConfig,
     layout: Layout,
     cluster: ClusterConfig,
+    ops: OpsConfig = DEFAULT_OPS,
 ) -> Estimator:
     """Cost the layers of a model. Raises ConfigError for activation policies that cannot be carried out."""
     check_policies(policies)
-    w = workload(model, train, layout.ep, layout.relay_ranks)
+    w = workload(model, train, layout.ep, layout.relay_ranks, ops, layout.dispatch == "deepep")
     machine = Machine(cluster, train.dtype)
-    exchange = all_to_all_seconds(w, layout, cluster)
+    exchange = Exchange(route_seconds(w, layout, cluster), all_to_all_seconds(w, layout, cluster))
     dense, moe = (transformer_layer(w, policies, machine, exchange, moe) for moe in (False, True))
     return Estimator(
         w,
@@ -103,5 +105,5 @@ def build_estimator(
         embedding(w, machine),
         dense,
         moe,
-        head(w, machine),
+        head(w, machine, layout.dp),
     )

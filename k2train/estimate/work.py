@@ -34,8 +34,21 @@ class Op:
     """Entries of the weight it multiplies by; 0 where there is none."""
     backward_flops: float | None = None
     """FLOPs of the input gradient; None where they equal the forward's."""
+    backward_bytes: float | None = None
+    """Bytes that the input gradient moves; None for the usual multiple of the forward's."""
+    extra_flops: float = 0.0
+    """FLOPs of the forward that the model itself does not need: they take time and count for no utilisation."""
+    relative_speed: float = 1.0
+    """Share of what its kind reaches on the cluster."""
     queued: tuple[str, int, int] | None = None
-    """What waits for the weight gradient: the input's name, its bytes, and the bytes of the output's gradient."""
+    """What waits for the weight gradient: the input's name, its bytes, and the bytes of the output's gradient.
+
+    For a norm, whose weight's gradient waits ready to be added: its own name, 0, and the bytes of that gradient.
+    """
+    weight_kernels: int = 1
+    """Kernels among which the weight gradient is divided: one for each expert, or for each run of rows."""
+    weight_passes: int = 1
+    """Times the product of the weight gradient is computed: once for each BF16 part of an FP32 gradient."""
 
 
 def accumulation_bytes(dtype: Dtype) -> int:
@@ -60,7 +73,9 @@ class Machine:
 
     def forward(self, ops: Iterable[Op]) -> float:
         """Seconds of these operations one after another."""
-        return sum(self.seconds(op.flops, op.bytes, op.kind) for op in ops)
+        return sum(
+            self.seconds((op.flops + op.extra_flops) / op.relative_speed, op.bytes, op.kind) for op in ops
+        )
 
     def backward_input(self, ops: Iterable[Op]) -> float:
         """Seconds of their input gradients.
@@ -72,14 +87,20 @@ class Machine:
 
     def _backward_input(self, op: Op) -> float:
         flops = op.flops if op.backward_flops is None else op.backward_flops
-        factor = 1.0 if op.kind == "matmul" else 1.5
-        return self.seconds(flops, factor * op.bytes, op.kind)
+        num_bytes = op.bytes * (1.0 if op.kind == "matmul" else 1.5)
+        if op.backward_bytes is not None:
+            num_bytes = op.backward_bytes
+        return self.seconds(flops / op.relative_speed, num_bytes, op.kind)
 
     def weight_grad(self, ops: Iterable[Op]) -> float:
         """Seconds of their weight gradients, each summed into its FP32 buffer by the product itself (read and written)."""
-        accumulate = 2 * accumulation_bytes(self.dtype)
-        return sum(
-            self.seconds(op.flops, op.bytes + accumulate * op.weight_elements, "matmul")
-            for op in ops
-            if op.weight_elements
-        )
+        return sum(self._weight_grad(op) for op in ops if op.queued is not None)
+
+    def _weight_grad(self, op: Op) -> float:
+        assert op.queued is not None
+        if not op.weight_elements:
+            # A norm's gradient is read, its sum read and written.
+            return self.seconds(0.0, 3 * op.queued[2], "elementwise")
+        moved = op.bytes + 2 * accumulation_bytes(self.dtype) * op.weight_elements
+        further = (op.weight_kernels - 1) * self.cluster.kernel_latency_seconds
+        return op.weight_passes * (self.seconds(op.flops, moved, "matmul") + further)

@@ -13,6 +13,7 @@ from k2train.model.pieces import Allocator, Piece
 from k2train.model.saved import SavedActivations, named_norm
 from k2train.ops.attention import causal_attention
 from k2train.ops.attention_tiles import AttentionScratch
+from k2train.ops.backend import OpsBackend
 from k2train.ops.linear import linear
 from k2train.ops.rotary import RotaryTables, rotary_keys, rotary_queries, rotary_tables, softmax_scale
 from k2train.ops.weight_grad import WeightGradSlot
@@ -39,9 +40,16 @@ class LatentAttention:
     """The attention of one layer, between its norm and its residual."""
 
     def __init__(
-        self, model: ModelConfig, prefix: str, rotary: Rotary, scratch: AttentionScratch, allocator: Allocator
+        self,
+        model: ModelConfig,
+        prefix: str,
+        rotary: Rotary,
+        scratch: AttentionScratch,
+        backend: OpsBackend,
+        allocator: Allocator,
     ) -> None:
         self.model, self.prefix, self.rotary, self.scratch = model, prefix, rotary, scratch
+        self.backend = backend
         self.scale = softmax_scale(model)
         hidden, heads = model.hidden_size, model.num_attention_heads
         self.weights: dict[str, torch.nn.Parameter] = {}
@@ -70,19 +78,20 @@ class LatentAttention:
         saved: SavedActivations,
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """The heads' outputs, before the output projection (T, H * V), and the largest logit of each head (H,)."""
-        q_BHSK = self._queries(normed_TD, num_sequences, slot, saved)
-        k_BHSK, v_BHSV = self._keys_values(normed_TD, num_sequences, slot, saved)
-        tokens = normed_TD.shape[0]
+        query = self._queries(normed_TD, num_sequences, slot, saved)
+        key, value = self._keys_values(normed_TD, num_sequences, slot, saved)
+        tokens, backend = normed_TD.shape[0], self.backend
 
-        def attend(
-            q_BHSK: torch.Tensor, k_BHSK: torch.Tensor, v_BHSV: torch.Tensor
-        ) -> tuple[torch.Tensor, ...]:
-            attended = causal_attention(q_BHSK, k_BHSK, v_BHSV, self.scale, scratch=self.scratch)
-            if attended.log_sums is not None:
-                saved.name("attention_output", extras=(attended.log_sums,))
+        def attend(*inputs: torch.Tensor) -> tuple[torch.Tensor, ...]:
+            q_BHSK, k_BHSK, v_BHSV = (t.transpose(1, 2) if backend.heads_inside else t for t in inputs)
+            attended = causal_attention(
+                q_BHSK, k_BHSK, v_BHSV, self.scale, scratch=self.scratch, backend=backend
+            )
+            if attended.extras:
+                saved.name("attention_output", extras=attended.extras)
             return attended.out.view(tokens, -1), attended.max_logits
 
-        heads_TX, max_logit_H = saved.make("attention_output", attend, q_BHSK, k_BHSK, v_BHSV)
+        heads_TX, max_logit_H = saved.make("attention_output", attend, query, key, value)
         return heads_TX, max_logit_H
 
     def project(self, heads_TX: torch.Tensor, slot: WeightGradSlot | None) -> torch.Tensor:
@@ -104,7 +113,7 @@ class LatentAttention:
             )
             norm = weights["q_a_layernorm"]
             source_TX = named_norm(
-                saved, ("q_latent", "q_latent_norm_output"), latent_TR, norm, LATENT_NORM_EPS
+                saved, ("q_latent", "q_latent_norm_output"), latent_TR, norm, LATENT_NORM_EPS, slot
             )
             up = "q_b_proj"
         tables = self.rotary.tables(normed_TD.shape[0] // num_sequences)
@@ -112,7 +121,7 @@ class LatentAttention:
         def rotated(source_TX: torch.Tensor) -> torch.Tensor:
             q_TX = linear(source_TX, weights[up], slot)
             q_BSHK = q_TX.view(num_sequences, -1, model.num_attention_heads, model.qk_head_dim)
-            return rotary_queries(q_BSHK, tables)
+            return rotary_queries(q_BSHK, tables, self.backend.heads_inside)
 
         return saved.make("query", rotated, source_TX)
 
@@ -130,7 +139,7 @@ class LatentAttention:
         latent_TR, rope_TR = compressed_TX.split([model.kv_lora_rank, model.qk_rope_head_dim], dim=1)
         norm = weights["kv_a_layernorm"]
         latent_TR = named_norm(
-            saved, ("kv_latent", "kv_latent_norm_output"), latent_TR, norm, LATENT_NORM_EPS
+            saved, ("kv_latent", "kv_latent_norm_output"), latent_TR, norm, LATENT_NORM_EPS, slot
         )
         tables = self.rotary.tables(normed_TD.shape[0] // num_sequences)
 
@@ -139,6 +148,6 @@ class LatentAttention:
             width = model.qk_nope_head_dim + model.v_head_dim
             kv_BSHC = kv_TX.view(num_sequences, -1, model.num_attention_heads, width)
             rope_BSR = rope_TR.unflatten(0, (num_sequences, -1))
-            return rotary_keys(kv_BSHC, rope_BSR, tables)
+            return rotary_keys(kv_BSHC, rope_BSR, tables, self.backend.heads_inside)
 
         return saved.make("key_value", rotated, latent_TR, rope_TR)

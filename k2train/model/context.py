@@ -6,9 +6,13 @@ import dataclasses
 
 import torch
 
+from k2train.device.cpu import CpuDevice
+from k2train.device.protocol import Device
 from k2train.model.dispatcher import Route
 from k2train.model.saved import KeepEverything, SavedActivations
 from k2train.ops.weight_grad import AtOnce, GradientSink, Key, WeightGradQueue, WeightGradSlot
+
+_CPU = CpuDevice(torch.device("cpu"))
 
 
 class Statistics:
@@ -52,8 +56,9 @@ class MicrobatchContext:
     balance_loss_scale: factor on the mean over the microbatch's sequences of the balance loss, summed over layers;
         alpha / microbatches of the global batch for a mean. 0 switches it off.
     targets: (T,) the next tokens, needed where the head is; -100 is ignored.
-    routes: the row exchange of each MoE layer between its dispatch and its combine.
+    routes: the row exchange of each MoE layer, from its route phase until the backward of its dispatch.
     saved: what becomes of the tensors that phases keep for the backward; the default leaves them to autograd.
+    device: whose streams phases run on.
     """
 
     num_sequences: int
@@ -66,6 +71,7 @@ class MicrobatchContext:
     targets: torch.Tensor | None = None
     routes: dict[int, Route] = dataclasses.field(default_factory=dict)
     saved: SavedActivations = dataclasses.field(default_factory=KeepEverything)
+    device: Device = _CPU
 
     @property
     def training(self) -> bool:

@@ -7,22 +7,33 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Iterator
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 
+from k2train.device.protocol import Device, Event, Reading, Stream, integers
 from k2train.model.saved import Held, KeptTensor, SavedActivations
 from k2train.ops.permute import sort_slots, sum_slots
 
 Tensors = tuple[torch.Tensor, ...]
 
 
-class Pending(Protocol):
-    """Rows under way."""
+@dataclasses.dataclass(frozen=True)
+class Results:
+    """Tensors, and when they are there.
 
-    def wait(self) -> Tensors:
-        """The rows, once they are there."""
-        ...
+    ready: the event at which they are; None where the current stream made them, so that what it is given next
+    may use them.
+    """
+
+    tensors: tuple[torch.Tensor | None, ...]
+    ready: Event | None = None
+
+    def on(self, stream: Stream) -> tuple[Any, ...]:
+        """The tensors, which `stream` may use from here on."""
+        stream.wait(self.ready)
+        stream.uses(*(tensor for tensor in self.tensors if tensor is not None))
+        return self.tensors
 
 
 class Route(Protocol):
@@ -30,29 +41,75 @@ class Route(Protocol):
 
     @property
     def offsets(self) -> torch.Tensor:
-        """(L,) int32, on the rows' device: the row after the last of each local expert, in rows sorted by expert."""
+        """(L,) int32, on the rows' device: the row after each local expert's last, in rows sorted by expert."""
+        ...
+
+    @property
+    def rows_of_experts(self) -> tuple[int, ...]:
+        """Rows of each local expert, known to the host; `offsets` are their sums. Not before `dispatch`."""
         ...
 
     def settle(self, saved: SavedActivations) -> None:
-        """The forward has used it: hand what the backward needs to the store, and let go of what can be worked out again."""
+        """The forward has used it: hand what the backward needs to the store, and let go of the rest."""
+        ...
+
+
+class Routing(Protocol):
+    """A route that the device is still counting."""
+
+    def wait(self) -> Route:
+        """The route. The host waits here for the counts, and for nothing that was issued after them."""
         ...
 
 
 class Dispatcher(Protocol):
-    """Brings tokens to their experts and back. Both moves are linear and each is the other's transpose, so the backward
-    of one is the other. Every rank of an expert-parallel group calls them in the same order. Zero rows are legal."""
+    """Brings tokens to their experts and back.
 
-    def route(self, experts_TK: torch.Tensor, counts_E: torch.Tensor, saved: SavedActivations) -> Route:
-        """Agree on who sends what. experts_TK (T, K) int64 are this rank's choices, counts_E (E,) int64 how often each
-        expert is among them. The index tables that live until the backward are named `routing` in `saved`."""
+    Both moves are linear and each is the other's transpose, so the backward of one is the other. Every rank of an
+    expert-parallel group calls them in the same order. Zero rows are legal. `ready` is the event at which the
+    given tensors are there (None: behind what the current stream has been given); the results say when they are.
+    """
+
+    @property
+    def device(self) -> Device:
+        """Whose streams the results are handed on to."""
         ...
 
-    def dispatch(self, x_TD: torch.Tensor, route: Route, weights_TK: torch.Tensor | None = None) -> Pending:
-        """Start to copy tokens to their experts' rows (M, D), sorted by local expert; with weights, each one's (M,) too."""
+    def start_route(
+        self,
+        experts_TK: torch.Tensor,
+        counts_E: torch.Tensor,
+        saved: SavedActivations,
+        ready: Event | None = None,
+    ) -> Routing:
+        """Begin to agree on who sends what.
+
+        experts_TK (T, K) int64 are this rank's choices, counts_E (E,) int64 how often each expert is among them.
+        The index tables that live until the backward are named `routing` in `saved`.
+        """
         ...
 
-    def combine(self, rows_MD: torch.Tensor, route: Route, weights_M: torch.Tensor | None = None) -> Pending:
-        """Start to add up the rows of each token (T, D); with weights, they return to their places (T, K) too."""
+    def dispatch(
+        self,
+        x_TD: torch.Tensor,
+        route: Route,
+        weights_TK: torch.Tensor | None = None,
+        ready: Event | None = None,
+    ) -> Results:
+        """Start to copy tokens to their experts' rows (M, D), sorted by local expert; with weights, each one's
+        (M,) too."""
+        ...
+
+    def combine(
+        self,
+        rows_MD: torch.Tensor,
+        route: Route,
+        weights_M: torch.Tensor | None = None,
+        plus_TD: torch.Tensor | None = None,
+        ready: Event | None = None,
+    ) -> Results:
+        """Start to add up the rows of each token (T, D), and plus_TD to that; with weights, they return to their
+        places (T, K) too."""
         ...
 
 
@@ -80,20 +137,20 @@ class SlotOrder:
     def __init__(self, experts_TK: torch.Tensor, saved: SavedActivations) -> None:
         order = sort_slots(experts_TK)
         self._slot_of_row_N: torch.Tensor | None = order.slot_of_row
-        self._tables = RouteTables(saved, order.token_of_row, order.row_of_slot)
+        self.tables = RouteTables(saved, order.token_of_row, order.row_of_slot)
 
     def settle(self, saved: SavedActivations) -> None:
         """Keep what the backward needs."""
         self._slot_of_row_N = None
-        self._tables.settle(saved)
+        self.tables.settle(saved)
 
     def copy(self, x_TD: torch.Tensor) -> torch.Tensor:
         """Each token at its K rows (N, D)."""
-        return x_TD.index_select(0, self._tables[0])
+        return x_TD.index_select(0, self.tables[0])
 
     def sum(self, rows_ND: torch.Tensor) -> torch.Tensor:
         """Every token's K rows added up (T, D)."""
-        return sum_slots(rows_ND, self._tables[1])
+        return sum_slots(rows_ND, self.tables[1])
 
     def to_rows(self, weights_TK: torch.Tensor) -> torch.Tensor:
         """The slots' values in row order (N,); in the forward alone, as no backward wants it."""
@@ -102,7 +159,7 @@ class SlotOrder:
 
     def to_slots(self, weights_N: torch.Tensor) -> torch.Tensor:
         """The rows' values in slot order (T, K)."""
-        row_of_slot_TK = self._tables[1]
+        row_of_slot_TK = self.tables[1]
         return weights_N.index_select(0, row_of_slot_TK.reshape(-1)).view(row_of_slot_TK.shape)
 
 
@@ -111,38 +168,72 @@ class LocalRoute:
     """The route where all experts are here."""
 
     order: SlotOrder
-    counts_E: torch.Tensor
-
-    @property
-    def offsets(self) -> torch.Tensor:
-        return self.counts_E.cumsum(0).to(torch.int32)
+    offsets: torch.Tensor
+    rows_of_experts: tuple[int, ...]
 
     def settle(self, saved: SavedActivations) -> None:
         self.order.settle(saved)
 
 
 @dataclasses.dataclass(frozen=True)
-class Arrived:
-    """Rows that need no waiting for."""
+class LocalRouting:
+    """Nothing is to be agreed upon, but the host learns how many rows each expert has."""
 
-    tensors: Tensors
+    order: SlotOrder
+    offsets: torch.Tensor
+    reading: Reading
 
-    def wait(self) -> Tensors:
-        return self.tensors
+    def wait(self) -> LocalRoute:
+        return LocalRoute(self.order, self.offsets, tuple(integers(self.reading.wait())))
 
 
 class LocalDispatcher:
-    """Every expert is local: tokens are copied to their rows and added up again, and nothing moves."""
+    """Every expert is local: tokens are copied to their rows and added up again, on the current stream."""
 
-    def route(self, experts_TK: torch.Tensor, counts_E: torch.Tensor, saved: SavedActivations) -> LocalRoute:
-        return LocalRoute(SlotOrder(experts_TK, saved), counts_E)
+    def __init__(self, device: Device) -> None:
+        self.device = device
 
-    def dispatch(self, x_TD: torch.Tensor, route: Route, weights_TK: torch.Tensor | None = None) -> Arrived:
+    def start_route(
+        self,
+        experts_TK: torch.Tensor,
+        counts_E: torch.Tensor,
+        saved: SavedActivations,
+        ready: Event | None = None,
+    ) -> LocalRouting:
+        Results((experts_TK, counts_E), ready).on(self.device.current)
+        reading = self.device.start_read(counts_E, "route")
+        return LocalRouting(SlotOrder(experts_TK, saved), counts_E.cumsum(0).to(torch.int32), reading)
+
+    def dispatch(
+        self,
+        x_TD: torch.Tensor,
+        route: Route,
+        weights_TK: torch.Tensor | None = None,
+        ready: Event | None = None,
+    ) -> Results:
         assert isinstance(route, LocalRoute)
-        rows_MD = route.order.copy(x_TD)
-        return Arrived((rows_MD,) if weights_TK is None else (rows_MD, route.order.to_rows(weights_TK)))
+        Results((x_TD, weights_TK), ready).on(self.device.current)
+        rows: Tensors = (route.order.copy(x_TD),)
+        if weights_TK is not None:
+            rows += (route.order.to_rows(weights_TK),)
+        return Results(rows, self.device.current.record())
 
-    def combine(self, rows_MD: torch.Tensor, route: Route, weights_M: torch.Tensor | None = None) -> Arrived:
+    def combine(
+        self,
+        rows_MD: torch.Tensor,
+        route: Route,
+        weights_M: torch.Tensor | None = None,
+        plus_TD: torch.Tensor | None = None,
+        ready: Event | None = None,
+    ) -> Results:
         assert isinstance(route, LocalRoute)
-        x_TD = route.order.sum(rows_MD)
-        return Arrived((x_TD,) if weights_M is None else (x_TD, route.order.to_slots(weights_M)))
+        Results((rows_MD, weights_M, plus_TD), ready).on(self.device.current)
+        sums: Tensors = (with_added(route.order.sum(rows_MD), plus_TD),)
+        if weights_M is not None:
+            sums += (route.order.to_slots(weights_M),)
+        return Results(sums, self.device.current.record())
+
+
+def with_added(sum_TD: torch.Tensor, plus_TD: torch.Tensor | None) -> torch.Tensor:
+    """The sum, and plus_TD added to it in place where there is one."""
+    return sum_TD if plus_TD is None else sum_TD.add_(plus_TD)

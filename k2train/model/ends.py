@@ -5,7 +5,7 @@ Letters: T tokens, D hidden, V vocabulary.
 
 from __future__ import annotations
 
-import dataclasses
+import functools
 from typing import Literal
 
 import torch
@@ -18,29 +18,9 @@ from k2train.model.phase import ComputePhase, ComputeRecord, Grads, Tensors
 from k2train.model.pieces import Allocator, Piece
 from k2train.ops.cross_entropy import linear_cross_entropy
 from k2train.ops.dtypes import accumulation_dtype
+from k2train.ops.embedding import EmbeddingWeightGrad
 from k2train.ops.norm import inverse_rms, rms_norm
-from k2train.ops.weight_grad import BufferedSink, GradientSink, WeightGradSlot
-
-
-@dataclasses.dataclass(frozen=True)
-class EmbeddingWeightGrad:
-    """The put-off gradient of the embedding's rows."""
-
-    weight: torch.Tensor
-    tokens: torch.Tensor
-    dx: torch.Tensor
-
-    @property
-    def tensors(self) -> tuple[torch.Tensor, ...]:
-        return (self.tokens, self.dx)
-
-    def accumulate(self, sink: GradientSink) -> None:
-        wide = accumulation_dtype(self.weight.dtype)
-        if isinstance(sink, BufferedSink):
-            sink.buffer(self.weight).index_add_(0, self.tokens, self.dx.to(wide))
-        else:
-            gradient = torch.zeros_like(self.weight, dtype=wide, requires_grad=False)
-            sink.add(self.weight, gradient.index_add_(0, self.tokens, self.dx.to(wide)))
+from k2train.ops.weight_grad import WeightGradSlot, add_product
 
 
 class EmbeddingPhase:
@@ -91,29 +71,16 @@ class HeadPhase(ComputePhase):
         (x_TD,) = inputs
         rstd_T1 = inverse_rms(x_TD, self.eps)
         context.saved.name("head_input", x_TD, extras=(rstd_T1,))
-        hidden_TD = rms_norm(x_TD, rstd_T1, self.norm)
+        hidden_TD = rms_norm(x_TD, rstd_T1, self.norm, slot)
         targets_T = context.targets.reshape(-1)
         if slot is None:
             loss = linear_cross_entropy(hidden_TD, self.weight, targets_T, context.loss_scale)
         else:
-            loss = self._loss_with_gradient(hidden_TD, targets_T, context)
+            assert context.gradients is not None, "the head's weight gradient needs a sink in the forward"
+            add = functools.partial(add_product, context.gradients, self.weight)
+            loss = linear_cross_entropy(hidden_TD, self.weight.detach(), targets_T, context.loss_scale, add)
         context.statistics.add_loss(loss.detach())
         return (loss,)
-
-    def _loss_with_gradient(
-        self, hidden_TD: torch.Tensor, targets_T: torch.Tensor, context: MicrobatchContext
-    ) -> torch.Tensor:
-        sink = context.gradients
-        weight_VD = self.weight.detach()
-        if isinstance(sink, BufferedSink):
-            return linear_cross_entropy(
-                hidden_TD, weight_VD, targets_T, context.loss_scale, sink.buffer(self.weight)
-            )
-        assert sink is not None
-        gradient_VD = torch.zeros_like(weight_VD, dtype=accumulation_dtype(weight_VD.dtype))
-        loss = linear_cross_entropy(hidden_TD, weight_VD, targets_T, context.loss_scale, gradient_VD)
-        sink.add(self.weight, gradient_VD)
-        return loss
 
     def backward(self, record: ComputeRecord, grad_outputs: Grads, context: MicrobatchContext) -> Grads:
         wide = accumulation_dtype(self.weight.dtype)

@@ -65,14 +65,18 @@ class RoutedExperts:
         rows_MD: torch.Tensor,
         weights_M: torch.Tensor,
         offsets_L: torch.Tensor,
+        rows_of_experts: tuple[int, ...],
         slot: WeightGradSlot | None,
         saved: SavedActivations,
     ) -> torch.Tensor:
-        """Every row through its expert, times its routing weight (M, D). No backward needs the result."""
+        """Every row through its expert, times its routing weight (M, D). No backward needs the result.
+
+        offsets_L, rows_of_experts: the route's (`dispatcher.Route`).
+        """
 
         def up(rows_MD: torch.Tensor, offsets_L: torch.Tensor) -> torch.Tensor:
-            return grouped_linear(rows_MD, self.gate_up, offsets_L, slot)
+            return grouped_linear(rows_MD, self.gate_up, offsets_L, slot, rows_of_experts)
 
         gate_up_MF2 = saved.make("swiglu_input", up, rows_MD, offsets_L)
         hidden_MF = saved.make("swiglu_output", weighted_swiglu, gate_up_MF2, weights_M)
-        return grouped_linear(hidden_MF, self.down, offsets_L, slot)
+        return grouped_linear(hidden_MF, self.down, offsets_L, slot, rows_of_experts)

@@ -1,9 +1,10 @@
 """Transformer layers as phases.
 
-A dense layer is attention and mlp. A MoE layer is attention (with norm and router), dispatch, experts and combine; what
-travels between its phases:
+A dense layer is attention and mlp. A MoE layer is attention (with norm and router), route, dispatch, experts
+and combine; what travels between its phases:
 
     attention -> residual_TD normed_TD weights_TK experts_TK counts_E
+    route     -> residual_TD normed_TD weights_TK
     dispatch  -> residual_TD normed_TD rows_MD weights_M offsets_L
     experts   -> partial_TD (residual + shared expert) rows_MD
     combine   -> x_TD
@@ -20,13 +21,14 @@ import torch
 from k2train.config.model import ModelConfig
 from k2train.model.attention import LatentAttention, Rotary
 from k2train.model.context import MicrobatchContext
-from k2train.model.dispatcher import Dispatcher
+from k2train.model.dispatcher import Dispatcher, Results
 from k2train.model.feed_forward import FeedForward, RoutedExperts
-from k2train.model.phase import CommunicationPhase, ComputePhase, Grads, Started, Tensors
+from k2train.model.phase import CommunicationPhase, ComputePhase, Started, Tensors
 from k2train.model.pieces import Allocator, Piece
 from k2train.model.routing import Router
 from k2train.model.saved import named_norm
 from k2train.ops.attention_tiles import AttentionScratch
+from k2train.ops.backend import OpsBackend
 from k2train.ops.weight_grad import WeightGradSlot
 
 
@@ -36,13 +38,21 @@ class AttentionPhase(ComputePhase):
     layer: int
 
     def __init__(
-        self, model: ModelConfig, layer: int, rotary: Rotary, scratch: AttentionScratch, allocator: Allocator
+        self,
+        model: ModelConfig,
+        layer: int,
+        rotary: Rotary,
+        scratch: AttentionScratch,
+        backend: OpsBackend,
+        allocator: Allocator,
     ) -> None:
         super().__init__(f"layer{layer}.attention", layer)
         self.model = model
         self.prefix = f"model.layers.{layer}"
         self.norm = allocator.parameter(model.hidden_size)
-        self.attention = LatentAttention(model, f"{self.prefix}.self_attn", rotary, scratch, allocator)
+        self.attention = LatentAttention(
+            model, f"{self.prefix}.self_attn", rotary, scratch, backend, allocator
+        )
 
     def pieces(self) -> list[Piece]:
         return [Piece(f"{self.prefix}.input_layernorm.weight", self.norm), *self.attention.pieces()]
@@ -52,7 +62,7 @@ class AttentionPhase(ComputePhase):
         saved, attention = context.saved, self.attention
         saved.name("layer_input", x_TD)
         names = ("layer_input", "input_norm_output")
-        normed_TD = named_norm(saved, names, x_TD, self.norm, self.model.rms_norm_eps)
+        normed_TD = named_norm(saved, names, x_TD, self.norm, self.model.rms_norm_eps, slot)
         heads_TX, max_logit_H = attention(normed_TD, context.num_sequences, slot, saved)
         context.statistics.add_max_logits(self.layer, max_logit_H)
 
@@ -66,9 +76,15 @@ class RoutedAttentionPhase(AttentionPhase):
     """A MoE layer's attention, followed by its second norm and the router."""
 
     def __init__(
-        self, model: ModelConfig, layer: int, rotary: Rotary, scratch: AttentionScratch, allocator: Allocator
+        self,
+        model: ModelConfig,
+        layer: int,
+        rotary: Rotary,
+        scratch: AttentionScratch,
+        backend: OpsBackend,
+        allocator: Allocator,
     ) -> None:
-        super().__init__(model, layer, rotary, scratch, allocator)
+        super().__init__(model, layer, rotary, scratch, backend, allocator)
         self.post_norm = allocator.parameter(model.hidden_size)
         self.router = Router(model, layer, allocator)
 
@@ -79,9 +95,43 @@ class RoutedAttentionPhase(AttentionPhase):
     def compute(self, inputs: Tensors, context: MicrobatchContext, slot: WeightGradSlot | None) -> Tensors:
         (residual_TD,) = super().compute(inputs, context, slot)
         names = ("attention_residual", "post_norm_output")
-        normed_TD = named_norm(context.saved, names, residual_TD, self.post_norm, self.model.rms_norm_eps)
+        eps = self.model.rms_norm_eps
+        normed_TD = named_norm(context.saved, names, residual_TD, self.post_norm, eps, slot)
         experts_TK, weights_TK, counts_E = self.router(normed_TD, context, slot)
         return residual_TD, normed_TD, weights_TK, experts_TK, counts_E
+
+
+class RoutePhase(CommunicationPhase):
+    """Who sends what, agreed on by all ranks; the host learns the numbers of rows, which become splits.
+
+    Between its start and its finish a pair's other half is given its next phase, so that the device has work
+    while the host waits. The backward has nothing to do here; its step keeps the halves of a pair in time.
+    """
+
+    def __init__(self, layer: int, dispatcher: Dispatcher) -> None:
+        super().__init__(f"layer{layer}.route")
+        self.layer, self.dispatcher = layer, dispatcher
+
+    def pieces(self) -> list[Piece]:
+        return []
+
+    def start_forward(self, inputs: Results, context: MicrobatchContext) -> Started:
+        *kept, experts_TK, counts_E = inputs.tensors
+        assert experts_TK is not None
+        assert counts_E is not None
+        routing = self.dispatcher.start_route(experts_TK, counts_E, context.saved, inputs.ready)
+        return Started(routing, (Results(tuple(kept), inputs.ready),))
+
+    def finish_forward(self, started: Started, context: MicrobatchContext) -> tuple[Results, None]:
+        context.routes[self.layer] = started.pending.wait()
+        return started.rest[0], None
+
+    def start_backward(self, record: None, grad_outputs: Results, context: MicrobatchContext) -> Started:
+        return Started(grad_outputs)
+
+    def finish_backward(self, started: Started, context: MicrobatchContext) -> Results:
+        grads: Results = started.pending
+        return Results((*grads.tensors, None, None), grads.ready)
 
 
 class DispatchPhase(CommunicationPhase):
@@ -94,32 +144,33 @@ class DispatchPhase(CommunicationPhase):
     def pieces(self) -> list[Piece]:
         return []
 
-    def start_forward(self, inputs: Tensors, context: MicrobatchContext) -> Started:
-        residual_TD, normed_TD, weights_TK, experts_TK, counts_E = inputs
-        route = context.routes[self.layer] = self.dispatcher.route(experts_TK, counts_E, context.saved)
-        pending = self.dispatcher.dispatch(normed_TD, route, weights_TK)
-        return Started(pending, (residual_TD, normed_TD))
+    def start_forward(self, inputs: Results, context: MicrobatchContext) -> Started:
+        residual_TD, normed_TD, weights_TK = inputs.tensors
+        assert normed_TD is not None
+        arriving = self.dispatcher.dispatch(normed_TD, context.routes[self.layer], weights_TK, inputs.ready)
+        return Started(arriving, (residual_TD, normed_TD))
 
-    def finish_forward(self, started: Started, context: MicrobatchContext) -> tuple[Tensors, None]:
-        rows_MD, weights_M = started.pending.wait()
-        return (*started.rest, rows_MD, weights_M, context.routes[self.layer].offsets), None
+    def finish_forward(self, started: Started, context: MicrobatchContext) -> tuple[Results, None]:
+        rows_MD, weights_M = started.pending.tensors
+        tensors = *started.rest, rows_MD, weights_M, context.routes[self.layer].offsets
+        return Results(tensors, started.pending.ready), None
 
-    def start_backward(self, record: None, grad_outputs: Grads, context: MicrobatchContext) -> Started:
-        dresidual_TD, dnormed_TD, drows_MD, dweights_M, _ = grad_outputs
+    def start_backward(self, record: None, grad_outputs: Results, context: MicrobatchContext) -> Started:
+        dresidual_TD, dshared_TD, drows_MD, dweights_M, _ = grad_outputs.tensors
         assert drows_MD is not None
-        pending = self.dispatcher.combine(drows_MD, context.routes.pop(self.layer), dweights_M)
-        return Started(pending, (dresidual_TD, dnormed_TD))
+        route = context.routes.pop(self.layer)
+        arriving = self.dispatcher.combine(drows_MD, route, dweights_M, dshared_TD, grad_outputs.ready)
+        return Started(arriving, (dresidual_TD,))
 
-    def finish_backward(self, started: Started, context: MicrobatchContext) -> Grads:
-        dresidual_TD, dshared_TD = started.rest
-        dnormed_TD, dweights_TK = started.pending.wait()
-        if dshared_TD is not None:
-            dnormed_TD.add_(dshared_TD)
-        return dresidual_TD, dnormed_TD, dweights_TK, None, None
+    def finish_backward(self, started: Started, context: MicrobatchContext) -> Results:
+        dnormed_TD, dweights_TK = started.pending.tensors
+        return Results((*started.rest, dnormed_TD, dweights_TK), started.pending.ready)
 
 
 class ExpertsPhase(ComputePhase):
     """The routed experts on the rows that came here, and the shared experts on this rank's own tokens."""
+
+    layer: int
 
     def __init__(
         self, model: ModelConfig, layer: int, local_experts: Sequence[int], allocator: Allocator
@@ -142,7 +193,8 @@ class ExpertsPhase(ComputePhase):
         saved = context.saved
         saved.name("expert_input", rows_MD)
         saved.name("routing", extras=(weights_M, offsets_L))
-        out_MD = self.routed(rows_MD, weights_M, offsets_L, slot, saved)
+        rows_of_experts = context.routes[self.layer].rows_of_experts
+        out_MD = self.routed(rows_MD, weights_M, offsets_L, rows_of_experts, slot, saved)
         partial_TD = self.shared(normed_TD, slot, saved).add_(residual_TD) if self.shared else residual_TD
         return partial_TD, out_MD
 
@@ -157,25 +209,25 @@ class CombinePhase(CommunicationPhase):
     def pieces(self) -> list[Piece]:
         return []
 
-    def start_forward(self, inputs: Tensors, context: MicrobatchContext) -> Started:
-        partial_TD, rows_MD = inputs
-        return Started(self.dispatcher.combine(rows_MD, context.routes[self.layer]), (partial_TD,))
+    def start_forward(self, inputs: Results, context: MicrobatchContext) -> Started:
+        partial_TD, rows_MD = inputs.tensors
+        assert rows_MD is not None
+        route = context.routes[self.layer]
+        return Started(self.dispatcher.combine(rows_MD, route, None, partial_TD, inputs.ready))
 
-    def finish_forward(self, started: Started, context: MicrobatchContext) -> tuple[Tensors, None]:
-        (partial_TD,) = started.rest
-        (sum_TD,) = started.pending.wait()
+    def finish_forward(self, started: Started, context: MicrobatchContext) -> tuple[Results, None]:
         context.routes[self.layer].settle(context.saved)
-        return (sum_TD.add_(partial_TD),), None
+        return started.pending, None
 
-    def start_backward(self, record: None, grad_outputs: Grads, context: MicrobatchContext) -> Started:
-        (dx_TD,) = grad_outputs
+    def start_backward(self, record: None, grad_outputs: Results, context: MicrobatchContext) -> Started:
+        (dx_TD,) = grad_outputs.tensors
         assert dx_TD is not None
-        return Started(self.dispatcher.dispatch(dx_TD, context.routes[self.layer]), (dx_TD,))
+        route = context.routes[self.layer]
+        return Started(self.dispatcher.dispatch(dx_TD, route, None, grad_outputs.ready), (dx_TD,))
 
-    def finish_backward(self, started: Started, context: MicrobatchContext) -> Grads:
-        (dx_TD,) = started.rest
-        (drows_MD,) = started.pending.wait()
-        return dx_TD, drows_MD
+    def finish_backward(self, started: Started, context: MicrobatchContext) -> Results:
+        (drows_MD,) = started.pending.tensors
+        return Results((*started.rest, drows_MD), started.pending.ready)
 
 
 class MlpPhase(ComputePhase):
@@ -195,5 +247,5 @@ class MlpPhase(ComputePhase):
     def compute(self, inputs: Tensors, context: MicrobatchContext, slot: WeightGradSlot | None) -> Tensors:
         (x_TD,) = inputs
         names = ("attention_residual", "post_norm_output")
-        normed_TD = named_norm(context.saved, names, x_TD, self.norm, self.eps)
+        normed_TD = named_norm(context.saved, names, x_TD, self.norm, self.eps, slot)
         return (self.mlp(normed_TD, slot, context.saved).add_(x_TD),)

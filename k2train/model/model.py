@@ -11,6 +11,7 @@ from typing import Any
 import torch
 
 from k2train.config.model import ModelConfig
+from k2train.device.build import build_device
 from k2train.model.attention import Rotary
 from k2train.model.context import MicrobatchContext
 from k2train.model.dispatcher import Dispatcher, LocalDispatcher
@@ -23,14 +24,23 @@ from k2train.model.layers import (
     ExpertsPhase,
     MlpPhase,
     RoutedAttentionPhase,
+    RoutePhase,
 )
 from k2train.model.phase import Grads, Tensors
 from k2train.model.pieces import Allocator, ModelPart, Piece
 from k2train.model.routing import Router, update_correction_bias
 from k2train.ops.attention_tiles import AttentionScratch
+from k2train.ops.backend import OpsBackend
 
 AnyPhase = (
-    AttentionPhase | DispatchPhase | ExpertsPhase | CombinePhase | MlpPhase | EmbeddingPhase | HeadPhase
+    AttentionPhase
+    | RoutePhase
+    | DispatchPhase
+    | ExpertsPhase
+    | CombinePhase
+    | MlpPhase
+    | EmbeddingPhase
+    | HeadPhase
 )
 
 
@@ -65,23 +75,29 @@ def build_model(
     dtype: torch.dtype = torch.float32,
     device: torch.device | str = "cpu",
     dispatcher: Dispatcher | None = None,
+    backend: OpsBackend | None = None,
 ) -> Model:
-    """The phases of `part` with empty parameters; `Model.initialise` or a checkpoint fills them."""
+    """The phases of `part` with empty parameters; `Model.initialise` or a checkpoint fills them.
+
+    backend: whose kernels compute; None for stock attention.
+    """
+    backend = backend or OpsBackend()
     allocator = Allocator(dtype, torch.device(device))
     rotary, scratch = Rotary(config, allocator), AttentionScratch()
-    exchange: Dispatcher = dispatcher or LocalDispatcher()
+    exchange: Dispatcher = dispatcher or LocalDispatcher(build_device(torch.device(device)))
     phases: list[AnyPhase] = [EmbeddingPhase(config, allocator)] if part.embedding else []
     for layer in part.layers:
         if config.is_moe(layer):
             phases += [
-                RoutedAttentionPhase(config, layer, rotary, scratch, allocator),
+                RoutedAttentionPhase(config, layer, rotary, scratch, backend, allocator),
+                RoutePhase(layer, exchange),
                 DispatchPhase(layer, exchange),
                 ExpertsPhase(config, layer, part.local_experts, allocator),
                 CombinePhase(layer, exchange),
             ]
         else:
             phases += [
-                AttentionPhase(config, layer, rotary, scratch, allocator),
+                AttentionPhase(config, layer, rotary, scratch, backend, allocator),
                 MlpPhase(config, layer, allocator),
             ]
     if part.head:

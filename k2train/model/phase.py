@@ -10,13 +10,13 @@ from __future__ import annotations
 
 import abc
 import dataclasses
-from collections.abc import Sequence
 from typing import Any, Literal, Protocol
 
 import torch
 from torch.autograd.graph import GradientEdge, get_gradient_edge
 
 from k2train.model.context import MicrobatchContext
+from k2train.model.dispatcher import Results
 from k2train.model.pieces import Piece
 from k2train.ops.weight_grad import WeightGradSlot
 
@@ -51,30 +51,25 @@ class ComputeRecord:
 
 
 class ComputePhase(abc.ABC):
-    """A phase that is a plain differentiable function of its inputs and `parameters()`."""
+    """A phase that is a plain differentiable function of its inputs.
+
+    Autograd is asked for the gradients of the inputs alone. Those of the weights are put into the slot by the operations that
+    have weights, because autograd would round them to the weights' type, microbatch by microbatch.
+    """
 
     stream: Literal["compute"] = "compute"
 
     def __init__(self, name: str, layer: int | None = None, otherwise: str | None = None) -> None:
         """layer: whose activations it saves, None for the ends. otherwise: the name of those it gives no name."""
         self.name, self.layer, self.otherwise = name, layer, otherwise
-        self._parameters: tuple[torch.Tensor, ...] | None = None
 
     @abc.abstractmethod
     def compute(self, inputs: Tensors, context: MicrobatchContext, slot: WeightGradSlot | None) -> Tensors:
-        """The phase's mathematics, in plain autograd; linear layers put their weight gradients into `slot` where it is given."""
+        """The phase's mathematics, in plain autograd. Where a slot is given, every weight's gradient must go there."""
 
     @abc.abstractmethod
     def pieces(self) -> list[Piece]:
         """The named tensors it holds."""
-
-    def parameters(self) -> tuple[torch.Tensor, ...]:
-        """The trained tensors it holds, each once."""
-        if self._parameters is None:
-            self._parameters = tuple(
-                {id(p.parameter): p.parameter for p in self.pieces() if p.trained}.values()
-            )
-        return self._parameters
 
     def forward(self, inputs: Tensors, context: MicrobatchContext) -> tuple[Tensors, ComputeRecord | None]:
         if not context.training:
@@ -90,25 +85,11 @@ class ComputePhase(abc.ABC):
     def backward(self, record: ComputeRecord, grad_outputs: Grads, context: MicrobatchContext) -> Grads:
         pairs = zip(record.outputs, grad_outputs, strict=True)
         roots = [(edge, grad) for edge, grad in pairs if edge is not None and grad is not None]
-        parameters = list(self.parameters())
-        wanted = [edge for edge in record.inputs if edge is not None] + parameters
-        grads = _grad(roots, wanted)
-        split = len(wanted) - len(parameters)
-        self._accumulate(parameters, grads[split:], context)
-        found = iter(grads[:split])
+        found = iter(_grad(roots, [edge for edge in record.inputs if edge is not None]))
         return tuple(None if edge is None else next(found) for edge in record.inputs)
 
-    def _accumulate(
-        self, parameters: Sequence[torch.Tensor], grads: Grads, context: MicrobatchContext
-    ) -> None:
-        sink = context.gradients
-        assert sink is not None, "backward of a phase whose context has no gradients"
-        for parameter, grad in zip(parameters, grads, strict=True):
-            if grad is not None:
-                sink.add(parameter, grad)
 
-
-def _grad(roots: list[tuple[GradientEdge, torch.Tensor]], wanted: list[Any]) -> Grads:
+def _grad(roots: list[tuple[GradientEdge, torch.Tensor]], wanted: list[GradientEdge]) -> Grads:
     if not roots or not wanted:
         return (None,) * len(wanted)
     edges, gradients = zip(*roots, strict=True)
@@ -149,14 +130,19 @@ def _enter(inputs: Tensors) -> Tensors:
 
 @dataclasses.dataclass(frozen=True)
 class Started:
-    """A communication phase between its start and its finish."""
+    """A communication phase between its start and its finish: what is under way, and what waits beside it."""
 
     pending: Any
-    rest: tuple[Any, ...]
+    rest: tuple[Any, ...] = ()
 
 
 class CommunicationPhase(abc.ABC):
-    """A linear phase that mostly waits. Its whole forward is its start followed by its finish."""
+    """A linear phase that mostly waits. Its whole forward is its start followed by its finish.
+
+    Inputs and results carry the event at which they are there (`Results.ready`): an exchange waits for its own
+    inputs, not for all that the main stream was given before it, and nobody waits for an exchange but who
+    computes with its results.
+    """
 
     stream: Literal["communication"] = "communication"
 
@@ -164,21 +150,23 @@ class CommunicationPhase(abc.ABC):
         self.name = name
 
     @abc.abstractmethod
-    def start_forward(self, inputs: Tensors, context: MicrobatchContext) -> Started: ...
+    def start_forward(self, inputs: Results, context: MicrobatchContext) -> Started: ...
 
     @abc.abstractmethod
-    def finish_forward(self, started: Started, context: MicrobatchContext) -> tuple[Tensors, Any]: ...
+    def finish_forward(self, started: Started, context: MicrobatchContext) -> tuple[Results, Any]: ...
 
     @abc.abstractmethod
-    def start_backward(self, record: Any, grad_outputs: Grads, context: MicrobatchContext) -> Started: ...
+    def start_backward(self, record: Any, grad_outputs: Results, context: MicrobatchContext) -> Started: ...
 
     @abc.abstractmethod
-    def finish_backward(self, started: Started, context: MicrobatchContext) -> Grads: ...
+    def finish_backward(self, started: Started, context: MicrobatchContext) -> Results: ...
 
     def forward(self, inputs: Tensors, context: MicrobatchContext) -> tuple[Tensors, Any]:
         with torch.no_grad():
-            return self.finish_forward(self.start_forward(inputs, context), context)
+            results, record = self.finish_forward(self.start_forward(Results(inputs), context), context)
+        return results.on(context.device.current), record
 
     def backward(self, record: Any, grad_outputs: Grads, context: MicrobatchContext) -> Grads:
         with torch.no_grad():
-            return self.finish_backward(self.start_backward(record, grad_outputs, context), context)
+            started = self.start_backward(record, Results(grad_outputs), context)
+            return self.finish_backward(started, context).on(context.device.current)

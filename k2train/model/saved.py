@@ -20,6 +20,7 @@ from typing import Any, Protocol, TypeVar
 import torch
 
 from k2train.ops.norm import inverse_rms, rms_norm
+from k2train.ops.weight_grad import WeightGradSlot
 
 # A tensor or a tuple of tensors.
 Made = TypeVar("Made", torch.Tensor, tuple[torch.Tensor, ...])
@@ -113,8 +114,9 @@ def named_norm(
     x_TD: torch.Tensor,
     weight_D: torch.Tensor,
     eps: float,
+    slot: WeightGradSlot | None,
 ) -> torch.Tensor:
     """RMSNorm of x (T, D). names: those of x, which has it already, and of the result; the inverse RMS goes with x."""
     rstd_T1 = inverse_rms(x_TD, eps)
     saved.name(names[0], extras=(rstd_T1,))
-    return saved.make(names[1], lambda x_TD, rstd_T1: rms_norm(x_TD, rstd_T1, weight_D), x_TD, rstd_T1)
+    return saved.make(names[1], lambda x_TD, rstd_T1: rms_norm(x_TD, rstd_T1, weight_D, slot), x_TD, rstd_T1)

@@ -1,15 +1,17 @@
 """Numerics: functions of tensors, in plain PyTorch, with explicit backward passes that save on purpose.
 
     dtypes         cast, accumulation_dtype, and the types a config can name
-    weight_grad    WeightGradQueue, WeightGradSlot, GradientSink, BufferedSink, PlainGradients
+    weight_grad    WeightGradQueue, WeightGradSlot, GradientSink, RowRun, PlainGradients, add_product
+    bf16_products  products of BF16 with FP32 results, added to sums in place: what weight gradients take on CUDA
     linear         linear: y = x W^T with the weight gradient queued
     grouped        grouped_linear, grouped_mm: the experts' products
     attention      causal_attention: output and per-head max logit, a tile of scores at a time; attention_triton has kernels
     norm           inverse_rms, rms_norm; norm_triton has kernels
     swiglu         swiglu, weighted_swiglu; swiglu_triton has kernels
     rotary         rotary_queries, rotary_keys, rotary_tables, RotaryTables, softmax_scale: rotary embedding with YaRN
+    embedding      EmbeddingWeightGrad
     cross_entropy  linear_cross_entropy: head and loss, a chunk of logits at a time
-    permute        sort_slots, sum_slots, sum_copies: tokens to expert-sorted rows and back
+    permute        sort_slots, sum_slots, sum_order, sum_copies: tokens to expert-sorted rows and back
     fp8            quantise, dequantise, Fp8Tensor: storage in 1 x 128 tiles; fp8_triton has the kernels
     kernels        gpu_kernels: where the Triton kernels can run
     routing        chosen_weights, sequence_balance_loss, attach_loss

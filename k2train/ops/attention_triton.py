@@ -1,33 +1,34 @@
 """Causal attention that also returns every head's largest logit, as Triton kernels: no score ever leaves a program.
 
-Three kernels. `_forward` takes a block of rows against all keys up to it, with the softmax of what it has seen so far
-(FlashAttention, arXiv 2205.14135, 2307.08691), and leaves each row's log-sum-exp. `_row_gradients` goes the same way once
-more for the gradient of q; `_key_gradients` takes a block of keys against all rows from it on. That is seven products in
-the backward; with both in one kernel it would be five, but sums in memory whose order changes from run to run.
+This is the portable path: it takes every width up to 256 on every GPU that multiplies 16-bit numbers, and its sums have
+a fixed order, so two runs give the same bits.
 
-Products are in the inputs' type with FP32 sums; softmax and sums over keys are FP32. Features of queries and keys are
-cut into two powers of two (MLA's 192 into 128 and 64), since a block's sides must be such.
+Four kernels (`attention_kernels`). The forward takes a block of rows against all keys up to it, with the softmax of what
+it has seen so far (FlashAttention, arXiv 2205.14135, 2307.08691), and leaves each row's log-sum-exp. The backward first
+sums output times gradient of each row. Then one kernel goes the forward's way once more for the gradient of q, and one
+takes a block of keys against all rows from it on. That is seven products; with the two in one kernel it would be five,
+but sums in memory whose order changes from run to run.
 
 Needs triton (the `gpu` extra), so only `attention` imports this module, and only where there is a GPU.
 
-Letters: G = B x H heads of all sequences, S positions, M rows and N keys of a block, K query and key features, V value features.
+Letters as in `attention_kernels`; B sequences, H heads.
 """
 
 from __future__ import annotations
 
 import dataclasses
-import math
 from typing import Any
 
 import torch
 import triton
-import triton.language as tl
+
+from k2train.ops import attention_kernels
+from k2train.ops.kernels import launchable
 
 # A product's sides are 16 at least.
 MIN_SIDE = 16
-# Powers of 2 are what the hardware has: exp(x) = 2^(x log2 e). Every row sees the first block's first key, so that its
-# maximum is finite from there on.
-LOG2_E = tl.constexpr(math.log2(math.e))
+# Rows of `output_products`: 64 of 128 features are 64 numbers for each thread of 4 warps.
+ROWS = 64
 
 
 @dataclasses.dataclass(frozen=True)
@@ -44,24 +45,50 @@ class Blocks:
         return {"num_warps": self.num_warps, "num_stages": self.num_stages, "enable_fp_fusion": True}
 
 
-# Shared memory of an H100 holds them at 192 and 128 features of 16 bits (tests compile them for it).
+# Rows are a multiple of keys in the first two, and keys of rows in the third, so that a block lies on the diagonal or off it.
 FORWARD = Blocks(rows=128, keys=64, num_warps=8, num_stages=2)
-ROW_GRADIENTS = Blocks(rows=64, keys=64, num_warps=8, num_stages=2)
-KEY_GRADIENTS = Blocks(rows=32, keys=64, num_warps=8, num_stages=2)
+ROW_GRADIENTS = Blocks(rows=128, keys=64, num_warps=8, num_stages=2)
+KEY_GRADIENTS = Blocks(rows=32, keys=128, num_warps=8, num_stages=2)
+# Features of queries and values together for which shared memory of an H100 holds the two of the backward, in 16 bits, and
+# next to nothing spills (tests compile them): MLA's 192 and 128. Wider heads take half of their larger side.
+_LARGE_BLOCKS_WIDTH = 320
 
 
-def features(query: int, value: int) -> dict[str, int]:
-    """The constants that say how features are cut: K = K1 + K2 at most, K2 may be 0; V up to VP."""
+def row_gradient_blocks(query: int, value: int) -> Blocks:
+    """Of the launch that makes dq."""
+    if _fits_large_blocks(query, value):
+        return ROW_GRADIENTS
+    return dataclasses.replace(ROW_GRADIENTS, rows=ROW_GRADIENTS.rows // 2)
+
+
+def key_gradient_blocks(query: int, value: int) -> Blocks:
+    """Of the launch that makes dk and dv."""
+    if _fits_large_blocks(query, value):
+        return KEY_GRADIENTS
+    return dataclasses.replace(KEY_GRADIENTS, keys=KEY_GRADIENTS.keys // 2)
+
+
+def _fits_large_blocks(query: int, value: int) -> bool:
+    cut = features(query, value)
+    return cut["K1"] + cut["K2"] + cut["VP"] <= _LARGE_BLOCKS_WIDTH
+
+
+def query_features(query: int) -> dict[str, int]:
+    """The constants that say how query and key features are cut: K = K1 + K2 at most, K2 may be 0."""
     first = max(1 << (query.bit_length() - 1), MIN_SIDE)
     rest = query - first
     second = max(triton.next_power_of_2(rest), MIN_SIDE) if rest > 0 else 0
-    return {
-        "K": query,
-        "V": value,
-        "K1": first,
-        "K2": second,
-        "VP": max(triton.next_power_of_2(value), MIN_SIDE),
-    }
+    return {"K": query, "K1": first, "K2": second}
+
+
+def value_features(value: int) -> dict[str, int]:
+    """The constants of the value features: V up to VP."""
+    return {"V": value, "VP": max(triton.next_power_of_2(value), MIN_SIDE)}
+
+
+def features(query: int, value: int) -> dict[str, int]:
+    """Both."""
+    return {**query_features(query), **value_features(value)}
 
 
 def fused_attention(
@@ -77,17 +104,11 @@ class _FusedAttention(torch.autograd.Function):
     def forward(
         ctx: Any, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        batch, heads, length, query = q.shape
-        value = v.shape[-1]
-        out_BSHV = v.new_empty(batch, length, heads, value)
-        num_blocks = triton.cdiv(length, FORWARD.rows)
-        maxima_BHM = q.new_empty(batch, heads, num_blocks, dtype=torch.float32)
+        batch, heads, length, _ = q.shape
+        out_BSHV = v.new_empty(batch, length, heads, v.shape[-1])
+        maxima_BHM = q.new_empty(batch, heads, triton.cdiv(length, FORWARD.rows), dtype=torch.float32)
         lse_BHS = q.new_empty(batch, heads, length, dtype=torch.float32)
-        with torch.cuda.device_of(q):
-            _forward[(batch * heads, num_blocks)](
-                q, k, v, out_BSHV, lse_BHS, maxima_BHM, scale, heads, length,
-                M=FORWARD.rows, N=FORWARD.keys, **features(query, value), **FORWARD.options,
-            )  # fmt: skip
+        attention_forward(q, k, v, out_BSHV, lse_BHS, maxima_BHM, scale)
         max_H = maxima_BHM.amax((0, 2))
         ctx.save_for_backward(q, k, v, out_BSHV, lse_BHS)
         ctx.scale = scale
@@ -102,168 +123,66 @@ class _FusedAttention(torch.autograd.Function):
         q, k, v, out_BSHV, lse_BHS = ctx.saved_tensors
         dout_BSHV = grads[0].contiguous()
         # What the softmax's gradient subtracts in each row, the sum of p dp, is the product of output and gradient.
-        sums_BHS = (out_BSHV.float() * dout_BSHV).sum(-1).transpose(1, 2).contiguous()
-        batch, heads, length, query = q.shape
+        sums_BHS = torch.empty_like(lse_BHS)
+        attention_output_products(out_BSHV, dout_BSHV, sums_BHS)
         dq, dk, dv = (torch.empty_like(t) for t in (q, k, v))
-        inputs = (q, k, v, dout_BSHV, lse_BHS, sums_BHS)
-        cut = features(query, v.shape[-1])
-        with torch.cuda.device_of(q):
-            _row_gradients[(batch * heads, triton.cdiv(length, ROW_GRADIENTS.rows))](
-                *inputs, dq, ctx.scale, heads, length,
-                M=ROW_GRADIENTS.rows, N=ROW_GRADIENTS.keys, **cut, **ROW_GRADIENTS.options,
-            )  # fmt: skip
-            _key_gradients[(batch * heads, triton.cdiv(length, KEY_GRADIENTS.keys))](
-                *inputs, dk, dv, ctx.scale, heads, length,
-                M=KEY_GRADIENTS.rows, N=KEY_GRADIENTS.keys, **cut, **KEY_GRADIENTS.options,
-            )  # fmt: skip
+        attention_row_gradients(q, k, v, dout_BSHV, lse_BHS, sums_BHS, dq, ctx.scale)
+        attention_key_gradients(q, k, v, dout_BSHV, lse_BHS, sums_BHS, dk, dv, ctx.scale)
         return dq, dk, dv, None
 
 
-@triton.jit
-def _load(ptr, position, length, stride, first, features, WIDTH: tl.constexpr):  # type: ignore[no-untyped-def]
-    """From `first` on, up to WIDTH of so many features at the positions (rows, WIDTH); zero outside."""
-    feature = first + tl.arange(0, WIDTH)
-    mask = (position < length)[:, None] & (feature < features)[None, :]
-    return tl.load(ptr + position[:, None] * stride + feature[None, :], mask=mask, other=0.0)
+@launchable("out_BSHV", "lse_BHS", "maxima_BHM")
+def attention_forward(
+    q_BHSK: torch.Tensor, k_BHSK: torch.Tensor, v_BHSV: torch.Tensor, out_BSHV: torch.Tensor, lse_BHS: torch.Tensor,
+    maxima_BHM: torch.Tensor, scale: float,
+) -> None:  # fmt: skip
+    batch, heads, length, query = q_BHSK.shape
+    cut = features(query, v_BHSV.shape[-1])
+    with torch.cuda.device_of(q_BHSK):
+        attention_kernels.forward[(batch * heads * maxima_BHM.shape[2],)](
+            q_BHSK, k_BHSK, v_BHSV, out_BSHV, lse_BHS, maxima_BHM, scale, heads, length,
+            M=FORWARD.rows, N=FORWARD.keys, **cut, **FORWARD.options,
+        )  # fmt: skip
 
 
-@triton.jit
-def _load_parts(ptr, position, length, K: tl.constexpr, K1: tl.constexpr, K2: tl.constexpr):  # type: ignore[no-untyped-def]
-    """Both parts of queries or keys (rows, K1), (rows, K2); where there is no second part, the first once more."""
-    first = _load(ptr, position, length, K, 0, K, K1)
-    second = _load(ptr, position, length, K, K1, K, K2) if K2 > 0 else first
-    return first, second
+@launchable("sums_BHS")
+def attention_output_products(
+    out_BSHV: torch.Tensor, dout_BSHV: torch.Tensor, sums_BHS: torch.Tensor
+) -> None:
+    batch, length, heads, value = out_BSHV.shape
+    rows = batch * length * heads
+    with torch.cuda.device_of(out_BSHV):
+        attention_kernels.output_products[(triton.cdiv(rows, ROWS),)](
+            out_BSHV, dout_BSHV, sums_BHS, rows, heads, length,
+            ROWS=ROWS, **value_features(value), enable_fp_fusion=True,
+        )  # fmt: skip
 
 
-@triton.jit
-def _store(ptr, value, position, length, stride, first, features, WIDTH: tl.constexpr):  # type: ignore[no-untyped-def]
-    feature = first + tl.arange(0, WIDTH)
-    mask = (position < length)[:, None] & (feature < features)[None, :]
-    tl.store(ptr + position[:, None] * stride + feature[None, :], value.to(ptr.dtype.element_ty), mask=mask)
+@launchable("dq_BHSK")
+def attention_row_gradients(
+    q_BHSK: torch.Tensor, k_BHSK: torch.Tensor, v_BHSV: torch.Tensor, dout_BSHV: torch.Tensor, lse_BHS: torch.Tensor,
+    sums_BHS: torch.Tensor, dq_BHSK: torch.Tensor, scale: float,
+) -> None:  # fmt: skip
+    batch, heads, length, query = q_BHSK.shape
+    value = v_BHSV.shape[-1]
+    blocks, cut = row_gradient_blocks(query, value), features(query, value)
+    with torch.cuda.device_of(q_BHSK):
+        attention_kernels.row_gradients[(batch * heads * triton.cdiv(length, blocks.rows),)](
+            q_BHSK, k_BHSK, v_BHSV, dout_BSHV, lse_BHS, sums_BHS, dq_BHSK, scale, heads, length,
+            M=blocks.rows, N=blocks.keys, **cut, **blocks.options,
+        )  # fmt: skip
 
 
-@triton.jit
-def _store_parts(ptr, first, second, position, length, K: tl.constexpr, K1: tl.constexpr, K2: tl.constexpr):  # type: ignore[no-untyped-def]
-    """The other way; where there is no second part, it is left alone."""
-    _store(ptr, first, position, length, K, 0, K, K1)
-    if K2 > 0:
-        _store(ptr, second, position, length, K, K1, K, K2)
-
-
-@triton.jit
-def _of_head(q_ptr, k_ptr, v_ptr, out_ptr, head, heads, length, K: tl.constexpr, V: tl.constexpr):  # type: ignore[no-untyped-def]
-    """Where a head's queries, keys and values begin, each together in memory, and its output, beside the other heads'."""
-    out_ptr += ((head // heads) * length * heads + head % heads) * V
-    return q_ptr + head * length * K, k_ptr + head * length * K, v_ptr + head * length * V, out_ptr
-
-
-@triton.jit
-def _product(a, b):  # type: ignore[no-untyped-def]
-    """a b with FP32 sums; FP32 inputs are not rounded to TF32."""
-    return tl.dot(a, b, input_precision="ieee")
-
-
-@triton.jit
-def _products(a1, a2, b1, b2, TWO: tl.constexpr):  # type: ignore[no-untyped-def]
-    """a b^T over both parts of the features; the second counts where there is one."""
-    product = _product(a1, tl.trans(b1))
-    if TWO:
-        product += _product(a2, tl.trans(b2))
-    return product
-
-
-@triton.jit
-def _forward(  # type: ignore[no-untyped-def]
-    q_ptr, k_ptr, v_ptr, out_ptr, lse_ptr, maxima_ptr, scale, heads, length, M: tl.constexpr, N: tl.constexpr,
-    K: tl.constexpr, V: tl.constexpr, K1: tl.constexpr, K2: tl.constexpr, VP: tl.constexpr,
-):  # fmt: skip
-    # The blocks with the most keys first, so that no long one is left at the end.
-    block = tl.num_programs(1) - 1 - tl.program_id(1)
-    # 64 bits: heads times positions times features may pass 2^31.
-    head = tl.program_id(0).to(tl.int64)
-    q_ptr, k_ptr, v_ptr, out_ptr = _of_head(q_ptr, k_ptr, v_ptr, out_ptr, head, heads, length, K, V)
-    row = block * M + tl.arange(0, M)
-    q1, q2 = _load_parts(q_ptr, row, length, K, K1, K2)
-    exponent = scale * LOG2_E
-    top = tl.full((M,), float("-inf"), tl.float32)
-    total = tl.zeros((M,), tl.float32)
-    out = tl.zeros((M, VP), tl.float32)
-    for start in range(0, tl.minimum((block + 1) * M, length), N):
-        column = start + tl.arange(0, N)
-        k1, k2 = _load_parts(k_ptr, column, length, K, K1, K2)
-        v = _load(v_ptr, column, length, V, 0, V, VP)
-        scores = _products(q1, q2, k1, k2, K2 > 0)
-        scores = tl.where(column[None, :] <= row[:, None], scores, float("-inf"))
-        higher = tl.maximum(top, tl.max(scores, axis=1))
-        p = tl.exp2((scores - higher[:, None]) * exponent)
-        shrink = tl.exp2((top - higher) * exponent)
-        total = total * shrink + tl.sum(p, axis=1)
-        out = out * shrink[:, None] + _product(p.to(v.dtype), v)
-        top = higher
-    _store(out_ptr, out / total[:, None], row, length, heads * V, 0, V, VP)
-    tl.store(lse_ptr + head * length + row, top * exponent + tl.log2(total), mask=row < length)
-    largest = tl.max(tl.where(row < length, top, float("-inf")), axis=0)
-    tl.store(maxima_ptr + head * tl.num_programs(1) + block, largest * scale)
-
-
-@triton.jit
-def _row_gradients(  # type: ignore[no-untyped-def]
-    q_ptr, k_ptr, v_ptr, dout_ptr, lse_ptr, sums_ptr, dq_ptr, scale, heads, length, M: tl.constexpr, N: tl.constexpr,
-    K: tl.constexpr, V: tl.constexpr, K1: tl.constexpr, K2: tl.constexpr, VP: tl.constexpr,
-):  # fmt: skip
-    """dq of a block of rows."""
-    block = tl.num_programs(1) - 1 - tl.program_id(1)
-    head = tl.program_id(0).to(tl.int64)
-    q_ptr, k_ptr, v_ptr, dout_ptr = _of_head(q_ptr, k_ptr, v_ptr, dout_ptr, head, heads, length, K, V)
-    row = block * M + tl.arange(0, M)
-    q1, q2 = _load_parts(q_ptr, row, length, K, K1, K2)
-    dout = _load(dout_ptr, row, length, heads * V, 0, V, VP)
-    lse = tl.load(lse_ptr + head * length + row, mask=row < length, other=0.0)
-    p_dp = tl.load(sums_ptr + head * length + row, mask=row < length, other=0.0)
-    dq1 = tl.zeros((M, K1), tl.float32)
-    dq2 = tl.zeros((M, K2), tl.float32) if K2 > 0 else dq1
-    for start in range(0, tl.minimum((block + 1) * M, length), N):
-        column = start + tl.arange(0, N)
-        k1, k2 = _load_parts(k_ptr, column, length, K, K1, K2)
-        v = _load(v_ptr, column, length, V, 0, V, VP)
-        scores = _products(q1, q2, k1, k2, K2 > 0)
-        scores = tl.where(column[None, :] <= row[:, None], scores, float("-inf"))
-        p = tl.exp2(scores * (scale * LOG2_E) - lse[:, None])
-        ds = (p * (_product(dout, tl.trans(v)) - p_dp[:, None])).to(k1.dtype)
-        dq1 += _product(ds, k1)
-        if K2 > 0:
-            dq2 += _product(ds, k2)
-    _store_parts(dq_ptr + head * length * K, dq1 * scale, dq2 * scale, row, length, K, K1, K2)
-
-
-@triton.jit
-def _key_gradients(  # type: ignore[no-untyped-def]
-    q_ptr, k_ptr, v_ptr, dout_ptr, lse_ptr, sums_ptr, dk_ptr, dv_ptr, scale, heads, length, M: tl.constexpr,
-    N: tl.constexpr, K: tl.constexpr, V: tl.constexpr, K1: tl.constexpr, K2: tl.constexpr, VP: tl.constexpr,
-):  # fmt: skip
-    """dk and dv of a block of keys. Scores and their gradients are held transposed (N, M)."""
-    block = tl.program_id(1)
-    head = tl.program_id(0).to(tl.int64)
-    q_ptr, k_ptr, v_ptr, dout_ptr = _of_head(q_ptr, k_ptr, v_ptr, dout_ptr, head, heads, length, K, V)
-    column = block * N + tl.arange(0, N)
-    k1, k2 = _load_parts(k_ptr, column, length, K, K1, K2)
-    v = _load(v_ptr, column, length, V, 0, V, VP)
-    dk1 = tl.zeros((N, K1), tl.float32)
-    dk2 = tl.zeros((N, K2), tl.float32) if K2 > 0 else dk1
-    dv = tl.zeros((N, VP), tl.float32)
-    for start in range((block * N) // M * M, length, M):
-        row = start + tl.arange(0, M)
-        q1, q2 = _load_parts(q_ptr, row, length, K, K1, K2)
-        dout = _load(dout_ptr, row, length, heads * V, 0, V, VP)
-        lse = tl.load(lse_ptr + head * length + row, mask=row < length, other=0.0)
-        p_dp = tl.load(sums_ptr + head * length + row, mask=row < length, other=0.0)
-        scores = _products(k1, k2, q1, q2, K2 > 0)
-        visible = (column[:, None] <= row[None, :]) & (row < length)[None, :]
-        p = tl.exp2(tl.where(visible, scores, float("-inf")) * (scale * LOG2_E) - lse[None, :])
-        dv += _product(p.to(v.dtype), dout)
-        ds = (p * (_product(v, tl.trans(dout)) - p_dp[None, :])).to(k1.dtype)
-        dk1 += _product(ds, q1)
-        if K2 > 0:
-            dk2 += _product(ds, q2)
-    _store_parts(dk_ptr + head * length * K, dk1 * scale, dk2 * scale, column, length, K, K1, K2)
-    _store(dv_ptr + head * length * V, dv, column, length, V, 0, V, VP)
+@launchable("dk_BHSK", "dv_BHSV")
+def attention_key_gradients(
+    q_BHSK: torch.Tensor, k_BHSK: torch.Tensor, v_BHSV: torch.Tensor, dout_BSHV: torch.Tensor, lse_BHS: torch.Tensor,
+    sums_BHS: torch.Tensor, dk_BHSK: torch.Tensor, dv_BHSV: torch.Tensor, scale: float,
+) -> None:  # fmt: skip
+    batch, heads, length, query = q_BHSK.shape
+    value = v_BHSV.shape[-1]
+    blocks, cut = key_gradient_blocks(query, value), features(query, value)
+    with torch.cuda.device_of(q_BHSK):
+        attention_kernels.key_gradients[(batch * heads * triton.cdiv(length, blocks.keys),)](
+            q_BHSK, k_BHSK, v_BHSV, dout_BSHV, lse_BHS, sums_BHS, dk_BHSK, dv_BHSV, scale, heads, length,
+            M=blocks.rows, N=blocks.keys, EVEN=length % blocks.rows == 0, **cut, **blocks.options,
+        )  # fmt: skip

@@ -9,6 +9,8 @@ Letters: T tokens, C tokens of a chunk, D features, V vocabulary.
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -19,6 +21,8 @@ from k2train.ops.softmax import consuming_softmax
 from k2train.ops.weight_grad import add_product_into
 
 IGNORED_TARGET = -100
+AddWeightGrad = Callable[[torch.Tensor, torch.Tensor], None]
+"""Adds dlogits^T hidden, of dlogits (C, V) and hidden (C, D), to the sums of the weight's gradient."""
 
 
 def default_chunk_elements(device: torch.device) -> int:
@@ -35,20 +39,20 @@ def linear_cross_entropy(
     weight_VD: torch.Tensor,
     targets_T: torch.Tensor,
     scale: float = 1.0,
-    weight_grad_VD: torch.Tensor | None = None,
+    add_weight_grad: AddWeightGrad | None = None,
     chunk_elements: int | None = None,
 ) -> torch.Tensor:
     """scale * sum over tokens of -log softmax(hidden W^T)[target], a scalar in FP32 (FP64 for float64).
 
-    Targets of -100 count nothing. With weight_grad_VD (FP32 or FP64) the weight's gradient of the returned value is
-    added there during the forward and the weight gets none from autograd: for a loss that is the root of the graph.
+    Targets of -100 count nothing. With add_weight_grad the factors of the weight's gradient of the returned value go there
+    during the forward, a chunk at a time, and the weight must want none from autograd: for a loss that is the graph's root.
     chunk_elements bounds the logits alive at once (one token's at least); by default `default_chunk_elements`.
     """
     chunk_elements = chunk_elements or default_chunk_elements(hidden_TD.device)
     if not torch.is_grad_enabled():
         # Inside the function a parameter still asks for its gradient, which would be as large as the weight, for nothing.
         hidden_TD, weight_VD = hidden_TD.detach(), weight_VD.detach()
-    return _LinearCrossEntropy.apply(hidden_TD, weight_VD, targets_T, scale, weight_grad_VD, chunk_elements)
+    return _LinearCrossEntropy.apply(hidden_TD, weight_VD, targets_T, scale, add_weight_grad, chunk_elements)
 
 
 def _chunk_loss(
@@ -68,7 +72,7 @@ def _chunk_loss(
 
 
 class _LinearCrossEntropy(torch.autograd.Function):
-    """Saves the gradient of hidden, and of the weight where no buffer takes it."""
+    """Saves the gradient of hidden, and of the weight where nobody else takes it."""
 
     @staticmethod
     def forward(
@@ -77,13 +81,14 @@ class _LinearCrossEntropy(torch.autograd.Function):
         weight_VD: torch.Tensor,
         targets_T: torch.Tensor,
         scale: float,
-        weight_grad_VD: torch.Tensor | None,
+        add_weight_grad: AddWeightGrad | None,
         chunk_elements: int,
     ) -> torch.Tensor:
         needs_hidden, needs_weight = ctx.needs_input_grad[:2]
-        ctx.own_weight_grad = needs_weight and weight_grad_VD is None
-        if ctx.own_weight_grad:
-            weight_grad_VD = torch.zeros_like(weight_VD, dtype=accumulation_dtype(weight_VD.dtype))
+        dweight_VD = None
+        if needs_weight and add_weight_grad is None:
+            dweight_VD = torch.zeros_like(weight_VD, dtype=accumulation_dtype(weight_VD.dtype))
+            add_weight_grad = functools.partial(add_product_into, dweight_VD)
         dhidden_TD = torch.empty_like(hidden_TD) if needs_hidden else None
         loss = hidden_TD.new_zeros((), dtype=accumulation_dtype(hidden_TD.dtype))
         rows = max(chunk_elements // weight_VD.shape[0], 1)
@@ -93,15 +98,15 @@ class _LinearCrossEntropy(torch.autograd.Function):
             targets_C1 = targets_T[start : start + rows].clamp_min(0).unsqueeze(1)
             losses_C1, probs_CV = _chunk_loss(hidden_CD, weight_VD, targets_C1)
             loss += (losses_C1 * kept_C1).sum()
-            if dhidden_TD is None and weight_grad_VD is None:
+            if dhidden_TD is None and add_weight_grad is None:
                 continue
             factor_C1 = kept_C1.to(probs_CV.dtype).mul_(scale)
             dlogits_CV = probs_CV.mul_(factor_C1).scatter_add_(1, targets_C1, -factor_C1).to(hidden_TD.dtype)
             if dhidden_TD is not None:
                 torch.mm(dlogits_CV, weight_VD, out=dhidden_TD[start : start + rows])
-            if weight_grad_VD is not None:
-                add_product_into(weight_grad_VD, dlogits_CV, hidden_CD)
-        ctx.save_for_backward(dhidden_TD, weight_grad_VD if ctx.own_weight_grad else None)
+            if add_weight_grad is not None:
+                add_weight_grad(dlogits_CV, hidden_CD)
+        ctx.save_for_backward(dhidden_TD, dweight_VD)
         ctx.weight_dtype = weight_VD.dtype
         return loss.mul_(scale)
 

@@ -36,6 +36,25 @@ MIN_SCALE = torch.finfo(torch.float32).tiny
 DTYPES = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
 
 
+@dataclasses.dataclass(frozen=True)
+class Fp8Form:
+    """What a tensor was before it was quantised. Holds no memory: whoever moves codes and scales keeps this."""
+
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+
+    def over(self, codes_RW: torch.Tensor, scales_RN: torch.Tensor) -> Fp8Tensor:
+        """The tensor of these codes and scales."""
+        width = self.shape[-1]
+        rows = math.prod(self.shape[:-1])
+        assert (codes_RW.shape, codes_RW.dtype) == ((rows, width), torch.uint8), codes_RW.shape
+        assert (scales_RN.shape, scales_RN.dtype) == ((rows, num_tiles(width)), torch.float32), (
+            scales_RN.shape
+        )
+        assert codes_RW.is_contiguous() and scales_RN.is_contiguous()  # noqa: PT018
+        return Fp8Tensor(codes_RW, scales_RN, self.shape, self.dtype)
+
+
 @dataclasses.dataclass(frozen=True, eq=False)
 class Fp8Tensor:
     """A quantised tensor: what `dequantise` needs, and nothing that refers to the original."""
@@ -62,13 +81,10 @@ class Fp8Tensor:
         """(codes, scales), what has to be moved to move this tensor."""
         return self.codes, self.scales
 
-    def with_tensors(self, tensors: tuple[torch.Tensor, torch.Tensor]) -> Fp8Tensor:
-        """The same tensor in other storage, on another device for instance; `tensors` is a copy of `self.tensors`."""
-        for old, new in zip(self.tensors, tensors, strict=True):
-            assert new.shape == old.shape, (new.shape, old.shape)
-            assert new.dtype == old.dtype, (new.dtype, old.dtype)
-            assert new.is_contiguous()
-        return dataclasses.replace(self, codes=tensors[0], scales=tensors[1])
+    @property
+    def form(self) -> Fp8Form:
+        """What remains to be known of it when its tensors have been moved."""
+        return Fp8Form(self.shape, self.dtype)
 
 
 def num_tiles(width: int) -> int:
@@ -138,7 +154,9 @@ def _tiles(rows_RW: torch.Tensor) -> torch.Tensor:
 def _untile(tiles_RNt: torch.Tensor, width: int) -> torch.Tensor:
     """The rows (R, W) of `_tiles`, contiguous."""
     num_rows, tiles, _ = tiles_RNt.shape
-    return tiles_RNt.view(num_rows, tiles * TILE)[:, :width].contiguous()
+    rows = tiles_RNt.view(num_rows, tiles * TILE)
+    # `contiguous` would not do: a slice of one row or none counts as contiguous with the strides of the whole.
+    return rows if rows.shape[1] == width else rows[:, :width].clone(memory_format=torch.contiguous_format)
 
 
 def _kernels(device: torch.device) -> ModuleType | None:

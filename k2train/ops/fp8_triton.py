@@ -17,6 +17,7 @@ import triton
 import triton.language as tl
 
 from k2train.ops.fp8 import E4M3_MAX, MIN_SCALE, TILE, num_tiles
+from k2train.ops.kernels import launchable
 
 # 16 rows x 128 columns are 16 elements for each thread of 4 warps, and two 128-byte lines a row in BF16.
 ROWS = 16
@@ -27,21 +28,14 @@ def quantise_rows(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Codes (R, W) and scales (R, N) of contiguous rows; adds poisoned tiles to `non_finite_tiles` (int64 scalar)."""
     assert x_RW.is_contiguous()
-    num_rows, width = x_RW.shape
-    tiles = num_tiles(width)
     codes_RW = torch.empty_like(x_RW, dtype=torch.uint8)
-    scales_RN = x_RW.new_empty((num_rows, tiles), dtype=torch.float32)
+    scales_RN = x_RW.new_empty((x_RW.shape[0], num_tiles(x_RW.shape[1])), dtype=torch.float32)
     if codes_RW.numel() == 0:
         return codes_RW, scales_RN
-    count = non_finite_tiles is not None
     if non_finite_tiles is not None:
         assert non_finite_tiles.dtype == torch.int64
         assert non_finite_tiles.device == x_RW.device
-    with torch.cuda.device_of(x_RW):
-        _quantise[(triton.cdiv(num_rows, ROWS), tiles)](
-            x_RW, codes_RW, scales_RN, non_finite_tiles if count else scales_RN, num_rows, width, tiles,
-            COUNT=count, E4M3_MAX=E4M3_MAX, MIN_SCALE=MIN_SCALE, ROWS=ROWS, TILE=TILE, enable_fp_fusion=False,
-        )  # fmt: skip
+    fp8_quantise(x_RW, codes_RW, scales_RN, non_finite_tiles)
     return codes_RW, scales_RN
 
 
@@ -49,16 +43,34 @@ def dequantise_rows(codes_RW: torch.Tensor, scales_RN: torch.Tensor, dtype: torc
     """Codes times their tile's scale in FP32, as `dtype` (R, W)."""
     assert codes_RW.is_contiguous()
     assert scales_RN.is_contiguous()
-    num_rows, width = codes_RW.shape
     x_RW = torch.empty_like(codes_RW, dtype=dtype)
-    if x_RW.numel() == 0:
-        return x_RW
+    if x_RW.numel():
+        fp8_dequantise(codes_RW, scales_RN, x_RW)
+    return x_RW
+
+
+@launchable("codes_RW", "scales_RN", "non_finite_tiles")
+def fp8_quantise(
+    x_RW: torch.Tensor, codes_RW: torch.Tensor, scales_RN: torch.Tensor, non_finite_tiles: torch.Tensor | None
+) -> None:
+    num_rows, width = x_RW.shape
+    tiles = num_tiles(width)
+    count = non_finite_tiles is not None
+    with torch.cuda.device_of(x_RW):
+        _quantise[(triton.cdiv(num_rows, ROWS), tiles)](
+            x_RW, codes_RW, scales_RN, non_finite_tiles if count else scales_RN, num_rows, width, tiles,
+            COUNT=count, E4M3_MAX=E4M3_MAX, MIN_SCALE=MIN_SCALE, ROWS=ROWS, TILE=TILE, enable_fp_fusion=False,
+        )  # fmt: skip
+
+
+@launchable("x_RW")
+def fp8_dequantise(codes_RW: torch.Tensor, scales_RN: torch.Tensor, x_RW: torch.Tensor) -> None:
+    num_rows, width = codes_RW.shape
     tiles = num_tiles(width)
     with torch.cuda.device_of(codes_RW):
         _dequantise[(triton.cdiv(num_rows, ROWS), tiles)](
             codes_RW, scales_RN, x_RW, num_rows, width, tiles, ROWS=ROWS, TILE=TILE, enable_fp_fusion=False
         )
-    return x_RW
 
 
 @triton.jit

@@ -7,13 +7,15 @@ offsets and rows that start on 16-byte boundaries. Letters: M rows, L local expe
 from __future__ import annotations
 
 import dataclasses
+import itertools
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 
 from k2train.ops.dtypes import accumulation_dtype
-from k2train.ops.weight_grad import BufferedSink, GradientSink, WeightGradSlot, add_product_into
+from k2train.ops.weight_grad import GradientSink, WeightGradSlot, add_product_into
 
 _GROUPED_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 _ALIGNMENT_BYTES = 16
@@ -41,7 +43,12 @@ def _fast(x_MI: torch.Tensor, weight_LIO: torch.Tensor) -> bool:
     """Whether grouped_mm takes these. The weight is a parameter or its transpose, so its widths are its strides."""
     size = x_MI.element_size()
     widths_fit = all(width * size % _ALIGNMENT_BYTES == 0 for width in weight_LIO.shape[1:])
-    return widths_fit and _aligned(x_MI) and weight_LIO.data_ptr() % _ALIGNMENT_BYTES == 0
+    return widths_fit and _aligned(x_MI) and _begins_aligned(weight_LIO)
+
+
+def _begins_aligned(t: torch.Tensor) -> bool:
+    """Whether the tensor begins on a boundary: torch's allocators align every storage to 64 bytes or more."""
+    return int(t.storage_offset()) * t.element_size() % _ALIGNMENT_BYTES == 0
 
 
 def _aligned(x_MI: torch.Tensor) -> bool:
@@ -51,62 +58,59 @@ def _aligned(x_MI: torch.Tensor) -> bool:
         and x_MI.device.type in ("cpu", "cuda")
         and x_MI.is_contiguous()
         and row_bytes % _ALIGNMENT_BYTES == 0
-        and x_MI.data_ptr() % _ALIGNMENT_BYTES == 0
+        and _begins_aligned(x_MI)
     )
 
 
 def _ranges(offsets_L: torch.Tensor) -> list[tuple[int, int]]:
+    """First and last row of every expert. Waits for the device."""
     ends = offsets_L.tolist()
     return list(zip([0, *ends[:-1]], ends, strict=True))
 
 
+def _ranges_of(rows_L: Sequence[int]) -> list[tuple[int, int]]:
+    """The same from the numbers of rows."""
+    return list(itertools.pairwise(itertools.accumulate(rows_L, initial=0)))
+
+
 @dataclasses.dataclass(frozen=True)
 class GroupedWeightGrad:
-    """The put-off weight gradient of one grouped layer."""
+    """The put-off weight gradient of one grouped layer. rows: those of each expert, where the host knows them already."""
 
     weight: torch.Tensor
     x: torch.Tensor
     dy: torch.Tensor
     offsets: torch.Tensor
+    rows: tuple[int, ...] | None = None
 
     @property
     def tensors(self) -> tuple[torch.Tensor, ...]:
         return (self.x, self.dy, self.offsets)
 
     def accumulate(self, sink: GradientSink) -> None:
-        # On a CPU a loop that adds into the buffer beats one product that first needs a buffer of its own.
-        loop = self.x.device.type == "cpu" or not _fast_weight_grad(self.x, self.dy)
-        if isinstance(sink, BufferedSink) and loop:
-            _add_products(sink.buffer(self.weight), self.dy, self.x, self.offsets)
-        else:
+        """Expert by expert into the sums. Waits for the device where it must ask for the number of rows."""
+        runs = sink.runs(self.weight)
+        if not self.x.is_cuda and len(runs) > self.weight.shape[0]:
+            # One addition a run: products of few rows are slow on a CPU.
             sink.add(self.weight, grouped_weight_grad(self.dy, self.x, self.offsets))
+            return
+        ranges = _ranges(self.offsets) if self.rows is None else _ranges_of(self.rows)
+        for run in runs:
+            start, end = ranges[run.matrix]
+            if end > start:
+                add_product_into(run.buffer, self.dy[start:end, run.first : run.last], self.x[start:end])
 
 
 def grouped_weight_grad(dy_MO: torch.Tensor, x_MI: torch.Tensor, offsets_L: torch.Tensor) -> torch.Tensor:
-    """Every expert's dy^T x (L, O, I), zero for an expert without rows; FP32 or FP64, but bfloat16's own on CUDA."""
-    if _fast_weight_grad(x_MI, dy_MO):
+    """Every expert's dy^T x (L, O, I), zero for an expert without rows; FP32 or FP64."""
+    if x_MI.dtype == torch.float32 and _aligned(x_MI) and _aligned(dy_MO):
         return F.grouped_mm(dy_MO.t(), x_MI, offs=offsets_L)
     wide = accumulation_dtype(x_MI.dtype)
     dw_LOI = x_MI.new_zeros(offsets_L.numel(), dy_MO.shape[1], x_MI.shape[1], dtype=wide)
-    _add_products(dw_LOI, dy_MO, x_MI, offsets_L)
+    for dw_OI, (start, end) in zip(dw_LOI.unbind(0), _ranges(offsets_L), strict=True):
+        if end > start:
+            add_product_into(dw_OI, dy_MO[start:end], x_MI[start:end])
     return dw_LOI
-
-
-def _fast_weight_grad(x_MI: torch.Tensor, dy_MO: torch.Tensor) -> bool:
-    """grouped_mm gives its inputs' type, so on a CPU, where FP32 costs no more, bfloat16 takes the loop."""
-    wide_enough = x_MI.dtype == torch.float32 or (x_MI.is_cuda and x_MI.dtype == torch.bfloat16)
-    return wide_enough and _aligned(x_MI) and _aligned(dy_MO)
-
-
-def _add_products(
-    buffer_LOI: torch.Tensor, dy_MO: torch.Tensor, x_MI: torch.Tensor, offsets_L: torch.Tensor
-) -> None:
-    ends = offsets_L.tolist()
-    sizes = [end - start for start, end in zip([0, *ends[:-1]], ends, strict=True)]
-    rows = (dy_MO[: ends[-1]].split(sizes), x_MI[: ends[-1]].split(sizes))
-    for size, buffer_OI, dy_RO, x_RI in zip(sizes, buffer_LOI.unbind(0), *rows, strict=True):
-        if size:
-            add_product_into(buffer_OI, dy_RO, x_RI)
 
 
 def grouped_linear(
@@ -114,13 +118,15 @@ def grouped_linear(
     weight_LOI: torch.Tensor,
     offsets_L: torch.Tensor,
     slot: WeightGradSlot | None = None,
+    rows: tuple[int, ...] | None = None,
 ) -> torch.Tensor:
     """x W_e^T (M, O) for rows sorted by expert; offsets_L int32 are the row after each expert's last.
 
     Rows past the last offset come out undefined and get an undefined gradient: a padded buffer must mask them.
-    With a slot the weight gradient goes there, and the weight's own gradient is None.
+    With a slot the weight gradient goes there, and the weight's own gradient is None. rows: how many rows each expert has,
+    where the host knows; the weight gradient must otherwise wait for the device to learn it.
     """
-    return _GroupedLinear.apply(x_MI, weight_LOI, offsets_L, slot)
+    return _GroupedLinear.apply(x_MI, weight_LOI, offsets_L, slot, rows)
 
 
 class _GroupedLinear(torch.autograd.Function):
@@ -133,9 +139,10 @@ class _GroupedLinear(torch.autograd.Function):
         weight_LOI: torch.Tensor,
         offsets_L: torch.Tensor,
         slot: WeightGradSlot | None,
+        rows: tuple[int, ...] | None,
     ) -> torch.Tensor:
         ctx.save_for_backward(x_MI, offsets_L)
-        ctx.weight, ctx.slot = weight_LOI, slot
+        ctx.weight, ctx.slot, ctx.rows = weight_LOI, slot, rows
         return grouped_mm(x_MI, weight_LOI.transpose(1, 2), offsets_L)
 
     @staticmethod
@@ -144,8 +151,8 @@ class _GroupedLinear(torch.autograd.Function):
         x_MI, offsets_L = ctx.saved_tensors
         dw_LOI = None
         if ctx.slot is not None:
-            ctx.slot.put(GroupedWeightGrad(ctx.weight, x_MI, dy_MO, offsets_L))
+            ctx.slot.put(GroupedWeightGrad(ctx.weight, x_MI, dy_MO, offsets_L, ctx.rows))
         elif ctx.needs_input_grad[1]:
             dw_LOI = grouped_weight_grad(dy_MO, x_MI, offsets_L).to(ctx.weight.dtype)
         dx_MI = grouped_mm(dy_MO, ctx.weight, offsets_L) if ctx.needs_input_grad[0] else None
-        return dx_MI, dw_LOI, None, None
+        return dx_MI, dw_LOI, None, None, None

@@ -15,6 +15,7 @@ import torch
 
 from k2train.ops.dtypes import accumulation_dtype, cast
 from k2train.ops.kernels import gpu_kernels
+from k2train.ops.weight_grad import VectorWeightGrad, WeightGradSlot
 
 _MAX_KERNEL_FEATURES = 8192
 
@@ -29,9 +30,15 @@ def inverse_rms(x_TD: torch.Tensor, eps: float) -> torch.Tensor:
     return mean_T1.add_(eps).rsqrt_()
 
 
-def rms_norm(x_TD: torch.Tensor, rstd_T1: torch.Tensor, weight_D: torch.Tensor) -> torch.Tensor:
-    """weight * x * rstd (T, D) in x's type, where rstd is `inverse_rms` of the same x; float64 stays float64 throughout."""
-    return _RMSNorm.apply(x_TD, rstd_T1, weight_D)
+def rms_norm(
+    x_TD: torch.Tensor, rstd_T1: torch.Tensor, weight_D: torch.Tensor, slot: WeightGradSlot | None = None
+) -> torch.Tensor:
+    """weight * x * rstd (T, D) in x's type, where rstd is `inverse_rms` of the same x; float64 stays float64 throughout.
+
+    With a slot the weight's gradient goes there in FP32 (FP64 for float64), and its own gradient is None. Without one
+    autograd rounds it to the weight's type.
+    """
+    return _RMSNorm.apply(x_TD, rstd_T1, weight_D, slot)
 
 
 def rms_norm_reference(x_TD: torch.Tensor, weight_D: torch.Tensor, eps: float) -> torch.Tensor:
@@ -52,9 +59,15 @@ class _RMSNorm(torch.autograd.Function):
     """Saves x and the inverse root mean square; the gradient of x goes through both."""
 
     @staticmethod
-    def forward(ctx: Any, x_TD: torch.Tensor, rstd_T1: torch.Tensor, weight_D: torch.Tensor) -> torch.Tensor:
+    def forward(
+        ctx: Any,
+        x_TD: torch.Tensor,
+        rstd_T1: torch.Tensor,
+        weight_D: torch.Tensor,
+        slot: WeightGradSlot | None,
+    ) -> torch.Tensor:
         ctx.save_for_backward(x_TD, rstd_T1)
-        ctx.weight = weight_D
+        ctx.weight, ctx.slot = weight_D, slot
         kernels = _kernels(x_TD)
         if kernels is not None:
             return kernels.rms_norm_rows(x_TD, rstd_T1, weight_D)
@@ -66,7 +79,7 @@ class _RMSNorm(torch.autograd.Function):
         kernels = _kernels(x_TD)
         if kernels is not None:
             dx_TD, dw_D = kernels.rms_norm_gradients(grads[0], x_TD, rstd_T1, ctx.weight)
-            return dx_TD, None, cast(dw_D, ctx.weight.dtype)
+            return dx_TD, None, _put_weight_gradient(ctx, dw_D), None
         wide, features = rstd_T1.dtype, x_TD.shape[-1]
         weight_D, wide_TD, dy_TD = (cast(t, wide) for t in (ctx.weight, x_TD, grads[0]))
         # LayerNorm's kernel for a mean of 0 does it in one pass: dw = sum over tokens of rstd x dy, and
@@ -77,4 +90,12 @@ class _RMSNorm(torch.autograd.Function):
         )
         of_mean_T1 = torch.matmul(dy_TD, weight_D.unsqueeze(-1)).mul_(rstd_T1)
         dx_TD.add_(of_mean_T1, alpha=1 / features)
-        return cast(dx_TD, x_TD.dtype), None, cast(dw_D, ctx.weight.dtype)
+        return cast(dx_TD, x_TD.dtype), None, _put_weight_gradient(ctx, dw_D), None
+
+
+def _put_weight_gradient(ctx: Any, dw_D: torch.Tensor) -> torch.Tensor | None:
+    """Into the slot; without one it is the gradient that autograd gets."""
+    if ctx.slot is None:
+        return cast(dw_D, ctx.weight.dtype)
+    ctx.slot.put(VectorWeightGrad(ctx.weight, dw_D))
+    return None

@@ -16,6 +16,8 @@ import torch
 import triton
 import triton.language as tl
 
+from k2train.ops.kernels import launchable
+
 # In the backward: two for each of an H100's multiprocessors, nearly.
 PROGRAMS = 256
 
@@ -28,11 +30,9 @@ def options(features: int) -> dict[str, Any]:
 
 def inverse_rms_rows(x_TD: torch.Tensor, eps: float) -> torch.Tensor:
     """1 / sqrt(mean(x^2) + eps) of every row (T, 1), FP32. Rows may lie apart, their features together."""
-    tokens, features = x_TD.shape
-    rstd_T1 = x_TD.new_empty(tokens, 1, dtype=torch.float32)
-    if tokens:
-        with torch.cuda.device_of(x_TD):
-            _inverse_rms[(tokens,)](x_TD, rstd_T1, x_TD.stride(0), features, eps, **options(features))
+    rstd_T1 = x_TD.new_empty(x_TD.shape[0], 1, dtype=torch.float32)
+    if rstd_T1.numel():
+        inverse_rms(x_TD, rstd_T1, eps)
     return rstd_T1
 
 
@@ -41,10 +41,7 @@ def rms_norm_rows(x_TD: torch.Tensor, rstd_T1: torch.Tensor, weight_D: torch.Ten
     tokens, features = x_TD.shape
     out_TD = x_TD.new_empty(tokens, features)
     if tokens:
-        with torch.cuda.device_of(x_TD):
-            _rms_norm[(tokens,)](
-                x_TD, rstd_T1, weight_D, out_TD, x_TD.stride(0), features, **options(features)
-            )
+        rms_norm(x_TD, rstd_T1, weight_D, out_TD)
     return out_TD
 
 
@@ -57,12 +54,35 @@ def rms_norm_gradients(
     programs = min(PROGRAMS, tokens)
     sums_PD = x_TD.new_empty(programs, features, dtype=torch.float32)
     if tokens:
-        with torch.cuda.device_of(x_TD):
-            _rms_norm_gradients[(programs,)](
-                dy_TD.contiguous(), x_TD, rstd_T1, weight_D, dx_TD, sums_PD, tokens, x_TD.stride(0), features,
-                **options(features),
-            )  # fmt: skip
+        rms_norm_backward(dy_TD.contiguous(), x_TD, rstd_T1, weight_D, dx_TD, sums_PD)
     return dx_TD, sums_PD.sum(0)
+
+
+@launchable("rstd_T1")
+def inverse_rms(x_TD: torch.Tensor, rstd_T1: torch.Tensor, eps: float) -> None:
+    tokens, features = x_TD.shape
+    with torch.cuda.device_of(x_TD):
+        _inverse_rms[(tokens,)](x_TD, rstd_T1, x_TD.stride(0), features, eps, **options(features))
+
+
+@launchable("out_TD")
+def rms_norm(x_TD: torch.Tensor, rstd_T1: torch.Tensor, weight_D: torch.Tensor, out_TD: torch.Tensor) -> None:
+    tokens, features = x_TD.shape
+    with torch.cuda.device_of(x_TD):
+        _rms_norm[(tokens,)](x_TD, rstd_T1, weight_D, out_TD, x_TD.stride(0), features, **options(features))
+
+
+@launchable("dx_TD", "sums_PD")
+def rms_norm_backward(
+    dy_TD: torch.Tensor, x_TD: torch.Tensor, rstd_T1: torch.Tensor, weight_D: torch.Tensor, dx_TD: torch.Tensor,
+    sums_PD: torch.Tensor,
+) -> None:  # fmt: skip
+    """Each program's part of the weight's gradient goes into its row of sums_PD."""
+    tokens, features = x_TD.shape
+    with torch.cuda.device_of(x_TD):
+        _rms_norm_gradients[(sums_PD.shape[0],)](
+            dy_TD, x_TD, rstd_T1, weight_D, dx_TD, sums_PD, tokens, x_TD.stride(0), features, **options(features)
+        )  # fmt: skip
 
 
 @triton.jit

@@ -141,39 +141,55 @@ def _paired(x: torch.Tensor) -> bool:
     return last == 1 and not x.storage_offset() % 2 and not any(stride % 2 for stride in outer)
 
 
-def rotary_queries(q_BSHK: torch.Tensor, tables: RotaryTables) -> torch.Tensor:
-    """Queries with their last 2P features rotated, as (B, H, S, K) in memory order. Tables of S positions, in q's type."""
-    return _RotaryQueries.apply(q_BSHK, tables)
+def rotary_queries(q_BSHK: torch.Tensor, tables: RotaryTables, heads_inside: bool = False) -> torch.Tensor:
+    """Queries with their last 2P features rotated, contiguous: (B, H, S, K), or (B, S, H, K) with heads_inside.
+
+    Tables of S positions, in q's type.
+    """
+    return _RotaryQueries.apply(q_BSHK, tables, heads_inside)
+
+
+def _empty_heads(like_BSHC: torch.Tensor, features: int, heads_inside: bool) -> torch.Tensor:
+    """(B, H, S, features); in memory positions lie before heads with heads_inside, else behind them."""
+    batch, length, heads, _ = like_BSHC.shape
+    if heads_inside:
+        return like_BSHC.new_empty(batch, length, heads, features).transpose(1, 2)
+    return like_BSHC.new_empty(batch, heads, length, features)
+
+
+def _swapped(t_BHSF: torch.Tensor, heads_inside: bool) -> torch.Tensor:
+    """Between (B, H, S, F) and the order of memory, both ways."""
+    return t_BHSF.transpose(1, 2) if heads_inside else t_BHSF
 
 
 class _RotaryQueries(torch.autograd.Function):
     """Linear in q, so it saves nothing but the tables, which are constants of the model."""
 
     @staticmethod
-    def forward(ctx: Any, q_BSHK: torch.Tensor, tables: RotaryTables) -> torch.Tensor:
-        ctx.tables = tables
-        x_BHSK = q_BSHK.transpose(1, 2)
-        out_BHSK = x_BHSK.new_empty(x_BHSK.shape)
-        _rotate(out_BHSK, x_BHSK, tables)
-        return out_BHSK
+    def forward(ctx: Any, q_BSHK: torch.Tensor, tables: RotaryTables, heads_inside: bool) -> torch.Tensor:
+        ctx.tables, ctx.heads_inside = tables, heads_inside
+        out_BHSK = _empty_heads(q_BSHK, q_BSHK.shape[-1], heads_inside)
+        _rotate(out_BHSK, q_BSHK.transpose(1, 2), tables)
+        return _swapped(out_BHSK, heads_inside)
 
     @staticmethod
     def backward(ctx: Any, *grads: torch.Tensor) -> Any:
-        grad_BHSK = grads[0]
+        grad_BHSK = _swapped(grads[0], ctx.heads_inside)
         batch, heads, length, features = grad_BHSK.shape
         out_BSHK = grad_BHSK.new_empty(batch, length, heads, features)
         _rotate(out_BSHK.transpose(1, 2), grad_BHSK, ctx.tables, back=True)
-        return out_BSHK, None
+        return out_BSHK, None, None
 
 
 def rotary_keys(
-    kv_BSHC: torch.Tensor, k_rope_BSR: torch.Tensor, tables: RotaryTables
+    kv_BSHC: torch.Tensor, k_rope_BSR: torch.Tensor, tables: RotaryTables, heads_inside: bool = False
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Keys (B, H, S, nope + 2P) and values (B, H, S, V) from the MLA up-projection and the shared rotary key.
 
-    kv_BSHC holds each head's unrotated key (first `nope` features) and its value.
+    Contiguous; with heads_inside as (B, S, H, features). kv_BSHC holds each head's unrotated key (first `nope`
+    features) and its value.
     """
-    return _RotaryKeys.apply(kv_BSHC, k_rope_BSR, tables)
+    return _RotaryKeys.apply(kv_BSHC, k_rope_BSR, tables, heads_inside)
 
 
 class _RotaryKeys(torch.autograd.Function):
@@ -181,22 +197,23 @@ class _RotaryKeys(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, kv_BSHC: torch.Tensor, k_rope_BSR: torch.Tensor, tables: RotaryTables
+        ctx: Any, kv_BSHC: torch.Tensor, k_rope_BSR: torch.Tensor, tables: RotaryTables, heads_inside: bool
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        ctx.tables, nope = tables, tables.nope
-        batch, length, heads, width = kv_BSHC.shape
-        rotary = k_rope_BSR.shape[-1]
+        ctx.tables, ctx.heads_inside, nope = tables, heads_inside, tables.nope
+        width, rotary = kv_BSHC.shape[-1], k_rope_BSR.shape[-1]
         k_nope_BHSN, v_BHSV = kv_BSHC.transpose(1, 2).split([nope, width - nope], dim=-1)
         rotated_BSR = k_rope_BSR.new_empty(k_rope_BSR.shape)
         _rotate(rotated_BSR, k_rope_BSR, tables)
-        k_BHSK = kv_BSHC.new_empty(batch, heads, length, nope + rotary)
+        k_BHSK = _empty_heads(kv_BSHC, nope + rotary, heads_inside)
         k_BHSK.narrow(-1, 0, nope).copy_(k_nope_BHSN)
         k_BHSK.narrow(-1, nope, rotary).copy_(rotated_BSR.unsqueeze(1))
-        return k_BHSK, v_BHSV.contiguous()
+        v_out_BHSV = _empty_heads(kv_BSHC, width - nope, heads_inside)
+        v_out_BHSV.copy_(v_BHSV)
+        return _swapped(k_BHSK, heads_inside), _swapped(v_out_BHSV, heads_inside)
 
     @staticmethod
     def backward(ctx: Any, *grads: torch.Tensor) -> Any:
-        dk_BHSK, dv_BHSV = grads
+        dk_BHSK, dv_BHSV = (_swapped(grad, ctx.heads_inside) for grad in grads)
         nope = ctx.tables.nope
         batch, heads, length, width = dk_BHSK.shape
         values = dv_BHSV.shape[-1]
@@ -208,4 +225,4 @@ class _RotaryKeys(torch.autograd.Function):
         drotated_BSR = drotated_BHSR.sum(1)
         dk_rope_BSR = drotated_BSR.new_empty(drotated_BSR.shape)
         _rotate(dk_rope_BSR, drotated_BSR, ctx.tables, back=True)
-        return dkv_BSHC, dk_rope_BSR, None
+        return dkv_BSHC, dk_rope_BSR, None, None

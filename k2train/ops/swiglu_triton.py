@@ -14,6 +14,8 @@ import torch
 import triton
 import triton.language as tl
 
+from k2train.ops.kernels import launchable
+
 # 4 x 256 elements are 8 for each thread of 4 warps: 16 bytes of BF16 at a time.
 ROWS, COLUMNS = 4, 256
 
@@ -21,15 +23,9 @@ ROWS, COLUMNS = 4, 256
 def swiglu_rows(gate_up_NF2: torch.Tensor, w_N: torch.Tensor | None) -> torch.Tensor:
     """silu(gate) * up (* w) of contiguous rows (N, F)."""
     assert gate_up_NF2.is_contiguous()
-    num_rows, width = gate_up_NF2.shape[0], gate_up_NF2.shape[1] // 2
-    out_NF = gate_up_NF2.new_empty(num_rows, width)
-    if out_NF.numel() == 0:
-        return out_NF
-    with torch.cuda.device_of(gate_up_NF2):
-        _swiglu[(triton.cdiv(num_rows, ROWS), triton.cdiv(width, COLUMNS))](
-            gate_up_NF2, gate_up_NF2 if w_N is None else w_N.contiguous(), out_NF, num_rows, width,
-            WEIGHTED=w_N is not None, ROWS=ROWS, COLUMNS=COLUMNS, enable_fp_fusion=True,
-        )  # fmt: skip
+    out_NF = gate_up_NF2.new_empty(gate_up_NF2.shape[0], gate_up_NF2.shape[1] // 2)
+    if out_NF.numel():
+        swiglu(gate_up_NF2, None if w_N is None else w_N.contiguous(), out_NF)
     return out_NF
 
 
@@ -38,17 +34,32 @@ def swiglu_gradients(
 ) -> torch.Tensor | None:
     """Write the input's gradient over the contiguous input; the weights' gradient (N,), FP32, where there are weights."""
     assert gate_up_NF2.is_contiguous()
-    num_rows, width = dy_NF.shape
     dw_N = None if w_N is None else torch.zeros_like(w_N, memory_format=torch.contiguous_format)
-    if dy_NF.numel() == 0:
-        return dw_N
+    if dy_NF.numel():
+        swiglu_backward(dy_NF.contiguous(), gate_up_NF2, None if w_N is None else w_N.contiguous(), dw_N)
+    return dw_N
+
+
+@launchable("out_NF")
+def swiglu(gate_up_NF2: torch.Tensor, w_N: torch.Tensor | None, out_NF: torch.Tensor) -> None:
+    num_rows, width = out_NF.shape
     with torch.cuda.device_of(gate_up_NF2):
-        _swiglu_gradients[(triton.cdiv(num_rows, ROWS),)](
-            dy_NF.contiguous(), gate_up_NF2, gate_up_NF2 if w_N is None else w_N.contiguous(),
-            gate_up_NF2 if dw_N is None else dw_N, num_rows, width,
+        _swiglu[(triton.cdiv(num_rows, ROWS), triton.cdiv(width, COLUMNS))](
+            gate_up_NF2, gate_up_NF2 if w_N is None else w_N, out_NF, num_rows, width,
             WEIGHTED=w_N is not None, ROWS=ROWS, COLUMNS=COLUMNS, enable_fp_fusion=True,
         )  # fmt: skip
-    return dw_N
+
+
+@launchable("gate_up_NF2", "dw_N")
+def swiglu_backward(
+    dy_NF: torch.Tensor, gate_up_NF2: torch.Tensor, w_N: torch.Tensor | None, dw_N: torch.Tensor | None
+) -> None:
+    num_rows, width = dy_NF.shape
+    with torch.cuda.device_of(gate_up_NF2):
+        _swiglu_gradients[(triton.cdiv(num_rows, ROWS),)](
+            dy_NF, gate_up_NF2, gate_up_NF2 if w_N is None else w_N, gate_up_NF2 if dw_N is None else dw_N,
+            num_rows, width, WEIGHTED=w_N is not None, ROWS=ROWS, COLUMNS=COLUMNS, enable_fp_fusion=True,
+        )  # fmt: skip
 
 
 @triton.jit

@@ -1,52 +1,96 @@
 """Weight gradients: taken at once or put off into the queue that the W action drains, and the sinks they end in.
 
-A linear layer's backward has two products. The input gradient is on the critical path of the pipeline, the weight
-gradient is not (zero-bubble pipelines, arXiv 2401.10241; K2 puts it beside the pipeline's sends, K2 report section
-2.4.2). So the input gradient is computed at once and what the weight gradient needs is queued under the (virtual_stage,
-microbatch) it belongs to. Draining accumulates in FP32 (FP64 for float64 parameters).
+A linear layer's backward has two products. The input gradient is on the critical path of the pipeline, the weight gradient is
+not (zero-bubble pipelines, arXiv 2401.10241; K2 puts it beside the pipeline's sends, K2 report section 2.4.2). So the input
+gradient is computed at once and what the weight gradient needs is queued under the (virtual_stage, microbatch) it belongs to.
+
+Draining sums in FP32 (FP64 for float64 parameters). Where the products are BF16, each is added to the sum by the kernel that
+computes it: no gradient of one microbatch is ever written, in any type (`add_product_into`).
+
+Letters: T tokens, I input and O output features, N rows.
 """
 
 from __future__ import annotations
 
-import abc
 import dataclasses
+from collections.abc import Sequence
 from typing import Protocol
 
 import torch
 
-from k2train.ops.dtypes import accumulation_dtype
+from k2train.ops import bf16_products
+from k2train.ops.dtypes import accumulation_dtype, cast
 
 Key = tuple[int, int]
 
 
+@dataclasses.dataclass(frozen=True)
+class RowRun:
+    """Rows [first, last) of one matrix of a parameter, and the buffer that their gradients are summed in.
+
+    matrix: which one, where the parameter is a stack of matrices (L, O, I); 0 where it is one (O, I).
+    buffer: (last - first, I), contiguous, FP32 (FP64 for float64 parameters), to be added into in place.
+    """
+
+    matrix: int
+    first: int
+    last: int
+    buffer: torch.Tensor
+
+
 class GradientSink(Protocol):
-    """Where weight gradients end: it adds `gradient` (any float type) into an FP32 or FP64 buffer of `parameter`."""
+    """Where weight gradients end: FP32 or FP64 sums for every parameter. All of it is local to the rank."""
 
-    def add(self, parameter: torch.Tensor, gradient: torch.Tensor) -> None: ...
-
-
-class BufferedSink(abc.ABC):
-    """A GradientSink whose buffer has the parameter's own shape, so that products accumulate in it with no temporary."""
-
-    @abc.abstractmethod
     def add(self, parameter: torch.Tensor, gradient: torch.Tensor) -> None:
-        """Add `gradient` into the parameter's buffer."""
+        """Add a whole gradient, of any floating type."""
+        ...
 
-    @abc.abstractmethod
-    def buffer(self, parameter: torch.Tensor) -> torch.Tensor:
-        """The parameter's accumulation buffer: same shape, FP32 (FP64 for float64), to be added into in place."""
+    def runs(self, parameter: torch.Tensor) -> Sequence[RowRun]:
+        """The sums of a matrix, or of a stack of matrices, for products to be added to in place.
+
+        In order, covering every row once. A matrix is one run, or several where its rows have different owners.
+        """
+        ...
+
+    def add_rows(
+        self, parameter: torch.Tensor, rows_N: torch.Tensor, gradient_NC: torch.Tensor, first_column: int = 0
+    ) -> None:
+        """Add to columns [first_column, first_column + C) of some rows of a matrix, in the type of its sums.
+
+        A row may occur twice. On CUDA its sum then depends on the order of two additions, which is not fixed, unless all
+        but one of them add zero.
+        """
+        ...
 
 
-class PlainGradients(BufferedSink):
+class PlainGradients:
     """One dense buffer a parameter, made at its first use. The reference sink, for one rank and for tests."""
 
     def __init__(self) -> None:
         self.buffers: dict[torch.Tensor, torch.Tensor] = {}
+        self._runs: dict[torch.Tensor, tuple[RowRun, ...]] = {}
 
     def add(self, parameter: torch.Tensor, gradient: torch.Tensor) -> None:
         self.buffer(parameter).add_(gradient)
 
+    def runs(self, parameter: torch.Tensor) -> tuple[RowRun, ...]:
+        """One run a matrix."""
+        found = self._runs.get(parameter)
+        if found is None:
+            rows, inner = parameter.shape[-2:]
+            matrices = self.buffer(parameter).view(-1, rows, inner).unbind(0)
+            found = tuple(RowRun(index, 0, rows, matrix) for index, matrix in enumerate(matrices))
+            self._runs[parameter] = found
+        return found
+
+    def add_rows(
+        self, parameter: torch.Tensor, rows_N: torch.Tensor, gradient_NC: torch.Tensor, first_column: int = 0
+    ) -> None:
+        columns_OC = self.buffer(parameter)[:, first_column : first_column + gradient_NC.shape[1]]
+        columns_OC.index_add_(0, rows_N, gradient_NC)
+
     def buffer(self, parameter: torch.Tensor) -> torch.Tensor:
+        """The parameter's sums, in its own shape."""
         found = self.buffers.get(parameter)
         if found is None:
             found = torch.zeros_like(
@@ -117,7 +161,7 @@ class WeightGradQueue:
         for entry in (entry for one in keys for entry in self._entries.get(one, ())):
             for tensor in entry.tensors:
                 storage = tensor.untyped_storage()
-                storages[storage.data_ptr()] = storage.nbytes()
+                storages[id(storage)] = storage.nbytes()
         return sum(storages.values())
 
 
@@ -148,22 +192,44 @@ class AtOnce:
         entry.accumulate(self.sink)
 
 
+@dataclasses.dataclass(frozen=True)
+class VectorWeightGrad:
+    """The gradient of a norm's weight, which its backward has computed already; adding it to the sum is what waits.
+
+    It comes in the type of the sums, so that nothing of a microbatch is rounded before it is added.
+    """
+
+    weight: torch.Tensor
+    gradient: torch.Tensor
+
+    @property
+    def tensors(self) -> tuple[torch.Tensor, ...]:
+        return (self.gradient,)
+
+    def accumulate(self, sink: GradientSink) -> None:
+        sink.add(self.weight, self.gradient)
+
+
 def add_product(sink: GradientSink, weight: torch.Tensor, dy_TO: torch.Tensor, x_TI: torch.Tensor) -> None:
-    """Add dy^T x, the weight gradient (O, I) of a linear layer, in the sink's precision."""
-    if isinstance(sink, BufferedSink):
-        add_product_into(sink.buffer(weight), dy_TO, x_TI)
+    """Add dy^T x, the gradient of a weight (O, I), to its sums."""
+    runs = sink.runs(weight)
+    if len(runs) == 1 or dy_TO.is_cuda:
+        for run in runs:
+            add_product_into(run.buffer, dy_TO[:, run.first : run.last], x_TI)
     else:
-        wide = accumulation_dtype(weight.dtype)
-        sink.add(weight, torch.mm(dy_TO.t().to(wide), x_TI.to(wide)))
+        # One product and an addition a run: products of few rows are slow on a CPU.
+        wide = runs[0].buffer.dtype
+        sink.add(weight, torch.mm(cast(dy_TO.t(), wide), cast(x_TI, wide)))
 
 
 def add_product_into(buffer_OI: torch.Tensor, dy_TO: torch.Tensor, x_TI: torch.Tensor) -> None:
-    """buffer += dy^T x without rounding the product below the buffer's type."""
+    """buffer += dy^T x, in place, without rounding the product below the buffer's type.
+
+    dy may be FP32 where x is BF16, as the router's is: on CUDA three products of its BF16 parts are then the product exactly.
+    """
     wide = buffer_OI.dtype
-    if dy_TO.is_cuda and dy_TO.dtype == x_TI.dtype and wide == torch.float32 != x_TI.dtype:
-        # Tensor cores accumulate in FP32 anyway; asking for that output type costs nothing.
-        buffer_OI.add_(torch.mm(dy_TO.t(), x_TI, out_dtype=wide))
-    elif dy_TO.dtype == x_TI.dtype == wide:
-        buffer_OI.addmm_(dy_TO.t(), x_TI)
+    if bf16_products.takes(dy_TO, x_TI, wide):
+        for part_TO in bf16_products.bf16_parts(dy_TO, bf16_products.EXACT_PARTS):
+            bf16_products.add_into(buffer_OI, part_TO.t(), x_TI)
     else:
-        buffer_OI.addmm_(dy_TO.t().to(wide), x_TI.to(wide))
+        buffer_OI.addmm_(cast(dy_TO.t(), wide), cast(x_TI, wide))

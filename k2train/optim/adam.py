@@ -58,7 +58,8 @@ class TorchAdamW:
         self, states: AdamStates, gradient: torch.Tensor, lr: float, decayed: bool, num_updates: int
     ) -> None:
         rule = self._rule
-        step = torch.tensor(float(num_updates), device=states.master.device)
+        # Filled on the device: a number copied there would make the host wait.
+        step = torch.full((), float(num_updates), device=states.master.device)
         adamw([states.master], [gradient], [states.exp_avg], [states.exp_avg_sq], [], [step], fused=True, amsgrad=False,
               beta1=rule.beta1, beta2=rule.beta2, lr=lr, weight_decay=rule.weight_decay if decayed else 0.0,
               eps=rule.eps, maximize=False)  # fmt: skip

@@ -20,7 +20,7 @@ from collections.abc import Iterable, Sequence
 import torch
 
 from k2train.ops.dtypes import accumulation_dtype
-from k2train.ops.weight_grad import BufferedSink
+from k2train.ops.weight_grad import RowRun
 from k2train.optim.shares import BucketPlan, Share
 from k2train.parallel.communicator import Communicator, Work
 
@@ -58,6 +58,12 @@ class Bucket:
             dataclasses.replace(share, offset=share.offset - first) for share in plan.owned(group.rank)
         ]
         self.runs = _runs_by_parameter(plan.shares)
+        self.row_runs = {
+            parameter: _row_runs(parameter, runs, self.flat)
+            for parameter, runs in self.runs.items()
+            if parameter.dim() > 1
+        }
+        self._start_of_row: dict[torch.Tensor, torch.Tensor] = {}
         self._scattered = {
             parameter: _index(runs).to(device) for parameter, runs in self.runs.items() if _are_short(runs)
         }
@@ -78,6 +84,18 @@ class Bucket:
             return
         for run in self.runs[parameter]:
             self.flat[run.offset : run.end].add_(gradient[run.start : run.stop])
+
+    def add_rows(
+        self, parameter: torch.Tensor, rows_N: torch.Tensor, gradient_NC: torch.Tensor, first_column: int
+    ) -> None:
+        """Add to columns of some rows of a matrix (`GradientSink.add_rows`)."""
+        if parameter not in self._start_of_row:
+            starts = _starts_of_rows(self.runs[parameter], parameter.shape[1])
+            self._start_of_row[parameter] = starts.to(self.flat.device)
+        start_N = self._start_of_row[parameter].index_select(0, rows_N)
+        # Rows lie anywhere in the bucket. A window begins at each of its entries, so a row is the window at its start.
+        windows = self.flat.unfold(0, gradient_NC.shape[1], 1)
+        windows.index_add_(0, start_N + first_column, gradient_NC)
 
     def start_reduce(self) -> None:
         """Begin the reduce-scatter, unless it has begun. Collective over the replication group."""
@@ -137,6 +155,16 @@ class GradBuffers:
         assert gradient.shape == parameter.shape, f"gradient {gradient.shape}, parameter {parameter.shape}"
         self._holder[parameter].add(parameter, gradient.detach().reshape(-1))
 
+    def runs(self, parameter: torch.Tensor) -> tuple[RowRun, ...]:
+        """Stretches of the bucket that hold rows of the parameter's matrices, for products to be added to in place."""
+        return self._holder[parameter].row_runs[parameter]
+
+    def add_rows(
+        self, parameter: torch.Tensor, rows_N: torch.Tensor, gradient_NC: torch.Tensor, first_column: int = 0
+    ) -> None:
+        """Add to columns of some rows of a matrix, in the type of the sums. Local."""
+        self._holder[parameter].add_rows(parameter, rows_N, gradient_NC, first_column)
+
     def zero(self) -> None:
         """Forget all sums."""
         for bucket in self.buckets:
@@ -151,25 +179,6 @@ class GradBuffers:
         return torch.cat(
             [share.in_bucket(bucket.flat) for share, bucket in sorted(shares, key=lambda s: s[0].start)]
         )
-
-
-class WholeGradBuffers(GradBuffers, BufferedSink):
-    """GradBuffers where every parameter is one stretch of one bucket, as under a single owner.
-
-    Then a weight gradient accumulates in the bucket itself, with no temporary.
-    """
-
-    def buffer(self, parameter: torch.Tensor) -> torch.Tensor:
-        """The bucket's stretch in the parameter's shape."""
-        bucket = self._holder[parameter]
-        (run,) = bucket.runs[parameter]
-        return bucket.flat[run.offset : run.end].view(parameter.shape)
-
-
-def build_grad_buffers(buckets: Sequence[Bucket]) -> GradBuffers:
-    """The quicker form where the layout of the buckets allows it."""
-    whole = all(len(runs) == 1 for bucket in buckets for runs in bucket.runs.values())
-    return WholeGradBuffers(buckets) if whole else GradBuffers(buckets)
 
 
 def _runs_by_parameter(shares: Iterable[Share]) -> dict[torch.Tensor, list[_Run]]:
@@ -198,6 +207,30 @@ def _merge(runs: Iterable[_Run]) -> list[_Run]:
         else:
             merged.append(run)
     return merged
+
+
+def _row_runs(parameter: torch.Tensor, runs: Sequence[_Run], flat: torch.Tensor) -> tuple[RowRun, ...]:
+    """The runs of a matrix or a stack of them as rows, cut where a matrix ends.
+
+    A share is rows of a matrix of the model, and a matrix of the model is a parameter, a matrix of a stack, or rows of
+    either (`Piece.index`). So a run begins and ends where a row does.
+    """
+    rows, inner = parameter.shape[-2:]
+    cut: list[RowRun] = []
+    for run in runs:
+        assert run.start % inner == 0 == run.stop % inner, f"{run} cuts rows of {inner} entries"
+        first, last = run.start // inner, run.stop // inner
+        buffer = flat[run.offset : run.end].view(-1, inner)
+        for matrix in range(first // rows, -(-last // rows)):
+            begin, end = max(first, matrix * rows), min(last, (matrix + 1) * rows)
+            sums = buffer[begin - first : end - first]
+            cut.append(RowRun(matrix, begin - matrix * rows, end - matrix * rows, sums))
+    return tuple(cut)
+
+
+def _starts_of_rows(runs: Sequence[_Run], inner: int) -> torch.Tensor:
+    """Where in its bucket every row of a matrix begins (O,), int64. The runs cover the matrix, in order."""
+    return torch.cat([torch.arange(run.offset, run.end, inner) for run in runs])
 
 
 def _are_short(runs: Sequence[_Run]) -> bool:

@@ -8,6 +8,7 @@ from typing import Literal
 from k2train.config.errors import ConfigError
 from k2train.config.model import ModelConfig
 from k2train.config.optim import OptimConfig
+from k2train.device.protocol import Device
 from k2train.layout.staging import CHUNK_ELEMENTS, slot_elements
 from k2train.layout.tensors import TensorSpec
 from k2train.model.pieces import Piece
@@ -20,6 +21,7 @@ from k2train.optim.qk_clip_step import QkClipper
 from k2train.optim.residence import OnDevice, OnHost, Residence
 from k2train.optim.shares import BucketPlan, Method, Replication, plan_buckets
 from k2train.optim.states import muon_batches
+from k2train.parallel.communicator import Communicator
 from k2train.parallel.groups import Groups
 
 
@@ -29,10 +31,12 @@ def build_optimizer(
     catalogue: Mapping[str, TensorSpec],
     pieces: Sequence[Sequence[Piece]],
     groups: Groups,
+    device: Device,
 ) -> Optimizer:
     """The optimizer of one rank, its masters read from the parameters as they are now.
 
     catalogue: the model's tensors by name. pieces: those of each of the rank's virtual stages (one rank: one list).
+    device: of the parameters.
     Every rank that holds the same pieces computes the same ownership, without communication.
     Raises ConfigError where Muon or QK-Clip was asked for and finds nothing on this rank to act on, and for an
     optim.host_adam that cannot be.
@@ -44,17 +48,21 @@ def build_optimizer(
         raise ConfigError("layout", "a rank without parameters", "every rank must hold at least one trained tensor",
                           "use fewer pipeline stages or virtual stages")  # fmt: skip
     check_host_adam(config, plans[0].dtype)
-    device = plans[0].shares[0].piece.parameter.device
-    buckets = [Bucket(plan, groups.dp if plan.replication == "dp" else groups.edp, device) for plan in plans]
+    groups_of: dict[Replication, Communicator] = {"dp": groups.dp, "edp": groups.edp}
+    buckets = [Bucket(plan, groups_of[plan.replication], device.torch_device) for plan in plans]
     tensors = [catalogue[piece.name] for of_stage in pieces for piece in of_stage]
-    tau = config.qk_clip_tau if muon else None
+    tau = config.tau
     qk_clip = QkClipper(model, tensors, tau, like=buckets[0].flat)
     check_touches(config, model, plans, qk_clip)
-    residence = build_residence(config.states, buckets)
-    return Optimizer(buckets, groups.world, muon_rule(config), build_adamw(config), qk_clip, residence)
+    residence = build_residence(config.states, buckets, device)
+    return Optimizer(
+        buckets, groups.world, muon_rule(config), build_adamw(config), qk_clip, residence, device
+    )
 
 
-def build_residence(states: Literal["device", "host"], buckets: Sequence[Bucket]) -> Residence:
+def build_residence(
+    states: Literal["device", "host"], buckets: Sequence[Bucket], device: Device
+) -> Residence:
     """Where the states of these buckets live. Host states get slots for the largest batch of master and momentum."""
     like = buckets[0].flat
     if states == "device":
@@ -62,7 +70,8 @@ def build_residence(states: Literal["device", "host"], buckets: Sequence[Bucket]
     batches = [batch.num_elements for bucket in buckets for batch in muon_batches(bucket)]
     stretch = max(bucket.own_gradient.numel() for bucket in buckets)
     rows = max(share_elements(bucket, "adamw") for bucket in buckets)
-    return OnHost(like, slot_elements(stretch, max(batches, default=0)), min(rows, CHUNK_ELEMENTS))
+    slots = slot_elements(stretch, max(batches, default=0))
+    return OnHost(device, like, slots, min(rows, CHUNK_ELEMENTS))
 
 
 def share_elements(bucket: Bucket, method: Method) -> int:

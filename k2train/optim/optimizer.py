@@ -18,8 +18,9 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 
 import torch
 
+from k2train.device.protocol import Device
 from k2train.optim.adam import AdamW
-from k2train.optim.buckets import Bucket, build_grad_buffers
+from k2train.optim.buckets import Bucket, GradBuffers
 from k2train.optim.muon import MuonRule
 from k2train.optim.qk_clip_step import QkClipper, ReducedLogits
 from k2train.optim.residence import Residence
@@ -39,7 +40,7 @@ class StepResult:
     grad_norm: global L2 norm before clipping. clip_scale: what the gradients were multiplied by to clip them.
     clipped_heads: heads QK-Clip shrank, over all layers. max_logit: largest of the step, -inf where none was given.
     finite: False where the norm was not finite; then nothing was updated. num_orthogonalised: matrices this rank ran
-    Newton-Schulz on.
+    Newton-Schulz on. report: the riders' numbers.
     """
 
     grad_norm: float
@@ -48,17 +49,32 @@ class StepResult:
     max_logit: float
     finite: bool
     num_orthogonalised: int
+    report: tuple[float, ...] = ()
 
 
 @dataclasses.dataclass(frozen=True)
 class Riders:
     """A rank's numbers that travel with the step's own: FP64 vectors on the device, in place the sums and maxima of the world.
 
-    Every rank gives vectors of the same lengths.
+    Every rank gives vectors of the same lengths. report(sums, maxima): an FP64 vector of what the host wants to know of
+    the world's, on the device; it is read with the norm, so that the host waits once.
     """
 
     sums: torch.Tensor
     maxima: torch.Tensor
+    report: Callable[[torch.Tensor, torch.Tensor], torch.Tensor] | None = None
+
+
+@dataclasses.dataclass(frozen=True)
+class _Agreed:
+    """What the host has read of the whole model, and QK-Clip's factors, which stay on the device."""
+
+    norm: float
+    finite: bool
+    max_logit: float
+    clipped_heads: int
+    report: tuple[float, ...]
+    logits: ReducedLogits
 
 
 class Optimizer:
@@ -72,11 +88,12 @@ class Optimizer:
         adamw: AdamW,
         qk_clip: QkClipper,
         residence: Residence,
+        device: Device,
     ) -> None:
-        self.gradients = build_grad_buffers(buckets)
+        self.gradients = GradBuffers(buckets)
         self.num_updates = 0
         self._buckets = tuple(buckets)
-        self._residence = residence
+        self._residence, self._device = residence, device
         self._states = [OwnedStates(bucket, residence) for bucket in buckets]
         self._world = world
         self._muon_rule = muon_rule
@@ -99,21 +116,30 @@ class Optimizer:
         `finish_gather` must be called before the parameters are read or gradients added. riders: see there.
         With a non-finite norm, or a sum among the riders that is not finite, nothing is updated and the result says so.
         Collectives, in this order, for every rank of the world: a reduce-scatter for each bucket not begun yet, a maximum and
-        a sum over the world, an all-gather for each bucket. Waits for the device to read norm and logits.
+        a sum over the world, an all-gather for each bucket. The host waits once, for what it has to know of them.
         """
         for bucket in self._buckets:
             bucket.start_reduce()
-        norm, finite, logits = self._agree(max_logits or {}, riders)
-        clip_scale = 1.0 if clip_norm is None else min(1.0, clip_norm / (norm + 1e-6))
-        if not finite:
+        agreed = self._agree(max_logits or {}, riders)
+        if not agreed.finite:
             self.gradients.zero()
-            return StepResult(norm, 1.0, 0, logits.max_logit, False, 0)
+            return StepResult(agreed.norm, 1.0, 0, agreed.max_logit, False, 0, agreed.report)
+        clip_scale = 1.0 if clip_norm is None else min(1.0, clip_norm / (agreed.norm + 1e-6))
         orthogonalised = self._update(lr, clip_scale)
-        self._clip(logits)
+        if agreed.clipped_heads:
+            self._clip(agreed.logits)
         self._start_gather()
         if finish:
             self.finish_gather()
-        return StepResult(norm, clip_scale, logits.clipped_heads, logits.max_logit, True, orthogonalised)
+        return StepResult(
+            agreed.norm,
+            clip_scale,
+            agreed.clipped_heads,
+            agreed.max_logit,
+            True,
+            orthogonalised,
+            agreed.report,
+        )
 
     def start_reduce(self, virtual_stage: int) -> None:
         """Begin the reduce-scatters of a virtual stage whose last weight gradient of the step is in; `step` begins the rest.
@@ -188,11 +214,11 @@ class Optimizer:
         for states in self._states:
             states.read_parameters()
 
-    def _agree(
-        self, max_logits: Mapping[int, torch.Tensor], riders: Riders | None
-    ) -> tuple[float, bool, ReducedLogits]:
-        """The whole model's gradient norm, whether it and the riders' sums are finite, and its logits. A maximum and a sum
-        over the world; waits for the reduce-scatters and for the device."""
+    def _agree(self, max_logits: Mapping[int, torch.Tensor], riders: Riders | None) -> _Agreed:
+        """The whole model's gradient norm, whether it and the riders' sums are finite, and its logits.
+
+        A maximum and a sum over the world; waits for the reduce-scatters, and then once for the device.
+        """
         nothing = self._buckets[0].flat.new_zeros(0, dtype=torch.float64)
         riders = riders or Riders(nothing, nothing)
         logits_LH = self._qk_clip.of_rank(max_logits)
@@ -205,8 +231,13 @@ class Optimizer:
         comparing.wait()
         riders.sums.copy_(sums[1:])
         riders.maxima.copy_(maxima[logits_LH.numel() :])
-        norm, finite = torch.stack([sums[0].sqrt(), sums.isfinite().all()]).tolist()
-        return norm, bool(finite), self._qk_clip.decide(maxima[: logits_LH.numel()].view_as(logits_LH))
+        logits = self._qk_clip.decide(maxima[: logits_LH.numel()].view_as(logits_LH))
+        report = nothing if riders.report is None else riders.report(riders.sums, riders.maxima)
+        own = torch.stack([sums[0].sqrt(), sums.isfinite().all()])
+        norm, finite, largest, clipped, *rest = self._device.read(
+            torch.cat([own, logits.numbers, report]), "step"
+        )
+        return _Agreed(norm, bool(finite), largest, int(clipped), tuple(rest), logits)
 
     def _squared_norm(self) -> torch.Tensor:
         """The square of the L2 norm of the gradients this rank owns (1,), FP64."""
@@ -231,8 +262,6 @@ class Optimizer:
 
     def _clip(self, logits: ReducedLogits) -> None:
         """QK-Clip on the masters, where they live."""
-        if not logits.clipped_heads:
-            return
         self._residence.drain()
         for states in self._states:
             self._qk_clip.apply(states.masters(), logits)

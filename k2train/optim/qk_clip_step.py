@@ -21,11 +21,13 @@ _ROLES: dict[str, Literal["query", "key"]] = {
 
 @dataclasses.dataclass(frozen=True)
 class ReducedLogits:
-    """Largest logits of the whole batch. gamma: (layers, H), None where tau is."""
+    """Of the largest logits of the whole batch, on the device.
+
+    gamma: (layers, H), None where tau is. numbers: (2,) FP64, the largest logit and how many heads are to be clipped.
+    """
 
     gamma: torch.Tensor | None
-    clipped_heads: int
-    max_logit: float
+    numbers: torch.Tensor
 
 
 class QkClipper:
@@ -68,16 +70,17 @@ class QkClipper:
         return logits_LH
 
     def decide(self, logits_LH: torch.Tensor) -> ReducedLogits:
-        """gamma of the whole batch's maxima. Local; waits for the device."""
-        largest = logits_LH.max().item()
+        """gamma of the whole batch's maxima. Local, and nothing is waited for."""
+        largest = logits_LH.max().double()
         if self._tau is None:
-            return ReducedLogits(None, 0, largest)
+            return ReducedLogits(None, torch.stack([largest, torch.zeros_like(largest)]))
         gamma_LH = qk_clip_scale(logits_LH, self._tau)
-        return ReducedLogits(gamma_LH, int((gamma_LH != 1).sum().item()), largest)
+        clipped = (gamma_LH != 1).sum().double()
+        return ReducedLogits(gamma_LH, torch.stack([largest, clipped]))
 
     def apply(self, masters: Iterable[tuple[str, torch.Tensor]], logits: ReducedLogits) -> None:
         """Scale the given masters in place where they are query or key projections, on whatever device. Local."""
-        if logits.gamma is None or not logits.clipped_heads:
+        if logits.gamma is None:
             return
         for name, master in masters:
             if name not in self._targets:

@@ -21,10 +21,9 @@ from typing import Protocol, TypeVar
 
 import torch
 
-from k2train.activations.host_memory import PinnedMemory
 from k2train.config.errors import ConfigError
+from k2train.device.protocol import Device, Event, HostPages
 from k2train.layout.staging import NUM_SLOTS
-from k2train.optim.lanes import Copies, Moment, copies_for
 
 T = TypeVar("T")
 
@@ -88,7 +87,7 @@ class _Buffer:
     """Flat memory for one thing in transit. free: when it may be filled again."""
 
     memory: torch.Tensor
-    free: Moment = None
+    free: Event | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -98,31 +97,31 @@ class _Staged:
     buffer: _Buffer
     tensors: tuple[torch.Tensor, ...]
     home: tuple[torch.Tensor, ...]
-    ready: Moment
+    ready: Event
 
 
 class OnHost:
-    """States in host memory, pinned where the device is CUDA.
+    """States in host memory that the device's copies can reach by themselves.
 
+    like: a tensor with the type of the states, on the device they are streamed to.
     slot_elements: entries of the largest batch that will be streamed (all its tensors together).
     piece_elements: entries of a gradient that come to the host at once; 0 where none ever does.
     """
 
     on_host = True
 
-    def __init__(
-        self, like: torch.Tensor, slot_elements: int, piece_elements: int, copies: Copies | None = None
-    ) -> None:
-        """like: a tensor with the type of the states and the device they are streamed to. copies: by default the device's."""
-        self._like = like
-        self._copies = copies or copies_for(like.device)
+    def __init__(self, device: Device, like: torch.Tensor, slot_elements: int, piece_elements: int) -> None:
+        self._device, self._like = device, like
         # New device memory may be what a computation under way has just given back.
-        self._slots = [_Buffer(like.new_empty(slot_elements), self._copies.now()) for _ in range(NUM_SLOTS)]
+        self._slots = [
+            _Buffer(like.new_empty(slot_elements), device.current.record()) for _ in range(NUM_SLOTS)
+        ]
         self._turns = itertools.cycle(self._slots)
-        self._pages: list[PinnedMemory] = []  # tensors of pinned states are views of these
+        self._pages: list[HostPages] = []  # states are views of these
         self._pieces = [self.new_state(piece_elements) for _ in range(2)]
-        self._inward, self._outward, self._gradients = (self._copies.lane() for _ in range(3))
-        self._stored: Moment = None
+        self._inward, self._outward = device.stream("states in"), device.stream("states out")
+        self._gradients = device.stream("gradients out")
+        self._stored: Event | None = None
 
     @property
     def staging(self) -> list[torch.Tensor]:
@@ -131,12 +130,11 @@ class OnHost:
 
     def new_state(self, num_elements: int) -> torch.Tensor:
         """Raises ConfigError where the system locks no more memory."""
-        if not self._like.is_cuda or num_elements == 0:
-            return torch.zeros(num_elements, dtype=self._like.dtype)
-        # torch's own pinned allocator would round up to a power of two; new pages are zero.
+        if num_elements == 0:
+            return torch.zeros(0, dtype=self._like.dtype)
         num_bytes = num_elements * self._like.element_size()
         try:
-            pages = PinnedMemory(num_bytes)
+            pages = self._device.pages(num_bytes)
         except (OSError, RuntimeError) as error:
             raise ConfigError("optim.states", "host", f"the system locks no {num_bytes:,} bytes of host memory: {error}",
                               "set optim.states=device, use more nodes, or raise the limit on locked memory") from error  # fmt: skip
@@ -145,7 +143,7 @@ class OnHost:
 
     def stream(self, batches: Sequence[tuple[torch.Tensor, ...]]) -> Iterator[tuple[torch.Tensor, ...]]:
         for staged in _one_ahead(map(self._load, batches)):
-            self._copies.compute_after(staged.ready)
+            self._device.current.wait(staged.ready)
             yield staged.tensors
             self._store(staged)
 
@@ -153,29 +151,31 @@ class OnHost:
         stored = self._stored
         pieces = ((piece,) for piece in state.split(max(1, self._slots[0].memory.numel())))
         for staged in _one_ahead(self._load(piece, stored) for piece in pieces):
-            self._copies.compute_after(staged.ready)
+            self._device.current.wait(staged.ready)
             yield staged.tensors[0]
-            staged.buffer.free = self._copies.now()
+            staged.buffer.free = self._device.current.record()
 
     def gradients(self, gradient: torch.Tensor) -> Iterator[tuple[slice, torch.Tensor]]:
-        computed, turns = self._copies.now(), itertools.cycle(self._pieces)
+        turns = itertools.cycle(self._pieces)
+        self._gradients.wait(self._device.current.record())
         size = max(1, self._pieces[0].numel())
 
-        def fetch(start: int) -> tuple[slice, torch.Tensor, Moment]:
+        def fetch(start: int) -> tuple[slice, torch.Tensor, Event]:
             # The host asks for the next piece when it has done with the last but one, whose buffer this is.
             part = slice(start, min(start + size, gradient.numel()))
             arrived = next(turns)[: part.stop - part.start]
-            return part, arrived, self._gradients.copy(arrived, gradient[part], computed)
+            self._gradients.copy(arrived, gradient[part])
+            return part, arrived, self._gradients.record()
 
         for part, arrived, ready in _one_ahead(map(fetch, range(0, gradient.numel(), size))):
-            self._copies.host_after(ready)
+            ready.wait_host()
             yield part, arrived
 
     def drain(self) -> None:
-        for lane in (self._inward, self._outward, self._gradients):
-            lane.finish()
+        for stream in (self._inward, self._outward, self._gradients):
+            stream.wait_host()
 
-    def _load(self, home: tuple[torch.Tensor, ...], after: Moment = None) -> _Staged:
+    def _load(self, home: tuple[torch.Tensor, ...], after: Event | None = None) -> _Staged:
         buffer = next(self._turns)
         sizes = [tensor.numel() for tensor in home]
         assert sum(sizes) <= buffer.memory.numel(), (
@@ -183,16 +183,16 @@ class OnHost:
         )
         flat = buffer.memory[: sum(sizes)].split(sizes)
         tensors = tuple(part.view(tensor.shape) for part, tensor in zip(flat, home, strict=True))
-        ready: Moment = None
+        self._inward.wait(buffer.free, after)
         for target, source in zip(tensors, home, strict=True):
-            ready = self._inward.copy(target, source, buffer.free, after)
-        return _Staged(buffer, tensors, home, ready)
+            self._inward.copy(target, source)
+        return _Staged(buffer, tensors, home, self._inward.record())
 
     def _store(self, staged: _Staged) -> None:
-        updated = self._copies.now()
+        self._outward.wait(self._device.current.record())
         for target, source in zip(staged.home, staged.tensors, strict=True):
-            self._stored = self._outward.copy(target, source, updated)
-        staged.buffer.free = self._stored
+            self._outward.copy(target, source)
+        staged.buffer.free = self._stored = self._outward.record()
 
 
 def _one_ahead(items: Iterable[T]) -> Iterator[T]:

@@ -21,7 +21,7 @@ import datetime
 import os
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
-from typing import TYPE_CHECKING, Literal
+from typing import Any, Literal
 
 import torch
 import torch.distributed as dist
@@ -44,9 +44,6 @@ try:  # torch 2.13 and later; the old names warn there, and warnings are errors 
 except ImportError:  # torch 2.11 and 2.12
     from torch.distributed import all_gather_into_tensor as all_gather_single
     from torch.distributed import reduce_scatter_tensor as reduce_scatter_single
-
-if TYPE_CHECKING:
-    from torch.distributed import ProcessGroupNCCL
 
 # Ranks come up seconds or, from a shared file system, minutes apart, which says nothing of how long a collective may take.
 JOIN_SECONDS = 120.0
@@ -76,6 +73,11 @@ class _ProcessWork:
             except RuntimeError as error:
                 raise self.group.failure(self.operation, error) from error
 
+    def wait_host(self) -> None:
+        self.wait()
+        if self.group.device.type == "cuda":
+            torch.cuda.current_stream(self.group.device).synchronize()
+
     def done(self) -> bool:
         return all(handle.is_completed() for handle in self.handles)
 
@@ -91,8 +93,13 @@ class ProcessCommunicator(Communicator):
         self.size = len(self.ranks)
         self.rank = self.ranks.index(dist.get_rank())
         self._group = group
-        self._device = device
+        self.device = device
         self._uneven = dist.get_backend(group) == "nccl"
+
+    @property
+    def process_group(self) -> dist.ProcessGroup:
+        """The group itself, for libraries that bring their own collectives."""
+        return self._group
 
     def start_all_reduce(self, t: torch.Tensor, op: ReduceOp = "sum") -> Work:
         if self.size == 1:
@@ -162,7 +169,7 @@ class ProcessCommunicator(Communicator):
         return self._message(operation, dist.irecv, t, peer)
 
     def barrier(self) -> None:
-        token = torch.zeros(1, device=self._device)
+        token = torch.zeros(1, device=self.device)
         self._start("barrier", partial(dist.all_reduce, token)).wait()
         token.item()
 
@@ -279,7 +286,7 @@ def _described(name: str, ranks: Sequence[int]) -> str:
     return f"{name} ({others})"
 
 
-def _nccl_options(timeout: datetime.timedelta) -> ProcessGroupNCCL.Options:
+def _nccl_options(timeout: datetime.timedelta) -> Any:
     """Communication on streams of high priority: its kernels are few and small, and what they bring is waited for.
 
     A build of torch without NCCL has no such class, so it is imported here.

@@ -51,7 +51,9 @@ def assemble(config: Config) -> Assembly:
     microbatches = num_microbatches(config.train, layout)
     schedule = build_schedule(schedule_spec(config, microbatches))
     layout = _fitted(config, layout, schedule)
-    estimator = build_estimator(config.model, config.train, config.activations, layout, config.cluster)
+    estimator = build_estimator(
+        config.model, config.train, config.activations, layout, config.cluster, config.ops
+    )
     pieces = tuple(layout.virtual_stages[part] for part in schedule.model_part)
     by_piece = {piece: estimator.virtual_stage(piece) for piece in set(pieces)}
     estimates = tuple(by_piece[piece] for piece in pieces)

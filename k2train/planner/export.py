@@ -28,6 +28,7 @@ def plan_document(plan: Plan, advice: Advice | None = None, schedule_text: bool 
         "advice": None if advice is None else dataclasses.asdict(advice),
         "layout": layout_document(plan),
         "parameters": {"total": parameters.total, "activated": parameters.activated},
+        "attention": plan.assembly.estimator.workload.attention,
         "step_seconds": plan.step_seconds,
         "pipeline_seconds": plan.simulation.makespan_seconds,
         "tokens_per_second": plan.tokens_per_second,

@@ -8,6 +8,7 @@ from rich import box
 from rich.console import RenderableType
 from rich.table import Table
 
+from k2train.config.ops import attention_words, exact_above
 from k2train.estimate.activations import SavedTensor
 from k2train.estimate.parameters import model_parameters
 from k2train.planner.advice import Advice, problems
@@ -85,7 +86,13 @@ def layout_table(plan: Plan) -> Table:
         ("batch", f"{count(config.train.global_batch_tokens)} tokens = {layout.dp} ranks x {schedule.num_microbatches} "
                   f"microbatches x {config.train.microbatch_size} x {config.train.seq_len}"),
         ("schedule", f"{schedule.name}, {_switches(plan)}"),
+        ("attention", f"{_attention(plan)} (ops.backend)"),
     ])  # fmt: skip
+
+
+def _attention(plan: Plan) -> str:
+    workload, config = plan.assembly.estimator.workload, plan.config
+    return attention_words(workload.attention, exact_above(config.ops, config.optim.tau))
 
 
 def _switches(plan: Plan) -> str:

@@ -1,8 +1,11 @@
 """One microbatch through the phases of one virtual stage, as generators that pause where something else may run.
 
-A pause comes after each compute phase and between the start and the finish of each communication phase. Driving one
-generator to its end is a plain forward or backward; driving two in the order of `schedule.pair_order` is a PAIR, in which
-one's all-to-all is under way while the other computes (K2 report, Figure 7).
+A pause comes after each compute phase and between the start and the finish of each communication phase. Driving
+one generator to its end is a plain forward or backward; driving two in the order of `schedule.pair_order` is a
+PAIR, in which one's all-to-all is under way while the other computes (K2 report, Figure 7).
+
+The host waits for the device in one place of a forward, the finish of a MoE layer's route. In a pair the other
+half's next compute phase has been issued by then; a plain forward has nothing to issue in between.
 """
 
 from __future__ import annotations
@@ -13,13 +16,18 @@ from typing import Any
 import torch
 
 from k2train.model.context import MicrobatchContext
-from k2train.model.phase import CommunicationPhase, Grads, Phase, Tensors
+from k2train.model.dispatcher import Results
+from k2train.model.phase import CommunicationPhase, Phase
 
 
 def forward_steps(
-    phases: Sequence[Phase], inputs: Tensors, context: MicrobatchContext, records: list[Any]
-) -> Generator[None, None, Tensors]:
-    """Forward through `phases`; appends each one's record and returns the outputs of the last."""
+    phases: Sequence[Phase], inputs: Results, context: MicrobatchContext, records: list[Any]
+) -> Generator[None, None, Results]:
+    """Forward through `phases`; appends each one's record and returns the outputs of the last.
+
+    A compute phase's event is recorded at its end, before anything else is given to the main stream.
+    """
+    main = context.device.current
     for phase in phases:
         if isinstance(phase, CommunicationPhase):
             with torch.no_grad():
@@ -28,16 +36,18 @@ def forward_steps(
             with torch.no_grad():
                 inputs, record = phase.finish_forward(started, context)
         else:
-            inputs, record = phase.forward(inputs, context)
+            outputs, record = phase.forward(inputs.on(main), context)
+            inputs = Results(outputs, main.record())
             yield
         records.append(record)
     return inputs
 
 
 def backward_steps(
-    phases: Sequence[Phase], grads: Grads, context: MicrobatchContext, records: list[Any]
-) -> Generator[None, None, Grads]:
+    phases: Sequence[Phase], grads: Results, context: MicrobatchContext, records: list[Any]
+) -> Generator[None, None, Results]:
     """Backward through `phases`, last first; consumes `records` and returns the gradients of the first one's inputs."""
+    main = context.device.current
     for phase in reversed(phases):
         record = records.pop()
         if isinstance(phase, CommunicationPhase):
@@ -47,7 +57,7 @@ def backward_steps(
             with torch.no_grad():
                 grads = phase.finish_backward(started, context)
         else:
-            grads = phase.backward(record, grads, context)
+            grads = Results(phase.backward(record, grads.on(main), context), main.record())
             yield
     return grads
 
@@ -62,8 +72,8 @@ def finish(steps: Generator[None, None, Any]) -> Any:
 
 
 def alternate(
-    forward: Generator[None, None, Tensors], backward: Generator[None, None, Grads], order: Sequence[int]
-) -> tuple[Tensors, Grads]:
+    forward: Generator[None, None, Results], backward: Generator[None, None, Results], order: Sequence[int]
+) -> tuple[Results, Results]:
     """Drive both to their ends; their return values. order: whose next phase is issued, 0 for the forward; all of both."""
     steps = (forward, backward)
     for chain in order:

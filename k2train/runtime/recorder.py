@@ -52,6 +52,18 @@ class Message(Protocol):
     def wait(self) -> torch.Tensor: ...
 
 
+class Watcher(Protocol):
+    """Stands between an action list and the executor: `Recorder`, or whatever else follows a step."""
+
+    def watch(self, steps: Iterable[Step]) -> Iterator[Step]:
+        """The same steps; each has ended when the next one is asked for."""
+        ...
+
+    def wait(self, message: Message) -> torch.Tensor:
+        """Wait for a message."""
+        ...
+
+
 class Record(NamedTuple):
     """One step of the list as it ran. Seconds from the recorder's start; the wait for messages is its first part."""
 

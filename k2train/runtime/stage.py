@@ -2,7 +2,7 @@
 
 A microbatch on a virtual stage goes through these hands, each named by (virtual stage, microbatch):
 
-    inputs     activations that have arrived, local ones at once, remote ones as a receive to be waited for
+    inputs     activations that have arrived: local ones as results, remote ones as a receive to be waited for
     records    what the phases keep from forward to backward, with the microbatch's context
     outputs    activations to be sent        gradients, received_gradients    the same on the way back
 
@@ -19,8 +19,10 @@ from typing import Any, Protocol
 
 import torch
 
+from k2train.device.protocol import Device
 from k2train.model.context import MicrobatchContext
-from k2train.model.phase import Phase, Tensors
+from k2train.model.dispatcher import Results
+from k2train.model.phase import Phase
 from k2train.ops.weight_grad import GradientSink, Key, WeightGradQueue
 from k2train.runtime.passes import alternate, backward_steps, finish, forward_steps
 from k2train.schedule.overlap import pair_order
@@ -30,16 +32,6 @@ class Arrival(Protocol):
     """A message that may still be under way."""
 
     def wait(self) -> torch.Tensor: ...
-
-
-@dataclasses.dataclass(frozen=True)
-class Here:
-    """A message from a virtual stage of the same rank."""
-
-    tensor: torch.Tensor
-
-    def wait(self) -> torch.Tensor:
-        return self.tensor
 
 
 class Transport(Protocol):
@@ -115,17 +107,23 @@ class PipelineStage:
         routes: Mapping[int, Route],
         transport: Transport | None,
         gradients: GradientSink | None,
+        device: Device,
     ) -> None:
-        """transport may be None where all virtual stages live here; gradients is None in evaluation."""
+        """transport may be None where all virtual stages live here; gradients is None in evaluation.
+
+        Messages have streams of their own. A phase then waits for its own message, and a message for the result
+        it carries, whatever else the main stream has been given by then.
+        """
         self.models, self.routes, self.transport, self.gradients = models, routes, transport, gradients
+        self._arriving, self._leaving = device.stream("arriving messages"), device.stream("leaving messages")
         self.queue = WeightGradQueue()
         self._step: StepInputs | None = None
         self._weight_gradients: collections.Counter[int] = collections.Counter()
-        self._inputs: dict[Key, Arrival] = {}
-        self._outputs: dict[Key, torch.Tensor] = {}
+        self._inputs: dict[Key, Arrival | Results] = {}
+        self._outputs: dict[Key, Results] = {}
         self._records: dict[Key, tuple[list[Any], MicrobatchContext]] = {}
-        self._arrived_gradients: dict[Key, Arrival] = {}
-        self._gradients: dict[Key, torch.Tensor] = {}
+        self._arrived_gradients: dict[Key, Arrival | Results] = {}
+        self._gradients: dict[Key, Results] = {}
 
     @contextlib.contextmanager
     def step(self, inputs: StepInputs) -> Iterator[None]:
@@ -184,18 +182,16 @@ class PipelineStage:
         self._backward_done(backward, grads)
 
     def send_activation(self, virtual_stage: int, microbatch: int) -> None:
-        self._wire().send(
-            self._outputs.pop((virtual_stage, microbatch)), self.routes[virtual_stage].next_stage
-        )
+        results = self._outputs.pop((virtual_stage, microbatch))
+        self._send(results, self.routes[virtual_stage].next_stage)
 
     def receive_activation(self, virtual_stage: int, microbatch: int) -> None:
         peer = self.routes[virtual_stage].previous_stage
         self._inputs[virtual_stage, microbatch] = self._wire().receive(self._num_rows(microbatch), peer)
 
     def send_gradient(self, virtual_stage: int, microbatch: int) -> None:
-        self._wire().send(
-            self._gradients.pop((virtual_stage, microbatch)), self.routes[virtual_stage].previous_stage
-        )
+        results = self._gradients.pop((virtual_stage, microbatch))
+        self._send(results, self.routes[virtual_stage].previous_stage)
 
     def receive_gradient(self, virtual_stage: int, microbatch: int) -> None:
         peer = self.routes[virtual_stage].next_stage
@@ -218,12 +214,25 @@ class PipelineStage:
         self._records[key] = (records, context)
         return forward_steps(self.models[virtual_stage].phases, self._take_inputs(key), context, records)
 
-    def _take_inputs(self, key: Key) -> Tensors:
-        if self.routes[key[0]].previous is None:
-            return (self._inputs_of_step().tokens(key[1]),)
-        return (self._inputs_of_step().wait(self._inputs.pop(key)),)
+    def _send(self, results: Results, stage: int) -> None:
+        with self._leaving.issue():
+            (tensor,) = results.on(self._leaving)
+            self._wire().send(tensor, stage)
 
-    def _forward_done(self, key: Key, outputs: Tensors) -> None:
+    def _take_inputs(self, key: Key) -> Results:
+        if self.routes[key[0]].previous is None:
+            return Results((self._inputs_of_step().tokens(key[1]),))
+        return self._arrived(self._inputs.pop(key))
+
+    def _arrived(self, arrival: Arrival | Results) -> Results:
+        """A message and the event at which it is there; the main stream does not wait for it here."""
+        if isinstance(arrival, Results):
+            return arrival
+        with self._arriving.issue():
+            tensor = self._inputs_of_step().wait(arrival)
+        return Results((tensor,), self._arriving.record())
+
+    def _forward_done(self, key: Key, outputs: Results) -> None:
         route = self.routes[key[0]]
         self._records[key][1].saved.forward_done()
         if self.gradients is None:
@@ -231,26 +240,25 @@ class PipelineStage:
         if route.next is None:
             return
         if route.next_is_here:
-            self._inputs[route.next, key[1]] = Here(outputs[0])
+            self._inputs[route.next, key[1]] = outputs
         else:
-            self._outputs[key] = outputs[0]
+            self._outputs[key] = outputs
 
     def _backward_steps(self, key: Key) -> Any:
         records, context = self._records.pop(key)
         is_last = self.routes[key[0]].next is None
-        gradient = None if is_last else self._inputs_of_step().wait(self._arrived_gradients.pop(key))
-        return backward_steps(self.models[key[0]].phases, (gradient,), context, records)
+        gradient = Results((None,)) if is_last else self._arrived(self._arrived_gradients.pop(key))
+        return backward_steps(self.models[key[0]].phases, gradient, context, records)
 
-    def _backward_done(self, key: Key, grads: Sequence[torch.Tensor | None]) -> None:
+    def _backward_done(self, key: Key, grads: Results) -> None:
         route = self.routes[key[0]]
         if route.previous is None:
             return
-        (gradient,) = grads
-        assert gradient is not None
+        assert grads.tensors[0] is not None
         if route.previous_is_here:
-            self._arrived_gradients[route.previous, key[1]] = Here(gradient)
+            self._arrived_gradients[route.previous, key[1]] = grads
         else:
-            self._gradients[key] = gradient
+            self._gradients[key] = grads
 
     def _wire(self) -> Transport:
         assert self.transport is not None, "a schedule with messages needs a transport"

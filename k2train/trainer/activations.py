@@ -12,6 +12,7 @@ from k2train.activations.offload import OffloadEngine
 from k2train.activations.store import ActivationStore
 from k2train.config.schema import Config
 from k2train.config.sections import ActivationsConfig
+from k2train.device.protocol import Device, integers
 from k2train.layout.layout import Layout
 from k2train.parallel.communicator import Communicator
 from k2train.schedule.actions import Step
@@ -20,7 +21,7 @@ from k2train.trainer.host_memory import activation_share
 
 
 def build_activations(
-    config: Config, layout: Layout, stage: int, line: Iterable[Step], device: torch.device
+    config: Config, layout: Layout, stage: int, line: Iterable[Step], device: Device
 ) -> ActivationStore | None:
     """The store of a rank whose stage executes `line`; None where every tensor is kept as it is, which is autograd's own way.
 
@@ -29,8 +30,8 @@ def build_activations(
     policies = config.activations
     if all(policy == "keep" for policy in dataclasses.asdict(policies).values()):
         return None
-    limit = activation_share(config, layout, stage, device)
-    arena = HostArena(pinned=device.type == "cuda", limit_bytes=limit)
+    limit = activation_share(config, layout, stage, device.torch_device)
+    arena = HostArena(device, limit_bytes=limit)
     return ActivationStore(policies, OffloadEngine(device, arena), peak_offloaded(line))
 
 
@@ -47,9 +48,7 @@ def host_traffic(store: ActivationStore | None) -> dict[str, int]:
     return metrics
 
 
-def non_finite_tiles(
-    store: ActivationStore | None, world: Communicator, device: torch.device
-) -> dict[str, int]:
+def non_finite_tiles(store: ActivationStore | None, world: Communicator, device: Device) -> dict[str, int]:
     """Tiles with a value that is not finite that FP8 storage has met in the run, by name, over all ranks.
 
     Every rank must call it: one sum over the world where there is a store. Waits for the device.
@@ -58,6 +57,12 @@ def non_finite_tiles(
         return {}
     names = [field.name for field in dataclasses.fields(ActivationsConfig)]
     mine = store.non_finite_tiles()
-    counts = torch.tensor([mine.get(name, 0) for name in names], dtype=torch.int64, device=device)
+    counts = torch.tensor(
+        [mine.get(name, 0) for name in names], dtype=torch.int64, device=device.torch_device
+    )
     world.all_reduce(counts)
-    return {name: count for name, count in zip(names, counts.tolist(), strict=True) if count}
+    return {
+        name: count
+        for name, count in zip(names, integers(device.read(counts, "non-finite tiles")), strict=True)
+        if count
+    }

@@ -16,6 +16,7 @@ from k2train.config.errors import ConfigError
 from k2train.config.model import ModelConfig
 from k2train.config.schema import Config
 from k2train.data.corpus import Corpus, build_corpus
+from k2train.device.protocol import Device
 from k2train.estimate.activations import check_policies
 from k2train.layout.build import build_layout, num_microbatches
 from k2train.layout.layout import Layout
@@ -23,10 +24,12 @@ from k2train.layout.tensors import TensorSpec, embedding_tensors, head_tensors, 
 from k2train.model.dispatcher import Dispatcher, LocalDispatcher
 from k2train.model.model import Model, build_model
 from k2train.model.pieces import ModelPart
+from k2train.ops.backend import OpsBackend, choose_backend
 from k2train.ops.dtypes import DTYPES
 from k2train.optim.build import build_optimizer
 from k2train.optim.lr_schedule import LrSchedule
 from k2train.optim.optimizer import Optimizer
+from k2train.parallel.deepep_dispatcher import DeepEPDispatcher, build_buffer, check_deepep
 from k2train.parallel.dispatcher import AllToAllDispatcher
 from k2train.parallel.groups import Groups
 from k2train.parallel.pipeline import PipelineTransport
@@ -46,7 +49,8 @@ class Run:
     layout: Layout
     schedule: Schedule
     groups: Groups
-    device: torch.device
+    device: Device
+    backend: OpsBackend
     models: Mapping[int, Model]
     optimizer: Optimizer
     activations: ActivationStore | None
@@ -97,6 +101,8 @@ def build_layouts(config: Config) -> tuple[Layout, Schedule]:
     """The layout and the validated schedule of a run; pure, and refused here if they cannot run."""
     check_supported(config)
     layout = build_layout(config.layout, config.cluster, config.model, config.train.seq_len)
+    if layout.dispatch == "deepep" and layout.ep > 1:
+        check_deepep(choose_device(config), DTYPES[config.train.dtype], config.model.hidden_size)
     # The same function that `plan` calls: what it predicts is what runs here.
     schedule = build_schedule(schedule_spec(config, num_microbatches(config.train, layout)))
     validate(schedule)
@@ -116,20 +122,35 @@ def open_corpus(config: Config) -> Corpus:
 
 
 def build_run(
-    config: Config, layout: Layout, schedule: Schedule, corpus: Corpus, groups: Groups, device: torch.device
+    config: Config,
+    layout: Layout,
+    schedule: Schedule,
+    corpus: Corpus,
+    groups: Groups,
+    device: Device,
+    initialise: bool = True,
 ) -> Run:
-    """One rank's share of the run, weights initialised from the seed. Every rank calls it; it communicates with nobody."""
-    models = build_models(config, layout, groups, device)
+    """One rank's share of the run. Every rank calls it; only DeepEP's buffer, where layout.dispatch
+    asks for it, communicates.
+
+    initialise: fill the weights from the seed; False leaves them as memory is.
+    """
+    backend = choose_backend(
+        config.ops, config.model, config.train.dtype, config.optim.tau, device.torch_device
+    )
+    models = build_models(config, layout, groups, device, backend, initialise)
     catalogue = {
         spec.name: spec for model in models.values() for spec in part_tensors(config.model, model.part)
     }
     trained = [[piece for piece in model.pieces() if piece.trained] for model in models.values()]
-    optimizer = build_optimizer(config.optim, config.model, catalogue, trained, groups)
+    optimizer = build_optimizer(config.optim, config.model, catalogue, trained, groups, device)
     routes = build_routes(schedule, groups.pp.rank)
     dtype = DTYPES[config.train.dtype]
     channels = groups.channels
     transport = (
-        None if channels is None else PipelineTransport(channels, config.model.hidden_size, dtype, device)
+        None
+        if channels is None
+        else PipelineTransport(channels, config.model.hidden_size, dtype, device.torch_device)
     )
     learning_rate = LrSchedule(config.optim.lr_phases, config.train.steps, config.train.global_batch_tokens)
     return Run(
@@ -138,6 +159,7 @@ def build_run(
         schedule=schedule,
         groups=groups,
         device=device,
+        backend=backend,
         models=models,
         optimizer=optimizer,
         activations=build_activations(
@@ -145,35 +167,54 @@ def build_run(
         ),
         corpus=corpus,
         learning_rate=learning_rate,
-        training=PipelineStage(models, routes, transport, optimizer.gradients),
-        evaluation=PipelineStage(models, routes, transport, None),
+        training=PipelineStage(models, routes, transport, optimizer.gradients, device),
+        evaluation=PipelineStage(models, routes, transport, None, device),
     )
 
 
-def build_dispatcher(
-    num_experts: int, groups: Groups, device: torch.device, num_parts: int = 1
-) -> Dispatcher:
+def build_deepep(config: Config, groups: Groups, device: Device) -> Dispatcher:
+    """DeepEP's dispatcher. Every rank of the ep group must call it; raises ConfigError where it cannot run."""
+    check_deepep(device.torch_device, DTYPES[config.train.dtype], config.model.hidden_size)
+    buffer = build_buffer(groups.ep, config.model.hidden_size)
+    return DeepEPDispatcher(buffer, config.model.n_routed_experts, SideStream(device))
+
+
+def build_dispatcher(num_experts: int, groups: Groups, device: Device, num_parts: int = 1) -> Dispatcher:
     """How this rank's tokens reach their experts. It communicates with nobody."""
     if groups.ep.size == 1:
-        return LocalDispatcher()
+        return LocalDispatcher(device)
+    side = SideStream(device)
     if groups.relay is None:
-        return AllToAllDispatcher(groups.ep, num_experts)
-    return RelayDispatcher(groups.ep, groups.relay, groups.rail, num_experts, SideStream(device), num_parts)
+        return AllToAllDispatcher(groups.ep, num_experts, side)
+    return RelayDispatcher(groups.ep, groups.relay, groups.rail, num_experts, side, num_parts)
 
 
-def build_models(config: Config, layout: Layout, groups: Groups, device: torch.device) -> dict[int, Model]:
-    """The model parts of this rank's virtual stages, initialised, in the order of the model."""
+def build_models(
+    config: Config,
+    layout: Layout,
+    groups: Groups,
+    device: Device,
+    backend: OpsBackend | None = None,
+    initialise: bool = True,
+) -> dict[int, Model]:
+    """The model parts of this rank's virtual stages, in the order of the model. backend: None for stock attention."""
     experts = config.model.n_routed_experts
     per_rank = experts // layout.ep
     mine = tuple(range(groups.ep.rank * per_rank, (groups.ep.rank + 1) * per_rank))
-    dispatcher = build_dispatcher(experts, groups, device, layout.relay_parts)
+    if layout.dispatch == "deepep" and layout.ep > 1:
+        dispatcher = build_deepep(config, groups, device)
+    else:
+        dispatcher = build_dispatcher(experts, groups, device, layout.relay_parts)
     models = {}
     for virtual_stage, piece in enumerate(layout.virtual_stages):
         if layout.placement[virtual_stage] != groups.pp.rank:
             continue
         part = ModelPart(tuple(piece.layers), piece.embedding, piece.head, mine)
-        model = build_model(config.model, part, DTYPES[config.train.dtype], device, dispatcher)
-        model.initialise(config.train.seed)
+        model = build_model(
+            config.model, part, DTYPES[config.train.dtype], device.torch_device, dispatcher, backend
+        )
+        if initialise:
+            model.initialise(config.train.seed)
         models[virtual_stage] = model
     return models
 

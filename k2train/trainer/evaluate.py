@@ -61,10 +61,11 @@ def evaluate(run: Run, max_tokens: int) -> Evaluation | None:
     statistics = Statistics()
     windows = cut(streams, train.seq_len, train.eval_overlap_tokens)
     forward_only(run, local_microbatches(run, windows), statistics, 1.0 / num_tokens)
-    losses = losses_of_rank(statistics, run.device)
+    losses = losses_of_rank(statistics, run.device.torch_device)
     run.groups.world.all_reduce(losses)
     num_bytes = sum(run.corpus.num_bytes(stream[1:]) for stream in streams)
-    return Evaluation(losses[0].item(), num_sequences, num_tokens, num_bytes)
+    loss, _ = run.device.read(losses, "evaluation")
+    return Evaluation(loss, num_sequences, num_tokens, num_bytes)
 
 
 def cut(streams: list[torch.Tensor], seq_len: int, context: int) -> Windows:
@@ -96,7 +97,8 @@ def local_microbatches(run: Run, windows: Windows) -> list[Windows]:
     missing = -len(windows.inputs) % (size * dp.size)
     inputs = torch.cat([windows.inputs, windows.inputs[:1].expand(missing, -1)])
     targets = torch.cat([windows.targets, torch.full_like(windows.targets[:1], IGNORED).expand(missing, -1)])
-    return Windows(inputs.to(run.device), targets.to(run.device)).split(size)[dp.rank :: dp.size]
+    windows = Windows(run.device.upload(inputs), run.device.upload(targets))
+    return windows.split(size)[dp.rank :: dp.size]
 
 
 def forward_only(run: Run, microbatches: list[Windows], statistics: Statistics, loss_scale: float) -> None:
@@ -105,7 +107,7 @@ def forward_only(run: Run, microbatches: list[Windows], statistics: Statistics, 
     def make_context(virtual_stage: int, microbatch: int) -> MicrobatchContext:
         part = microbatches[microbatch]
         return MicrobatchContext(num_sequences=len(part.inputs), key=(virtual_stage, microbatch), statistics=statistics,
-                                 loss_scale=loss_scale, targets=part.targets)  # fmt: skip
+                                 loss_scale=loss_scale, targets=part.targets, device=run.device)  # fmt: skip
 
     tokens = [part.inputs for part in microbatches]
     stage = run.evaluation

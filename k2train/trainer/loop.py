@@ -9,7 +9,6 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import os
-import resource
 import signal
 import time
 from collections.abc import Iterator, Mapping, Sequence
@@ -22,7 +21,9 @@ from rich.console import Console
 from k2train.config.convert import to_dict
 from k2train.config.errors import ConfigError
 from k2train.config.schema import Config
+from k2train.device.build import build_device
 from k2train.layout.layout import Layout
+from k2train.ops.backend import choose_backend
 from k2train.ops.dtypes import DTYPES
 from k2train.optim.adam import check_host_adam
 from k2train.parallel.communicator import World
@@ -35,6 +36,7 @@ from k2train.telemetry.progress import ProgressDisplay, open_progress
 from k2train.telemetry.sinks import Sink, open_sinks
 from k2train.trainer.activations import host_traffic, non_finite_tiles
 from k2train.trainer.build import Run, build_layouts, build_run, choose_device, open_corpus
+from k2train.trainer.dry_run import dry_run
 from k2train.trainer.evaluate import evaluate
 from k2train.trainer.finish import Outcome, print_end
 from k2train.trainer.garbage import GarbageControl
@@ -90,6 +92,7 @@ def prepare(config: Config) -> Prepared:
     layout, schedule = build_layouts(config)
     device = choose_device(config)
     kind = choose_world(config, layout, device, os.environ)
+    choose_backend(config.ops, config.model, config.train.dtype, config.optim.tau, device)
     check_host_adam(config.optim, DTYPES[config.train.dtype])
     check_host_memory(config, layout, kind, device, os.environ)
     return Prepared(config, layout, schedule, device, kind)
@@ -108,7 +111,7 @@ def train(config: Config, words: Sequence[str] = ()) -> Outcome:
 
         def run_rank(world: World) -> Outcome:
             groups = build_groups(layout.grid, world, layout.relay_ranks, messages)
-            run = build_run(config, layout, ready.schedule, corpus, groups, world.device)
+            run = build_run(config, layout, ready.schedule, corpus, groups, build_device(world.device))
             return train_rank(run, stop, garbage, words)
 
         return run_world(ready.kind, layout.world, ready.device, config.train, run_rank)
@@ -118,6 +121,7 @@ def train_rank(run: Run, stop: StopRequest, garbage: GarbageControl, words: Sequ
     """One rank's part of `train`; rank 0 alone prints and draws."""
     run_dir, checkpoint, changes = agree_on_run_dir(run)
     done = start(run, checkpoint)
+    dry_run(run)
     if run.is_main:
         print_start(run, run_dir, done, changes, Console())
     outcome = run_steps(run, run_dir, done, stop, garbage)
@@ -142,7 +146,7 @@ def agree_on_run_dir(run: Run) -> tuple[Path, Path | None, list[str]]:
             }
         except ConfigError as error:
             answer = {"error": [error.field, str(error.value), error.rule, error.remedy]}
-    answer = broadcast_object(run.groups.world, answer, 0, run.device)
+    answer = broadcast_object(run.groups.world, answer, 0, run.device.torch_device)
     if "error" in answer:
         raise ConfigError(*answer["error"])
     found = answer["checkpoint"]
@@ -206,7 +210,7 @@ def take_step(run: Run, index: int, outputs: Outputs, stop: StopRequest) -> int:
         **step.reported(),
         "tokens_per_second": run.config.train.global_batch_tokens / seconds,
         "step_seconds": seconds,
-        "peak_bytes": peak_bytes(run.device),
+        "peak_bytes": run.device.peak_bytes(),
         **host_traffic(run.activations),
     }
     if not step.finite:
@@ -236,13 +240,6 @@ def evaluation_due(config: Config, done: int) -> bool:
 
 def evaluation_tokens(config: Config, done: int) -> int:
     return config.train.final_eval_tokens if done == config.train.steps else config.train.eval_tokens
-
-
-def peak_bytes(device: torch.device) -> int:
-    """The most memory used so far: on the device for CUDA, of the process for a CPU."""
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device)
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
 def diverged_message(step: StepMetrics, run_dir: Path, fp8_tiles: Mapping[str, int]) -> str:

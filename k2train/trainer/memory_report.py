@@ -21,6 +21,7 @@ from k2train.activations.store import ActivationStore
 from k2train.config.model import ModelConfig
 from k2train.config.schema import Config
 from k2train.config.sections import ActivationsConfig
+from k2train.device.protocol import Device
 from k2train.estimate.activations import SavedTensor, saved_tensors
 from k2train.estimate.layer_ops import Workload, workload
 from k2train.layout.build import build_layout
@@ -28,6 +29,7 @@ from k2train.layout.tensors import layer_tensors
 from k2train.model.context import MicrobatchContext
 from k2train.model.model import build_model, forward
 from k2train.model.pieces import whole_model
+from k2train.ops.backend import OpsBackend, choose_backend
 from k2train.ops.dtypes import DTYPES
 from k2train.ops.weight_grad import PlainGradients
 
@@ -72,15 +74,16 @@ class MemoryReport:
         return max(row.difference for rows in self.layers.values() for row in rows)
 
 
-def measure_memory(config: Config, device: torch.device) -> MemoryReport:
+def measure_memory(config: Config, device: Device) -> MemoryReport:
     """Run the layers and count. Raises ConfigError for policies that cannot be."""
     kinds = layer_kinds(config.model)
     divisor = smallest_divisor(config.model)
     small = two_layers(narrowed(config.model, divisor), kinds)
     here = microbatch(config, small, device)
-    measured = measured_bytes(small, here, config.activations, device)
+    backend = choose_backend(config.ops, small, here.dtype, config.optim.tau, device.torch_device)
+    measured = measured_bytes(small, here, config.activations, device, backend)
     layout = build_layout(config.layout, config.cluster, config.model, config.train.seq_len)
-    whole = workload(config.model, config.train, layout.ep, layout.relay_ranks)
+    whole = workload(config.model, config.train, layout.ep, layout.relay_ranks, config.ops)
     layers = {}
     for layer, kind in enumerate(kinds):
         moe = kind == "MoE layer"
@@ -135,30 +138,35 @@ def two_layers(model: ModelConfig, kinds: list[str]) -> ModelConfig:
     )
 
 
-def microbatch(config: Config, model: ModelConfig, device: torch.device) -> Workload:
+def microbatch(config: Config, model: ModelConfig, device: Device) -> Workload:
     """One sequence of the config's, cut to MAX_TOKENS, on a rank that holds all experts, where it is measured."""
-    here: Literal["cpu", "cuda"] = "cuda" if device.type == "cuda" else "cpu"
+    here: Literal["cpu", "cuda"] = "cuda" if device.torch_device.type == "cuda" else "cpu"
     seq_len = min(config.train.seq_len, MAX_TOKENS)
     train = dataclasses.replace(config.train, seq_len=seq_len, microbatch_size=1, device=here)
-    return workload(model, train, ep=1)
+    return workload(model, train, ep=1, ops=config.ops)
 
 
 def measured_bytes(
-    model: ModelConfig, here: Workload, policies: ActivationsConfig, device: torch.device
+    model: ModelConfig,
+    here: Workload,
+    policies: ActivationsConfig,
+    device: Device,
+    backend: OpsBackend,
 ) -> dict[tuple[int | None, str], tuple[int, int]]:
     """Bytes of every (layer, name) on the device and on the host, after a forward and its offload."""
-    engine = OffloadEngine(device, HostArena(pinned=device.type == "cuda"))
+    engine = OffloadEngine(device, HostArena(device))
     store = ActivationStore(policies, engine)
-    built = build_model(model, whole_model(model), DTYPES[here.dtype], device)
+    built = build_model(model, whole_model(model), DTYPES[here.dtype], device.torch_device, backend=backend)
     for parameter in {piece.parameter for piece in built.pieces()}:
         torch.nn.init.normal_(parameter, std=model.initializer_range)
-    tokens_BS1 = torch.randint(VOCABULARY, (1, here.tokens + 1), device=device)
+    tokens_BS1 = torch.randint(VOCABULARY, (1, here.tokens + 1), device=device.torch_device)
     context = MicrobatchContext(
         1,
         PlainGradients(),
         targets=tokens_BS1[:, 1:],
         balance_loss_scale=float(here.balance_loss),
         saved=store.microbatch(),
+        device=device,
     )
     # The records hold what the backward would need; they must live until everything is counted.
     _, records = forward(built, (tokens_BS1[:, :-1],), context)

@@ -32,7 +32,7 @@ def run_table(run: Run, run_dir: Path, first_step: int) -> Table:
     table.add_row("steps", f"{first_step} of {train.steps} done" if first_step else f"{train.steps}")
     table.add_row("tokens per step", f"{train.global_batch_tokens:,} ({train.global_batch_tokens // train.seq_len} sequences of "
                   f"{train.seq_len}, {run.num_microbatches} microbatches a pipeline)")  # fmt: skip
-    table.add_row("device", f"{run.device}, {train.dtype}")
+    table.add_row("device", f"{run.device.torch_device}, {train.dtype}")
     layout = run.layout
     table.add_row(
         "layout",
@@ -69,9 +69,10 @@ def feature_table(run: Run) -> Table:
     policies = Counter(
         getattr(config.activations, field.name) for field in dataclasses.fields(ActivationsConfig)
     )
-    tau = optim.qk_clip_tau if optim.name == "muonclip" else None
+    tau = optim.tau
     rows = [
         ("optimizer states", describe_states(run.optimizer, optim.host_adam)),
+        ("attention", run.backend.words),
         ("QK-Clip", f"tau {tau:g}" if tau is not None else "off"),
         (
             "gradient clipping",

@@ -14,11 +14,11 @@ import torch
 from k2train.model.context import MicrobatchContext, Statistics
 from k2train.model.saved import KeepEverything
 from k2train.runtime.executor import run_actions
-from k2train.runtime.recorder import Recorder
+from k2train.runtime.recorder import Watcher
 from k2train.runtime.stage import StepInputs
 from k2train.schedule import Step
 from k2train.trainer.build import Run
-from k2train.trainer.totals import StepTotals
+from k2train.trainer.totals import Reported, StepTotals
 
 
 @dataclasses.dataclass(frozen=True)
@@ -48,7 +48,7 @@ class StepMetrics:
 
 
 def train_step(
-    run: Run, index: int, recorder: Recorder | None = None, stop_signal: Callable[[], int] = lambda: 0
+    run: Run, index: int, recorder: Watcher | None = None, stop_signal: Callable[[], int] = lambda: 0
 ) -> StepMetrics:
     """Take step `index` (counted from 0). With a non-finite loss or gradient norm nothing is updated.
 
@@ -61,7 +61,7 @@ def train_step(
     statistics = Statistics()
     run_schedule(run, index, statistics, recorder)
     lr = run.learning_rate.at(index)
-    totals = StepTotals(run.config.model, statistics, stop_signal(), run.device)
+    totals = StepTotals(run.config.model, statistics, stop_signal(), run.device.torch_device)
     # The losses are among the riders: one that is not finite makes every gradient suspect, and nothing is updated.
     result = run.optimizer.step(
         lr, statistics.max_logits, run.config.train.grad_clip_norm, finish=False, riders=totals.riders
@@ -70,22 +70,22 @@ def train_step(
     if result.finite:
         for model in run.models.values():
             model.update_correction_biases(loads, run.config.train.bias_update_rate)
-    loss, balance_loss, violation, stop = totals.read()
+    reported = Reported(*result.report)
     return StepMetrics(
         step=index + 1,
         tokens=(index + 1) * run.config.train.global_batch_tokens,
-        loss=loss,
-        balance_loss=balance_loss,
+        loss=reported.loss,
+        balance_loss=reported.balance_loss,
         grad_norm=result.grad_norm,
         lr=lr,
         max_logit=result.max_logit,
         clipped_heads=result.clipped_heads,
-        load_violation=violation,
-        stop_signal=stop,
+        load_violation=reported.load_violation,
+        stop_signal=int(reported.stop_signal),
     )
 
 
-def run_schedule(run: Run, index: int, statistics: Statistics, recorder: Recorder | None = None) -> None:
+def run_schedule(run: Run, index: int, statistics: Statistics, recorder: Watcher | None = None) -> None:
     """Execute this stage's action list on its share of step `index`'s sequences.
 
     Gradients end in the optimizer's buffers, and each virtual stage's reduce-scatter starts with its last one.
@@ -114,7 +114,8 @@ def step_inputs(run: Run, batch: torch.Tensor, statistics: Statistics) -> StepIn
             loss_scale=1.0 / train.global_batch_tokens,
             balance_loss_scale=train.balance_loss_alpha / (run.num_microbatches * run.groups.dp.size),
             targets=microbatches[microbatch][:, 1:],
-            saved=KeepEverything() if run.activations is None else run.activations.microbatch(virtual_stage),
+            saved=KeepEverything() if run.activations is None else run.activations.microbatch(),
+            device=run.device,
         )
 
     return StepInputs(
@@ -132,4 +133,4 @@ def local_batch(run: Run, index: int) -> torch.Tensor:
     sequences = train.global_batch_tokens // train.seq_len
     share = sequences // run.groups.dp.size
     start = index * sequences + run.groups.dp.rank * share
-    return run.corpus.batch("train", start, share).to(run.device)
+    return run.device.upload(run.corpus.batch("train", start, share))

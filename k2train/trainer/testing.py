@@ -6,6 +6,7 @@ from collections.abc import Callable
 from typing import Literal, TypeVar
 
 from k2train.config.schema import Config
+from k2train.device.build import build_device
 from k2train.parallel.communicator import World
 from k2train.parallel.groups import build_groups
 from k2train.parallel.testing import run_distributed_test
@@ -33,7 +34,7 @@ def run_on_ranks(
                 schedule,
                 corpus,
                 build_groups(layout.grid, world, layout.relay_ranks, messages),
-                world.device,
+                build_device(world.device),
             )
         )
 

@@ -6,12 +6,24 @@ Letters: L MoE layers of the whole model, E experts.
 
 from __future__ import annotations
 
+import functools
+from typing import NamedTuple
+
 import torch
 
 from k2train.config.model import ModelConfig
 from k2train.model.context import Statistics
 from k2train.model.routing import load_violation
 from k2train.optim.optimizer import Riders
+
+
+class Reported(NamedTuple):
+    """What the host reads of a step's totals. load_violation: of the worst layer. stop_signal: 0 for none."""
+
+    loss: float
+    balance_loss: float
+    load_violation: float
+    stop_signal: float
 
 
 class StepTotals:
@@ -29,23 +41,24 @@ class StepTotals:
             if layer in statistics.expert_loads:
                 loads_LE[index] = statistics.expert_loads[layer]
         losses = losses_of_rank(statistics, device)
-        asked = torch.tensor([stop_signal], dtype=torch.float64, device=device)
-        self.riders = Riders(sums=torch.cat([losses, loads_LE.flatten()]), maxima=asked)
+        # Filled on the device: a number copied there would make the host wait.
+        asked = torch.full((1,), float(stop_signal), dtype=torch.float64, device=device)
+        self.riders = Riders(
+            torch.cat([losses, loads_LE.flatten()]), asked, functools.partial(_report, self._shape)
+        )
 
     def loads(self) -> dict[int, torch.Tensor]:
         """Tokens of the global batch that chose each expert (E,), by MoE layer of the whole model."""
         return dict(zip(self._layers, self._loads, strict=True))
 
-    def read(self) -> tuple[float, float, float, int]:
-        """Loss, balance loss, the load violation of the worst layer, the stop signal. Waits for the device."""
-        worst = load_violation(self._loads).view(1)
-        numbers = torch.cat([self.riders.sums[:2], worst, self.riders.maxima])
-        loss, balance_loss, violation, stop_signal = numbers.tolist()
-        return loss, balance_loss, violation, int(stop_signal)
-
     @property
     def _loads(self) -> torch.Tensor:
         return self.riders.sums[2:].view(self._shape)
+
+
+def _report(shape: tuple[int, int], sums: torch.Tensor, maxima: torch.Tensor) -> torch.Tensor:
+    """The numbers of `Reported` (4,), on the device. shape: (L, E) of the loads."""
+    return torch.cat([sums[:2], load_violation(sums[2:].view(shape)).view(1), maxima])
 
 
 def losses_of_rank(statistics: Statistics, device: torch.device) -> torch.Tensor:

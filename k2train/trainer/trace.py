@@ -9,8 +9,7 @@ import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-import torch
-
+from k2train.device.protocol import Device
 from k2train.parallel.objects import broadcast_object
 from k2train.runtime.recorder import Recorder, from_json, to_json, trace_boxes
 from k2train.schedule.trace import Box, write_boxes
@@ -28,16 +27,14 @@ def start_recorder(run: Run, index: int) -> Recorder | None:
     return Recorder(device_clock(run.device))
 
 
-def device_clock(device: torch.device) -> Callable[[], float]:
-    """Seconds; on a GPU, after what was launched on the compute stream so far has ended.
+def device_clock(device: Device) -> Callable[[], float]:
+    """Seconds, after what was issued to the device's current stream so far has ended.
 
     Other streams are not waited for: a receive that is posted there may depend on what this stage does next.
     """
-    if device.type != "cuda":
-        return time.perf_counter
 
     def clock() -> float:
-        torch.cuda.current_stream(device).synchronize()
+        device.current.wait_host()
         return time.perf_counter()
 
     return clock
@@ -48,7 +45,7 @@ def write_recording(run: Run, recorder: Recorder, run_dir: Path) -> None:
     if run.groups.dp.rank != 0:
         return
     group, mine = run.groups.pp, to_json(recorder.records)
-    stages = [broadcast_object(group, mine, stage, run.device) for stage in range(group.size)]
+    stages = [broadcast_object(group, mine, stage, run.device.torch_device) for stage in range(group.size)]
 
     def boxes() -> Iterator[Box]:
         for stage, values in enumerate(stages):

@@ -21,7 +21,7 @@ from k2train.layout.layout import Layout
 from k2train.parallel.communicator import World
 from k2train.parallel.processes import process_world
 from k2train.parallel.threads import run_threads
-from k2train.trainer.cores import bound_to_cores
+from k2train.trainer.cores import bound_to_cores, pci_address
 
 T = TypeVar("T")
 WorldKind = Literal["single", "threads", "processes"]
@@ -83,15 +83,25 @@ def local_device(device: torch.device, environment: Mapping[str, str]) -> torch.
     return torch.device("cuda", index)
 
 
+def gpu_addresses(device: torch.device) -> list[str]:
+    """The PCI addresses of the GPUs that this process sees, in their order; none where `device` is the CPU."""
+    if device.type != "cuda":
+        return []
+    return [
+        pci_address(torch.cuda.get_device_properties(index)) for index in range(torch.cuda.device_count())
+    ]
+
+
 def run_world(
     kind: WorldKind, size: int, device: torch.device, train: TrainConfig, fn: Callable[[World], T]
 ) -> T:
     """Run `fn` on every rank of the world; the result of this process's rank (of rank 0 for threads)."""
     if kind == "threads":
         return run_threads(size, fn, device)[0]
-    bind = kind == "processes" and device.type == "cpu" and train.bind_cores
+    device = local_device(device, os.environ)
+    bind = kind == "processes" and train.bind_cores
     with (
-        bound_to_cores(os.environ) if bind else contextlib.nullcontext(),
-        process_world(kind, local_device(device, os.environ), train.timeout_seconds) as world,
+        bound_to_cores(os.environ, gpu_addresses(device)) if bind else contextlib.nullcontext(),
+        process_world(kind, device, train.timeout_seconds) as world,
     ):
         return fn(world)

@@ -9,9 +9,11 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from k2train.activations.arena import SMALLEST_BYTES, HostArena, class_bytes
-from k2train.activations.host_memory import HostMemoryError, PageableMemory
+from k2train.activations.arena import SMALLEST_BYTES, HostArena, HostMemoryError, class_bytes
 from k2train.config.errors import ConfigError
+from k2train.device.build import build_device
+from k2train.device.cpu import CpuDevice
+from k2train.device.host_memory import PageableMemory
 
 KIB = 1024
 
@@ -35,14 +37,14 @@ def test_there_are_four_classes_between_neighbouring_powers_of_two():
 
 
 def test_a_buffer_has_the_bytes_that_were_asked_for():
-    buffer = HostArena(pinned=False).take(700)
+    buffer = HostArena(CpuDevice()).take(700)
     assert buffer.bytes.shape == (700,)
     assert buffer.bytes.dtype == torch.uint8
     assert (buffer.num_bytes, buffer.class_bytes) == (700, 2 * SMALLEST_BYTES)
 
 
 def test_a_buffer_given_back_serves_the_next_request_of_its_class_the_oldest_first():
-    arena = HostArena(pinned=False)
+    arena = HostArena(CpuDevice())
     lent = [arena.take(1000) for _ in range(3)]
     places = [buffer.bytes.data_ptr() for buffer in lent]
     for index in (1, 0, 2):
@@ -53,7 +55,7 @@ def test_a_buffer_given_back_serves_the_next_request_of_its_class_the_oldest_fir
 
 
 def test_the_event_of_the_last_copy_stays_with_the_memory():
-    arena = HostArena(pinned=False)
+    arena = HostArena(CpuDevice())
     first = arena.take(1000)
     assert first.ready is None
     first.ready = "the copy back of microbatch 3"
@@ -62,7 +64,7 @@ def test_the_event_of_the_last_copy_stays_with_the_memory():
 
 
 def test_counts_of_used_peak_and_allocated_bytes():
-    arena = HostArena(pinned=False)
+    arena = HostArena(CpuDevice())
     small, large = arena.take(512), arena.take(4 * KIB)
     assert (arena.used_bytes, arena.peak_bytes, arena.allocated_bytes) == (4608, 4608, 4608)
     arena.give_back(large)
@@ -75,7 +77,7 @@ def test_counts_of_used_peak_and_allocated_bytes():
 
 
 def test_after_reserving_a_step_allocates_nothing():
-    arena = HostArena(pinned=False)
+    arena = HostArena(CpuDevice())
     arena.reserve({700: 2, 1000: 3, 5000: 1})
     allocated = arena.allocated_bytes
     assert allocated == 5 * KIB + class_bytes(5000)
@@ -90,7 +92,7 @@ def test_after_reserving_a_step_allocates_nothing():
 
 
 def test_at_the_limit_free_buffers_of_other_classes_go_first():
-    arena = HostArena(pinned=False, limit_bytes=8 * KIB)
+    arena = HostArena(CpuDevice(), limit_bytes=8 * KIB)
     lent = [arena.take(2 * KIB) for _ in range(4)]
     for buffer in lent[1:]:
         arena.give_back(buffer)
@@ -99,7 +101,7 @@ def test_at_the_limit_free_buffers_of_other_classes_go_first():
 
 
 def test_beyond_the_limit_the_error_names_the_numbers_and_a_remedy():
-    arena = HostArena(pinned=False, limit_bytes=8 * KIB)
+    arena = HostArena(CpuDevice(), limit_bytes=8 * KIB)
     arena.take(5 * KIB)
     with pytest.raises(HostMemoryError) as caught:
         arena.take(4 * KIB)
@@ -113,7 +115,7 @@ def test_beyond_the_limit_the_error_names_the_numbers_and_a_remedy():
 
 
 def test_a_reservation_beyond_the_limit_is_refused_and_one_that_fits_makes_room():
-    arena = HostArena(pinned=False, limit_bytes=8 * KIB)
+    arena = HostArena(CpuDevice(), limit_bytes=8 * KIB)
     arena.reserve({1024: 8})
     with pytest.raises(HostMemoryError):
         arena.reserve({1024: 1, 4096: 2})
@@ -127,7 +129,7 @@ def test_a_reservation_beyond_the_limit_is_refused_and_one_that_fits_makes_room(
 
 def test_a_reservation_that_makes_room_spares_what_it_has_just_made():
     """Plain largest-first would free the two buffers of 2 KiB for the one of 4 KiB, where four of 1 KiB are not needed."""
-    arena = HostArena(pinned=False, limit_bytes=8 * KIB)
+    arena = HostArena(CpuDevice(), limit_bytes=8 * KIB)
     arena.reserve({1024: 4})
     arena.reserve({2048: 2, 4096: 1})
     assert arena.num_allocations == 4 + 3
@@ -138,14 +140,14 @@ def test_a_reservation_that_makes_room_spares_what_it_has_just_made():
 
 
 def test_memory_that_the_system_refuses_is_the_same_error_without_a_limit():
-    arena = HostArena(pinned=False)
+    arena = HostArena(CpuDevice())
     with pytest.raises(HostMemoryError, match="the system gives no more"):
         arena.take(1 << 60)
     assert arena.allocated_bytes == arena.used_bytes == 0
 
 
 def test_giving_back_twice_is_a_bug_even_when_the_memory_has_a_new_holder():
-    arena = HostArena(pinned=False)
+    arena = HostArena(CpuDevice())
     buffer = arena.take(1000)
     arena.give_back(buffer)
     with pytest.raises(AssertionError, match="twice"):
@@ -158,11 +160,11 @@ def test_giving_back_twice_is_a_bug_even_when_the_memory_has_a_new_holder():
 
 def test_giving_back_to_another_arena_is_a_bug():
     with pytest.raises(AssertionError, match="did not lend it"):
-        HostArena(pinned=False).give_back(HostArena(pinned=False).take(1000))
+        HostArena(CpuDevice()).give_back(HostArena(CpuDevice()).take(1000))
 
 
 def test_an_abandoned_buffer_counts_as_free_from_the_next_call_on():
-    arena = HostArena(pinned=False, limit_bytes=1024)
+    arena = HostArena(CpuDevice(), limit_bytes=1024)
     arena.abandon([arena.take(1024)])
     assert arena.used_bytes == 0
     arena.abandon([arena.take(1024)])
@@ -176,7 +178,7 @@ def test_pageable_memory_is_of_the_exact_size():
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 def test_pinned_buffers_are_locked_and_can_be_freed_and_made_again():
-    arena = HostArena(pinned=True, limit_bytes=1 << 20)
+    arena = HostArena(build_device(torch.device("cuda", 0)), limit_bytes=1 << 20)
     for _ in range(3):
         buffer = arena.take(300_000)
         assert buffer.bytes.is_pinned()

@@ -8,39 +8,60 @@ import pytest
 import torch
 from torch.multiprocessing.reductions import StorageWeakRef
 
-from k2train.activations.arena import HostArena
-from k2train.activations.copies import HostCopies
-from k2train.activations.host_memory import HostMemoryError
+from k2train.activations.arena import HostArena, HostMemoryError
 from k2train.activations.offload import OffloadEngine
-from k2train.activations.testing import SimulatedCopies
+from k2train.device.build import build_device
+from k2train.device.cpu import CpuDevice, CpuStream
+from k2train.device.simulated import SimulatedDevice
 
-CPU = torch.device("cpu")
 gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 
 
-class CountingCopies(HostCopies):
-    """Counts the copies, and what was let go of before it was read."""
+class CountingStream(CpuStream):
+    """Counts the bytes of each copy, and the tensors said to be in use."""
+
+    def __init__(self, name):
+        super().__init__(name)
+        self.lengths = []
+        self.num_uses = 0
+
+    def copy(self, target, source):
+        self.lengths.append(source.numel())
+        super().copy(target, source)
+
+    def uses(self, *tensors):
+        self.num_uses += len(tensors)
+
+
+class CountingDevice(CpuDevice):
+    """Its streams count, and are found by name."""
 
     def __init__(self):
-        self.lengths = []
-        self.num_let_go = 0
+        super().__init__()
+        self.streams = {}
 
-    def copy_out(self, host, source):
-        self.lengths.append(source.numel())
-        super().copy_out(host, source)
-
-    def let_go(self, target):
-        self.num_let_go += 1
+    def stream(self, name, priority="normal"):
+        return self.streams.setdefault(name, CountingStream(name))
 
 
 @pytest.fixture(params=["at once", "delayed"])
 def engine(request):
-    copies = HostCopies() if request.param == "at once" else SimulatedCopies(seed=1, eager_compute=True)
-    return OffloadEngine(CPU, HostArena(pinned=False), copies=copies)
+    device = (
+        CpuDevice()
+        if request.param == "at once"
+        else SimulatedDevice(seed=1, eager_compute=True, pages_read_once=True)
+    )
+    return OffloadEngine(device, HostArena(device))
 
 
 def counting_engine(limit_bytes=None):
-    return OffloadEngine(CPU, HostArena(pinned=False, limit_bytes=limit_bytes), copies=CountingCopies())
+    device = CountingDevice()
+    return OffloadEngine(device, HostArena(device, limit_bytes=limit_bytes))
+
+
+def copied_out(engine):
+    """Bytes of each copy out so far."""
+    return engine.device.streams["offload"].lengths
 
 
 def storage(tensor):
@@ -65,7 +86,7 @@ def test_tensors_that_share_a_storage_are_copied_once_and_share_one_again():
     base = torch.randn(64, 64)
     other = torch.randn(100)
     offloaded = engine.offload([base, base.t(), base[3:5], other, base.view(-1), base])
-    assert engine.copies.lengths == [64 * 64 * 4, 400]
+    assert copied_out(engine) == [64 * 64 * 4, 400]
     assert engine.bytes_out == 64 * 64 * 4 + 400
     offloaded.reload()
     back = offloaded.tensors()
@@ -79,7 +100,7 @@ def test_bytes_that_no_view_reaches_stay_behind_and_the_views_still_share_a_stor
     row = torch.arange(4096, dtype=torch.float32)
     left, right = row[:1024], row[3072:]
     offloaded = engine.offload([right, left])
-    assert engine.copies.lengths == [4096, 4096]
+    assert copied_out(engine) == [4096, 4096]
     assert offloaded.host_bytes == engine.bytes_out == 8192
     offloaded.reload()
     right_back, left_back = offloaded.tensors()
@@ -181,8 +202,9 @@ def test_a_cycle_that_holds_one_is_collected_with_its_buffers(engine):
 
 def test_device_memory_is_let_go_of_explicitly_only_when_nobody_waited_for_its_copy():
     engine = counting_engine()
+    back = engine.device.streams["reload"]
     for read, way, expected in [(True, "drop", 0), (False, "drop", 2), (True, "", 0), (False, "", 2)]:
-        engine.copies.num_let_go = 0
+        back.num_uses = 0
         offloaded = engine.offload([torch.ones(3), torch.ones(4)])
         offloaded.reload()
         if read:
@@ -190,7 +212,7 @@ def test_device_memory_is_let_go_of_explicitly_only_when_nobody_waited_for_its_c
         if way == "drop":
             offloaded.drop()
         del offloaded
-        assert engine.copies.num_let_go == expected
+        assert back.num_uses == expected
 
 
 def test_nothing_keeps_what_was_copied_out(engine):
@@ -198,9 +220,9 @@ def test_nothing_keeps_what_was_copied_out(engine):
     storages = [StorageWeakRef(t.untyped_storage()) for t in tensors]
     offloaded = engine.offload(tensors)
     del tensors
-    if isinstance(engine.copies, SimulatedCopies):
+    if isinstance(engine.device, SimulatedDevice):
         assert not any(s.expired() for s in storages)
-        engine.copies.finish()
+        engine.device.synchronize()
     assert all(s.expired() for s in storages)
     offloaded.drop()
 
@@ -222,7 +244,7 @@ def test_an_arena_that_runs_out_leaves_everything_as_it_was():
     with pytest.raises(HostMemoryError):
         engine.offload([torch.ones(512), torch.ones(1024)])
     assert engine.arena.used_bytes == engine.in_flight_bytes == engine.bytes_out == 4096
-    assert len(engine.copies.lengths) == 1
+    assert len(copied_out(engine)) == 1
     first.reload()
     assert torch.equal(first.tensors()[0], torch.ones(1024))
 
@@ -241,8 +263,8 @@ def test_counters_tell_what_went_out_came_back_and_is_on_the_host(engine):
 
 def test_copy_seconds_add_up_by_direction_and_tell_the_exposed_part():
     """In simulated time every queued item takes one tick, so a copy lasts at least one and the sums are whole numbers."""
-    copies = SimulatedCopies(seed=0, eager_compute=False)
-    engine = OffloadEngine(CPU, HostArena(pinned=False), timed=True, copies=copies)
+    device = SimulatedDevice(seed=0, eager_compute=False)
+    engine = OffloadEngine(device, HostArena(device), timed=True)
     groups = [engine.offload([torch.ones(10), torch.ones(10)]) for _ in range(3)]
     assert engine.copy_seconds().out >= 3 * 3
     assert engine.copy_seconds().back == engine.copy_seconds().exposed == 0
@@ -265,7 +287,8 @@ def test_an_engine_that_is_not_timed_refuses_to_report_times(engine):
 @gpu
 def test_a_gpu_round_trip_is_exact_while_compute_goes_on(dtype, bits, storage_of, all_views):
     device = torch.device("cuda", torch.cuda.current_device())
-    engine = OffloadEngine(device, HostArena(pinned=True), timed=True)
+    timed = build_device(device, timed=True)
+    engine = OffloadEngine(timed, HostArena(timed), timed=True)
     flat = storage_of(torch.Generator().manual_seed(0), 3_000_001, dtype)
     expected = [bits(v) for v in all_views(flat)]
     work = torch.randn(2048, 2048, device=device)
@@ -283,7 +306,7 @@ def test_a_gpu_round_trip_is_exact_while_compute_goes_on(dtype, bits, storage_of
 @gpu
 def test_a_gpu_frees_what_was_copied_out():
     device = torch.device("cuda", torch.cuda.current_device())
-    engine = OffloadEngine(device, HostArena(pinned=True))
+    engine = OffloadEngine(build_device(device), HostArena(build_device(device)))
     torch.cuda.synchronize()
     before = torch.cuda.memory_allocated()
     offloaded = engine.offload([torch.randn(1 << 20, device=device)])

@@ -16,13 +16,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.multiprocessing.reductions import StorageWeakRef
 
-from k2train.activations.arena import HostArena
-from k2train.activations.copies import HostCopies
-from k2train.activations.host_memory import HostMemoryError
+from k2train.activations.arena import HostArena, HostMemoryError
 from k2train.activations.offload import Offloaded, OffloadEngine
-from k2train.activations.testing import FREED_BYTE, SimulatedCopies
+from k2train.device.cpu import CpuDevice
+from k2train.device.simulated import FREED_BYTE, SimulatedDevice, SimulatedStream
 
-CPU = torch.device("cpu")
 SIZES = (0, 1, 7, 60, 128, 129, 600, 2500)
 
 
@@ -34,7 +32,7 @@ class PoisoningArena(HostArena):
         super().give_back(buffer)
 
 
-class ImmediateDevice(HostCopies):
+class ImmediateDevice(CpuDevice):
     """Kernels and copies happen in the call."""
 
     def compute(self, kernel):
@@ -43,20 +41,27 @@ class ImmediateDevice(HostCopies):
     def advance(self, num_items):
         pass
 
-    def finish(self):
-        pass
+
+class ForgetfulStream(SimulatedStream):
+    """Does not wait for one other stream, or does not say what it uses."""
+
+    def wait(self, *events):
+        forgotten = self.device.forgotten
+        super().wait(*(event for event in events if event and (self.name, event.stream.name) != forgotten))
+
+    def uses(self, *tensors):
+        if (self.name, "uses") != self.device.forgotten:
+            super().uses(*tensors)
 
 
-class ForgetfulDevice(SimulatedCopies):
-    """A simulated device on which one queue does not wait for another: the engine with a bug."""
+class ForgetfulDevice(SimulatedDevice):
+    """A simulated device with one `ForgetfulStream` too many: the engine with a bug."""
+
+    stream_type = ForgetfulStream
 
     def __init__(self, seed, forgotten):
-        super().__init__(seed, eager_compute=False)
-        self._forgotten = forgotten
-
-    def wait(self, queue, event):
-        if (queue, event.queue) != self._forgotten:
-            super().wait(queue, event)
+        super().__init__(seed, eager_compute=False, pages_read_once=True)
+        self.forgotten = forgotten
 
 
 @dataclasses.dataclass
@@ -73,7 +78,7 @@ class Run:
 
     def __init__(self, device, arena, seed, tools):
         self.device = device
-        self.engine = OffloadEngine(CPU, arena, copies=device)
+        self.engine = OffloadEngine(device, arena)
         self.random = random.Random(seed)
         self.generator = torch.Generator().manual_seed(seed)
         self.bits, self.storage_of, self.all_views, self.dtypes = tools
@@ -157,7 +162,7 @@ class Run:
             self.step(num_microbatches, self.random.randint(1, 4), self.random.randint(1, 3), interrupt_at)
             if self.random.random() < 0.3:
                 self.evaluate()
-        self.device.finish()
+        self.device.synchronize()
 
     def _views(self, flat):
         return self.all_views(flat) if flat.numel() >= 6 else [flat, flat[:0]]
@@ -175,7 +180,8 @@ def check_nothing_is_left(run):
 
 @pytest.mark.parametrize("seed", range(60))
 def test_every_value_comes_back_whatever_order_the_queues_run_in(seed, tools):
-    run = Run(SimulatedCopies(seed, eager_compute=False), HostArena(pinned=False), seed, tools)
+    device = SimulatedDevice(seed, eager_compute=False, pages_read_once=True)
+    run = Run(device, HostArena(device), seed, tools)
     run.train(num_steps=8)
     assert run.num_read > 0
     assert run.wrong == 0
@@ -184,7 +190,8 @@ def test_every_value_comes_back_whatever_order_the_queues_run_in(seed, tools):
 
 @pytest.mark.parametrize("seed", range(10))
 def test_every_value_comes_back_when_copies_are_over_at_once(seed, tools):
-    run = Run(ImmediateDevice(), PoisoningArena(pinned=False), seed, tools)
+    device = ImmediateDevice()
+    run = Run(device, PoisoningArena(device), seed, tools)
     run.train(num_steps=8)
     assert run.num_read > 0
     assert run.wrong == 0
@@ -192,11 +199,12 @@ def test_every_value_comes_back_when_copies_are_over_at_once(seed, tools):
 
 
 WAITS = {
-    "a copy out starts before compute has made the values": ("out", "compute"),
-    "a copy out overwrites a host buffer whose last values are not back yet": ("out", "back"),
-    "a copy back starts before the copy out is over": ("back", "out"),
-    "a copy back writes memory that a queued kernel still uses": ("back", "compute"),
-    "compute reads before the copy back is over": ("compute", "back"),
+    "a copy out starts before compute has made the values": ("offload", "main"),
+    "a copy out overwrites a host buffer whose last values are not back yet": ("offload", "reload"),
+    "a copy back starts before the copy out is over": ("reload", "offload"),
+    "a copy back writes memory that a queued kernel still uses": ("reload", "main"),
+    "compute reads before the copy back is over": ("main", "reload"),
+    "what was copied out is freed before the copy is over": ("offload", "uses"),
 }
 
 
@@ -204,7 +212,8 @@ WAITS = {
 def test_a_missing_wait_is_caught(forgotten, tools):
     wrong = 0
     for seed in range(10):
-        run = Run(ForgetfulDevice(seed, forgotten), HostArena(pinned=False), seed, tools)
+        device = ForgetfulDevice(seed, forgotten)
+        run = Run(device, HostArena(device), seed, tools)
         run.train(num_steps=8)
         wrong += run.wrong
     assert wrong > 0
@@ -213,14 +222,15 @@ def test_a_missing_wait_is_caught(forgotten, tools):
 def test_the_simulated_device_with_no_wait_forgotten_is_the_right_one(tools):
     """The control of the test above: the same class, seeds and steps."""
     for seed in range(10):
-        run = Run(ForgetfulDevice(seed, None), HostArena(pinned=False), seed, tools)
+        device = ForgetfulDevice(seed, None)
+        run = Run(device, HostArena(device), seed, tools)
         run.train(num_steps=8)
         assert run.wrong == 0
 
 
 def wrong_after_taking_a_buffer_again_at_once(device):
     """Four groups through one host buffer, each offloaded right after the RELOAD of the last was queued."""
-    engine = OffloadEngine(CPU, HostArena(pinned=False), copies=device)
+    engine = OffloadEngine(device, HostArena(device))
     groups, wrong = [], []
     for number in range(4):
         tensor = torch.full((100,), -1)
@@ -231,7 +241,7 @@ def wrong_after_taking_a_buffer_again_at_once(device):
     for number, group in enumerate(groups):
         (tensor,) = group.tensors()
         device.compute(lambda tensor=tensor, number=number: wrong.append(not bool((tensor == number).all())))
-    device.finish()
+    device.synchronize()
     assert len(wrong) == 4
     return sum(wrong)
 
@@ -242,7 +252,7 @@ def test_a_host_buffer_taken_again_before_its_values_are_back_is_written_only_af
         0
     ] * 40
     broken = [
-        wrong_after_taking_a_buffer_again_at_once(ForgetfulDevice(seed, ("out", "back")))
+        wrong_after_taking_a_buffer_again_at_once(ForgetfulDevice(seed, ("offload", "reload")))
         for seed in range(40)
     ]
     assert sum(count > 0 for count in broken) > 10
@@ -250,22 +260,22 @@ def test_a_host_buffer_taken_again_before_its_values_are_back_is_written_only_af
 
 @pytest.mark.parametrize("depth", [1, 2, 3])
 def test_buffers_are_reused_so_equal_steps_allocate_only_once_however_far_the_device_lags(depth, tools):
-    device = SimulatedCopies(seed=depth, eager_compute=False)
-    run = Run(device, HostArena(pinned=False), 0, tools)
+    device = SimulatedDevice(seed=depth, eager_compute=False, pages_read_once=True)
+    run = Run(device, HostArena(device), 0, tools)
     allocated = set()
     for _ in range(5):
         run.random.seed(7)
         run.step(num_microbatches=6, in_flight=3, prefetch_depth=depth)
         allocated.add(run.engine.arena.allocated_bytes)
-    device.finish()
+    device.synchronize()
     assert run.wrong == 0
     assert len(allocated) == 1
 
 
 @pytest.mark.parametrize("seed", range(10))
 def test_a_step_that_hits_the_memory_limit_leaves_a_run_that_can_go_on(seed, tools):
-    device = SimulatedCopies(seed, eager_compute=False)
-    run = Run(device, HostArena(pinned=False, limit_bytes=40_000), seed, tools)
+    device = SimulatedDevice(seed, eager_compute=False, pages_read_once=True)
+    run = Run(device, HostArena(device, limit_bytes=40_000), seed, tools)
     kept = []
 
     def fill():
@@ -278,7 +288,7 @@ def test_a_step_that_hits_the_memory_limit_leaves_a_run_that_can_go_on(seed, too
     assert run.engine.arena.used_bytes == 0
     for _ in range(4):
         run.step(num_microbatches=3, in_flight=1, prefetch_depth=1)
-    device.finish()
+    device.synchronize()
     assert run.num_read > 0
     assert run.wrong == 0
     assert run.engine.arena.allocated_bytes <= 40_000
@@ -305,7 +315,8 @@ def regions(draw):
 def test_any_views_of_a_storage_come_back_as_views_of_one(views, dtype, seed):
     flat = torch.randint(0, 200, (4096,), generator=torch.Generator().manual_seed(seed)).to(dtype)
     tensors = [flat.as_strided((rows, columns), strides, start) for start, rows, columns, strides in views]
-    engine = OffloadEngine(CPU, HostArena(pinned=False), copies=SimulatedCopies(seed, eager_compute=True))
+    device = SimulatedDevice(seed, eager_compute=True, pages_read_once=True)
+    engine = OffloadEngine(device, HostArena(device))
     offloaded = engine.offload(tensors)
     assert offloaded.host_bytes <= flat.nbytes
     offloaded.reload()

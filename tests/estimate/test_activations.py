@@ -6,6 +6,7 @@ import pytest
 
 from k2train.config.compose import load_config
 from k2train.config.errors import ConfigError
+from k2train.config.ops import OpsConfig
 from k2train.config.sections import ActivationsConfig
 from k2train.estimate.activations import check_policies, saved_tensors
 from k2train.estimate.layer_ops import attention_phase, workload
@@ -67,20 +68,25 @@ def test_policies_only_move_bytes_or_drop_them(model, train, policies, policy):
             assert tensor.stored_bytes < 0.75 * tensor.full_bytes
 
 
-@pytest.mark.parametrize(("device", "dtype", "fused"), [("cuda", "bfloat16", True), ("auto", "bfloat16", True),
-                                                        ("cpu", "bfloat16", False), ("cuda", "float32", False)])  # fmt: skip
-def test_fused_attention_keeps_a_log_sum_and_rebuilds_scores_twice(
-    model, train, policies, device, dtype, fused
+@pytest.mark.parametrize(
+    ("device", "dtype", "backend", "kernel"),
+    [("cuda", "bfloat16", "auto", "cudnn"), ("auto", "bfloat16", "triton", "triton"), ("cuda", "bfloat16", "te", "te"),
+     ("cpu", "bfloat16", "auto", "tiles"), ("cuda", "float32", "torch", "tiles")],
+)  # fmt: skip
+def test_fused_attention_keeps_a_log_sum_and_triton_rebuilds_scores_twice(
+    model, train, policies, device, dtype, backend, kernel
 ):
-    w = workload(model, dataclasses.replace(train, device=device, dtype=dtype), 1)
-    assert w.fused_attention == fused
+    w = workload(model, dataclasses.replace(train, device=device, dtype=dtype), 1, ops=OpsConfig(backend))
+    assert w.attention == kernel
+    fused = kernel != "tiles"
     output = by_name(w, policies())["attention_output"]
     statistics = 4 * w.tokens * model.num_attention_heads if fused else 0
     assert output.full_bytes == output.numbers * w.element_bytes + statistics
-    (attention,) = (op for op in attention_phase(w, False) if op.kind == "attention")
+    (attention,) = (op for op in attention_phase(w, False) if op.name == "attention")
     query, value = model.qk_head_dim, model.v_head_dim
-    products = (4 * query + 3 * value) if fused else (3 * query + 2 * value)
+    products = (4 * query + 3 * value) if kernel == "triton" else (3 * query + 2 * value)
     assert attention.backward_flops == pytest.approx(attention.flops * products / (query + value))
+    assert any(op.name == "row_statistics" for op in attention_phase(w, False)) == fused
 
 
 def test_a_model_without_query_latent_or_shared_experts_has_no_such_names(model, train, policies):

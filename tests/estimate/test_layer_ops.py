@@ -4,11 +4,19 @@ import dataclasses
 
 import pytest
 
-from k2train.estimate.layer_costs import head, transformer_layer
-from k2train.estimate.layer_ops import attention_phase, experts_phase, head_ops, mlp_phase, workload
+from k2train.estimate.layer_costs import Exchange, head, transformer_layer
+from k2train.estimate.layer_ops import (
+    EMBEDDING_COLUMNS,
+    attention_phase,
+    experts_phase,
+    head_ops,
+    mlp_phase,
+    workload,
+)
 from k2train.estimate.work import Machine
 from k2train.layout.tensors import layer_tensors
 from k2train.layout.weights import attention_flops, head_flops, layer_flops
+from k2train.ops.embedding import COLUMNS
 
 
 @pytest.mark.parametrize("ep", [1, 2, 4])
@@ -50,8 +58,10 @@ def test_doubling_the_heads_doubles_the_quadratic_term_alone(model, train):
 def test_recomputation_costs_what_it_rebuilds(model, train, cluster, policies):
     w = workload(model, train, 1)
     machine = Machine(cluster, train.dtype)
-    plain = transformer_layer(w, policies(), machine, 0.0, True)
-    rebuilt = transformer_layer(w, policies(query="recompute", swiglu_input="recompute"), machine, 0.0, True)
+    plain = transformer_layer(w, policies(), machine, Exchange(0.0, 0.0), True)
+    rebuilt = transformer_layer(
+        w, policies(query="recompute", swiglu_input="recompute"), machine, Exchange(0.0, 0.0), True
+    )
     up = 2 * w.rows * model.hidden_size * 2 * model.moe_intermediate_size
     query = 2 * w.tokens * model.q_lora_rank * model.num_attention_heads * model.qk_head_dim
     assert rebuilt.recompute_flops == up + query
@@ -73,7 +83,9 @@ def test_the_head_does_its_three_products_in_the_forward(model, train, cluster):
     three_products = 3 * 2 * w.tokens * model.hidden_size * model.vocab_size / 5e14
     assert sum(phase.seconds for phase in costs.forward) > three_products
     assert sum(phase.seconds for phase in costs.backward_input) < three_products / 3
-    assert costs.weight_grad_seconds == 0.0
+    # The final norm's gradient alone is left: read in FP32, and its sum read and written, at 1e12 bytes a second.
+    assert costs.weight_grad_seconds == pytest.approx(3 * 4 * model.hidden_size / 1e12)
+    assert costs.weight_queue_bytes == 4 * model.hidden_size
 
 
 def test_a_chunked_head_passes_over_its_weight_once_a_chunk(model, train):
@@ -83,3 +95,38 @@ def test_a_chunked_head_passes_over_its_weight_once_a_chunk(model, train):
     assert thrice.weight_elements == 3 * once.weight_elements == 3 * weight
     assert thrice.bytes - once.bytes == 2 * 2 * weight
     assert thrice.flops == once.flops
+
+
+def test_gradients_of_norms_wait_in_the_type_of_the_sums(model, train, cluster, policies):
+    """BF16 products beside FP32 norms: what is left of a dense layer's queue without its products is four norms."""
+    w = workload(model, train, 1)
+    queue = transformer_layer(w, policies(), Machine(cluster, train.dtype), 0.0, False).weight_queue_bytes
+    products = [op for op in attention_phase(w, False) + mlp_phase(w) if op.weight_elements]
+    inputs = {op.queued[0]: op.queued[1] for op in products}
+    products_bytes = sum(inputs.values()) + sum(op.queued[2] for op in products)
+    assert queue - products_bytes == 4 * (2 * model.hidden_size + model.q_lora_rank + model.kv_lora_rank)
+
+
+def test_a_bf16_router_multiplies_its_fp32_gradient_in_parts(model, train, cluster):
+    """One product forward, a double one for the input, three for the weight; in FP32 one of each."""
+    narrow = next(op for op in attention_phase(workload(model, train, 1), True) if op.name == "router")
+    wide_train = dataclasses.replace(train, dtype="float32")
+    wide = next(op for op in attention_phase(workload(model, wide_train, 1), True) if op.name == "router")
+    assert (narrow.backward_flops, narrow.weight_passes) == (2 * narrow.flops, 3)
+    assert (wide.backward_flops, wide.weight_passes) == (None, 1)
+    machine = Machine(cluster, "bfloat16")
+    once = dataclasses.replace(narrow, weight_passes=1)
+    assert machine.weight_grad([narrow]) == 3 * machine.weight_grad([once])
+
+
+def test_every_expert_and_every_run_of_the_heads_rows_is_a_kernel(model, train, cluster):
+    slow = dataclasses.replace(cluster, kernel_latency_seconds=1.0)
+    local = model.n_routed_experts // 4
+    up = next(op for op in experts_phase(workload(model, train, 4)) if op.name == "experts_up")
+    logits = head_ops(workload(model, train, 1), num_chunks=3, num_owners=5)[1]
+    for op, kernels in ((up, local), (logits, 15)):
+        assert Machine(slow, "bfloat16").weight_grad([op]) == pytest.approx(kernels, abs=0.1)
+
+
+def test_the_plan_sums_as_many_columns_of_the_embedding_at_a_time_as_the_program():
+    assert EMBEDDING_COLUMNS == COLUMNS

@@ -7,11 +7,13 @@ import pytest
 
 from k2train.estimate.layer_ops import hit_probability, workload
 from k2train.estimate.traffic import (
+    ROUTE_OPERATIONS,
     Network,
     all_to_all_seconds,
     dispatch_hops,
     local_peers,
     message_seconds,
+    route_seconds,
 )
 
 
@@ -107,3 +109,23 @@ def test_a_pipeline_message_crosses_nodes_as_soon_as_the_world_does(model, train
 def test_ring_moves_all_but_one_share_at_the_rate_of_its_narrowest_link(cluster, size, near, rate):
     assert Network(cluster).ring(8e9, size, near) == pytest.approx(8e9 * (size - 1) / size / rate)
     assert Network(cluster).ring(8e9, 1, 1) == 0.0
+
+
+def test_a_route_costs_what_ranks_tell_each_other_its_kernels_and_the_hosts_wait(
+    model, train, make_layout, cluster
+):
+    """Rates without latency: choices of 4 bytes to each of 3 neighbours over NVLink, and two constants."""
+    w = workload(model, train, 4)
+    slow = dataclasses.replace(cluster, kernel_latency_seconds=1e-6, host_read_seconds=1e-3)
+    waits = {
+        dispatch: route_seconds(w, make_layout(slow, ep=4, dispatch=dispatch), slow)
+        for dispatch in ("per_expert", "per_rank")
+    }
+    told = {"per_expert": 3 * 8 * model.n_routed_experts / 4 / 1e11, "per_rank": 3 * 4 * w.rows / 1e11}
+    for dispatch, seconds in waits.items():
+        assert seconds == pytest.approx(told[dispatch] + ROUTE_OPERATIONS[dispatch] * 1e-6 + 1e-3)
+
+
+def test_one_rank_tells_nobody_but_its_host(model, train, make_layout, cluster):
+    quick = dataclasses.replace(cluster, kernel_latency_seconds=0.0, host_read_seconds=1e-3)
+    assert route_seconds(workload(model, train, 1), make_layout(quick), quick) == 1e-3

@@ -9,17 +9,19 @@ from k2train.layout.layout import VirtualStage
 def test_phases_of_a_moe_layer_forward_and_backward(make_estimator):
     estimate = make_estimator(ep=2).virtual_stage(VirtualStage(1, 2))
     assert [(p.name, p.stream) for p in estimate.forward] == [
-        ("attention", "compute"), ("dispatch", "ep"), ("experts", "compute"), ("combine", "ep"),
+        ("attention", "compute"), ("route", "ep"), ("dispatch", "ep"), ("experts", "compute"), ("combine", "ep"),
     ]  # fmt: skip
     assert [(p.name, p.stream) for p in estimate.backward_input] == [
-        ("combine", "ep"), ("experts", "compute"), ("dispatch", "ep"), ("attention", "compute"),
+        ("combine", "ep"), ("experts", "compute"), ("dispatch", "ep"), ("route", "ep"), ("attention", "compute"),
     ]  # fmt: skip
 
 
-def test_one_rank_has_no_all_to_all_and_a_dense_layer_none_either(make_estimator):
-    for estimator, layer in ((make_estimator(ep=1), 1), (make_estimator(ep=4), 0)):
-        estimate = estimator.virtual_stage(VirtualStage(layer, layer + 1))
-        assert {phase.stream for phase in estimate.forward + estimate.backward_input} == {"compute"}
+def test_a_dense_layer_has_no_all_to_all_and_one_rank_none_but_the_hosts_wait(make_estimator):
+    dense = make_estimator(ep=4).virtual_stage(VirtualStage(0, 1))
+    assert {phase.stream for phase in dense.forward + dense.backward_input} == {"compute"}
+    alone = make_estimator(ep=1).virtual_stage(VirtualStage(1, 2))
+    for phases, waits in ((alone.forward, ["route"]), (alone.backward_input, [])):
+        assert [phase.name for phase in phases if phase.stream == "ep" and phase.seconds] == waits
 
 
 def test_a_piece_is_the_sum_of_its_parts(make_estimator, policies):

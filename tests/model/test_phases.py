@@ -7,8 +7,9 @@ import dataclasses
 import pytest
 import torch
 
+from k2train.device.cpu import CpuDevice
 from k2train.model.context import MicrobatchContext
-from k2train.model.dispatcher import LocalDispatcher
+from k2train.model.dispatcher import LocalDispatcher, Results
 from k2train.model.model import backward, build_model, forward, forward_backward, forward_loss, logits
 from k2train.model.pieces import ModelPart, whole_model
 from k2train.ops.weight_grad import PlainGradients, WeightGradQueue
@@ -38,7 +39,8 @@ def plain_gradients(model, tokens, context) -> dict[torch.Tensor, torch.Tensor]:
     inputs = (tokens,)
     for phase in model.phases:
         if phase.stream == "communication":
-            inputs, _ = phase.finish_forward(phase.start_forward(inputs, context), context)
+            results, _ = phase.finish_forward(phase.start_forward(Results(inputs), context), context)
+            inputs = results.tensors
         else:
             inputs = phase.compute(inputs, context, None)
     parameters = trained(model)
@@ -100,7 +102,8 @@ def test_communication_phases_run_in_halves(family, make_model):
     inputs, records = (tokens,), []
     for phase in model.phases:
         if phase.stream == "communication":
-            inputs, record = phase.finish_forward(phase.start_forward(inputs, halves), halves)
+            results, record = phase.finish_forward(phase.start_forward(Results(inputs), halves), halves)
+            inputs = results.tensors
         else:
             inputs, record = phase.forward(inputs, halves)
         records.append(record)
@@ -108,7 +111,8 @@ def test_communication_phases_run_in_halves(family, make_model):
     grads = (None,)
     for phase in reversed(model.phases):
         if phase.stream == "communication":
-            grads = phase.finish_backward(phase.start_backward(records.pop(), grads, halves), halves)
+            started = phase.start_backward(records.pop(), Results(grads), halves)
+            grads = phase.finish_backward(started, halves).tensors
         else:
             grads = phase.backward(records.pop(), grads, halves)
     for parameter, gradient in whole.gradients.buffers.items():
@@ -118,8 +122,8 @@ def test_communication_phases_run_in_halves(family, make_model):
 class ReversedExperts(LocalDispatcher):
     """Holds the experts in reverse order, so that rows come in another order than experts are numbered in."""
 
-    def route(self, experts_TK, counts_E, saved):
-        return super().route(len(counts_E) - 1 - experts_TK, counts_E.flip(0), saved)
+    def start_route(self, experts_TK, counts_E, saved, ready=None):
+        return super().start_route(len(counts_E) - 1 - experts_TK, counts_E.flip(0), saved, ready)
 
 
 def test_the_order_in_which_a_rank_stores_its_experts_changes_nothing(families, make_model):
@@ -128,7 +132,9 @@ def test_the_order_in_which_a_rank_stores_its_experts_changes_nothing(families, 
     part = dataclasses.replace(
         whole_model(config), local_experts=tuple(reversed(range(config.n_routed_experts)))
     )
-    other = build_model(config, part, torch.float64, dispatcher=ReversedExperts())
+    other = build_model(
+        config, part, torch.float64, dispatcher=ReversedExperts(CpuDevice(torch.device("cpu")))
+    )
     values = {piece.name: piece for piece in model.pieces()}
     for piece in other.pieces():
         piece.tensor.copy_(values[piece.name].tensor)

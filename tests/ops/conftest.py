@@ -6,12 +6,14 @@ has to be chosen before triton is imported, and compiling a kernel for a GPU tha
 
 from __future__ import annotations
 
+import dataclasses
 import importlib.util
 import os
 import re
 import subprocess
 import sys
-from collections.abc import Callable, Mapping
+import tempfile
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -101,20 +103,51 @@ def _pass_under_the_interpreter(file: str, at_least: int) -> None:
     assert "skipped" not in done.stdout
 
 
+@dataclasses.dataclass(frozen=True)
+class Compiled:
+    """A kernel's machine code. registers: of a thread; spilled: bytes of a thread's stack; shared: bytes of a program."""
+
+    ptx: str
+    registers: int
+    spilled: int
+    shared: int
+
+
 def _compile_for_h100(
-    kernel: Any, types: Mapping[str, str], constants: Mapping[str, Any], **options: Any
-) -> Any:
+    kernel: Any, arguments: Mapping[str, str | int], constants: Mapping[str, Any], **options: Any
+) -> Compiled:
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource, compile
 
-    signature = {**types, **dict.fromkeys(constants, "constexpr")}
-    source = ASTSource(
-        fn=kernel, signature={name: signature[name] for name in kernel.arg_names}, constexprs=dict(constants)
-    )
+    types, attributes, fixed = {}, {}, dict(constants)
+    for name, argument in arguments.items():
+        if argument == 1:
+            fixed[name] = 1
+            continue
+        types[name] = "i32" if isinstance(argument, int) else argument
+        if argument % 16 == 0 if isinstance(argument, int) else argument.startswith("*"):
+            attributes[(kernel.arg_names.index(name),)] = [["tt.divisibility", 16]]
+    types.update(dict.fromkeys(fixed, "constexpr"))
+    signature = {name: types[name] for name in kernel.arg_names}
+    source = ASTSource(fn=kernel, signature=signature, constexprs=fixed, attrs=attributes)
     compiled = compile(source, target=GPUTarget("cuda", 90, 32), options=options)
-    assert len(compiled.asm["cubin"]) > 0
     assert compiled.metadata.shared <= SHARED_MEMORY_BYTES
-    return compiled
+    return Compiled(compiled.asm["ptx"], *_resources(compiled.asm["cubin"]), compiled.metadata.shared)
+
+
+def _resources(cubin: bytes) -> tuple[int, int]:
+    """Registers and stack bytes of a thread, as NVIDIA's own tool reads them from the machine code."""
+    from triton.backends import nvidia
+
+    tool = Path(nvidia.__path__[0]) / "bin" / "cuobjdump"
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(cubin)
+        file.flush()
+        command = [str(tool), "--dump-resource-usage", file.name]
+        printed = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    found = re.search(r"REG:(\d+) STACK:(\d+)", printed)
+    assert found is not None, printed
+    return int(found[1]), int(found[2])
 
 
 @pytest.fixture(scope="session")
@@ -127,8 +160,50 @@ def pass_under_the_interpreter() -> Callable[[str, int], None]:
 def compile_for_h100() -> Callable[..., Any]:
     """Compile a kernel for an H100 down to machine code, with triton's own assembler: no GPU is needed.
 
-    types: Triton's names of the arguments' types; constants: its constexpr arguments; options: the launch's.
+    arguments: of a tensor or a float Triton's name of its type, of an integer its value. As in a launch, tensors begin
+    at multiples of 16 bytes, and an integer is known to be a multiple of 16 or to be 1 where it is: the binary is the
+    one that runs. constants: constexpr arguments; options: the launch's.
     """
     if INTERPRETED or importlib.util.find_spec("triton") is None:
         pytest.skip("needs triton's compiler")
     return _compile_for_h100
+
+
+def _host_attention(q, k, v, bias, with_sums, dropout=0.0, causal=False, with_mask=False, scale=None):
+    """What cuDNN's forward returns, from stock operations in float64."""
+    assert (bias, with_sums, dropout, causal, with_mask) == (None, True, 0.0, True, False)
+    logits = (q.double() @ k.double().transpose(2, 3)) * scale
+    logits = logits.masked_fill(torch.ones_like(logits, dtype=torch.bool).triu(1), float("-inf"))
+    sums = logits.logsumexp(-1, keepdim=True)
+    # As cuDNN's does, the output lies in memory as the queries do.
+    out = q.new_empty(*q.shape[:3], v.shape[-1])
+    if q.transpose(1, 2).is_contiguous():
+        out = q.transpose(1, 2).new_empty(q.shape[0], q.shape[2], q.shape[1], v.shape[-1]).transpose(1, 2)
+    out.copy_((logits - sums).exp() @ v.double())
+    length, state = q.shape[2], torch.zeros((), dtype=torch.int64)
+    nothing = torch.empty(0)
+    return out, sums.float(), nothing, nothing, length, length, state, state, nothing
+
+
+def _host_attention_backward(
+    dout, q, k, v, out, sums, seed, offset, bias, cum_q, cum_k, max_q, max_k, dropout, causal, scale=None
+):
+    """The gradients, with nothing but what cuDNN's backward is given: no graph of the forward."""
+    assert (dropout, causal, max_q, max_k) == (0.0, True, q.shape[2], k.shape[2])
+    logits = (q.double() @ k.double().transpose(2, 3)) * scale
+    logits = logits.masked_fill(torch.ones_like(logits, dtype=torch.bool).triu(1), float("-inf"))
+    p = (logits - sums).exp()
+    dp = dout.double() @ v.double().transpose(2, 3)
+    ds = p * (dp - (out.double() * dout.double()).sum(-1, keepdim=True)) * scale
+    gradients = (ds @ k.double(), ds.transpose(2, 3) @ q.double(), p.transpose(2, 3) @ dout.double())
+    return tuple(torch.empty_like(t).copy_(g) for t, g in zip((q, k, v), gradients, strict=True))
+
+
+@pytest.fixture
+def cudnn_on_the_host() -> Iterator[None]:
+    """torch's two cuDNN operations for tensors of the host, which have none, while a test runs."""
+    library = torch.library.Library("aten", "IMPL")
+    library.impl("_scaled_dot_product_cudnn_attention", _host_attention, "CPU")
+    library.impl("_scaled_dot_product_cudnn_attention_backward", _host_attention_backward, "CPU")
+    yield
+    library._destroy()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 
 import pytest
 import torch
@@ -14,7 +15,7 @@ from k2train.config.model import YarnConfig
 from k2train.estimate.layer_costs import LOGITS_CHUNK_ELEMENTS
 from k2train.ops.cross_entropy import default_chunk_elements, linear_cross_entropy
 from k2train.ops.norm import inverse_rms, rms_norm, rms_norm_reference
-from k2train.ops.permute import sort_slots, sum_copies, sum_slots
+from k2train.ops.permute import sort_slots, sum_copies, sum_order, sum_slots
 from k2train.ops.rotary import (
     RotaryTables,
     rotary_keys,
@@ -25,6 +26,7 @@ from k2train.ops.rotary import (
 )
 from k2train.ops.routing import attach_loss, chosen_weights, sequence_balance_loss
 from k2train.ops.swiglu import swiglu, swiglu_reference, weighted_swiglu
+from k2train.ops.weight_grad import add_product_into
 
 
 @pytest.fixture(autouse=True)
@@ -102,7 +104,8 @@ def test_linear_cross_entropy_adds_the_weight_gradient_to_a_buffer_it_is_given()
     loss = linear_cross_entropy(hidden, weight, targets, 0.5)
     dhidden, dweight = torch.autograd.grad(loss, (hidden, weight))
     buffer = torch.ones(5, 3, dtype=torch.float64)
-    same = linear_cross_entropy(hidden, weight.detach(), targets, 0.5, buffer, chunk_elements=5)
+    add = functools.partial(add_product_into, buffer)
+    same = linear_cross_entropy(hidden, weight.detach(), targets, 0.5, add, chunk_elements=5)
     torch.testing.assert_close(buffer, dweight + 1)
     torch.testing.assert_close(torch.autograd.grad(same, hidden)[0], dhidden)
 
@@ -180,7 +183,7 @@ def test_copies_are_added_up_at_their_source(dtype, copies, sources):
     source_N = torch.randint(sources, (copies,), generator=generator)
     rows_ND = torch.randint(-4, 5, (copies, 3), generator=generator).to(dtype)
     expected_SD = torch.zeros(sources, 3, dtype=dtype).index_add(0, source_N, rows_ND)
-    assert torch.equal(sum_copies(rows_ND, source_N, sources), expected_SD)
+    assert torch.equal(sum_copies(rows_ND, *sum_order(source_N, sources)), expected_SD)
 
 
 def test_an_attached_loss_gets_its_gradient_and_changes_no_value():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import weakref
 
 import pytest
 import torch
@@ -177,11 +178,30 @@ def test_nothing_stored_refers_to_the_original_or_its_graph():
 
 def test_a_copy_of_codes_and_scales_is_the_same_tensor():
     stored = quantise(normal(2, 3, 130, dtype=torch.bfloat16))
-    copied = stored.with_tensors(tuple(tensor.clone() for tensor in stored.tensors))
+    copied = stored.form.over(*(tensor.clone() for tensor in stored.tensors))
     assert copied.codes.data_ptr() != stored.codes.data_ptr()
     assert torch.equal(dequantise(copied), dequantise(stored))
     with pytest.raises(AssertionError):
-        stored.with_tensors((stored.codes[:1], stored.scales))
+        stored.form.over(stored.codes[:1], stored.scales)
+
+
+@pytest.mark.parametrize("rows", range(4))
+@pytest.mark.parametrize("width", [*WIDTHS, 256, 384, 1000])
+def test_whatever_the_rows_and_the_width_the_tensor_comes_back_with_its_shape_and_strides(rows, width):
+    """No rows at all included: a rank may receive none, and a slice of no rows counts as contiguous with any strides."""
+    x = normal(rows, width, dtype=torch.bfloat16)
+    stored = quantise(x)
+    for tensor in (*stored.tensors, dequantise(stored)):
+        assert tensor.stride() == torch.empty(tensor.shape).stride()
+    assert dequantise(stored).shape == x.shape
+
+
+def test_the_form_of_a_stored_tensor_keeps_none_of_its_memory():
+    stored = quantise(normal(4, 200))
+    form = stored.form
+    codes, scales = (weakref.ref(tensor.untyped_storage()) for tensor in stored.tensors)
+    del stored
+    assert (codes(), scales(), form.shape) == (None, None, (4, 200))
 
 
 def test_a_scalar_or_an_integer_tensor_is_our_own_mistake():

@@ -58,16 +58,23 @@ def test_the_kernels_pass_their_tests_under_the_interpreter(pass_under_the_inter
     pass_under_the_interpreter(__file__, 30)
 
 
-@pytest.mark.parametrize("element", ["bf16", "fp16", "fp32", "fp64"])
-def test_the_kernels_compile_for_an_h100(element, compile_for_h100, kernels):
-    sizes = {"num_rows": "i32", "width": "i32", "tiles": "i32"}
+@pytest.mark.parametrize(
+    ("element", "rows", "width"),
+    [("bf16", 32768, 4096), ("bf16", 32768, 7168), ("fp16", 7, 33), ("fp32", 4096, 7168), ("fp64", 1, 1)],
+)
+def test_the_kernels_compile_for_an_h100(element, rows, width, compile_for_h100, kernels):
+    """As launches of what K2 stores would, without a spilled register; and of sizes that are multiples of nothing."""
+    sizes = {"num_rows": rows, "width": width, "tiles": num_tiles(width)}
     stored = {"codes_ptr": "*u8", "scales_ptr": "*fp32", "x_ptr": f"*{element}", **sizes}
     shape = {"ROWS": kernels.ROWS, "TILE": TILE}
     limits = {"COUNT": True, "E4M3_MAX": E4M3_MAX, "MIN_SCALE": MIN_SCALE}
-    compile_for_h100(
-        kernels._quantise, {**stored, "count_ptr": "*i64"}, {**shape, **limits}, enable_fp_fusion=False
-    )
-    compile_for_h100(kernels._dequantise, stored, shape, enable_fp_fusion=False)
+    for kernel, arguments, constants in (
+        (kernels._quantise, {**stored, "count_ptr": "*i64"}, {**shape, **limits}),
+        (kernels._dequantise, stored, shape),
+    ):
+        compiled = compile_for_h100(kernel, arguments, constants, enable_fp_fusion=False)
+        assert compiled.spilled == 0
+        assert compiled.registers <= 128
 
 
 def test_tensors_of_the_host_take_the_reference():

@@ -60,18 +60,33 @@ def test_the_kernels_pass_their_tests_under_the_interpreter(pass_under_the_inter
     pass_under_the_interpreter(__file__, 30)
 
 
-@pytest.mark.parametrize("features", [7168, 1536, 8192, 96])
-@pytest.mark.parametrize("element", ["bf16", "fp32"])
-def test_the_kernels_compile_for_an_h100(element, features, compile_for_h100, kernels):
+@pytest.mark.parametrize(
+    ("element", "features", "tokens"),
+    [("bf16", 7168, 4096), ("bf16", 1536, 4096), ("bf16", 512, 4096), ("fp32", 8192, 4096), ("bf16", 96, 7), ("fp32", 33, 1)],
+)  # fmt: skip
+def test_the_kernels_compile_for_an_h100(element, features, tokens, compile_for_h100, kernels):
+    """As launches of K2's hidden size and latents would, without a spilled register, and of sizes that are multiples of
+    nothing."""
     options = kernels.options(features)
     block = {"BLOCK": options.pop("BLOCK")}
-    common = {"x_ptr": f"*{element}", "rstd_ptr": "*fp32", "stride": "i32", "features": "i32"}
-    compile_for_h100(kernels._inverse_rms, {**common, "eps": "fp32"}, block, **options)
+    common = {"x_ptr": f"*{element}", "rstd_ptr": "*fp32", "stride": features, "features": features}
     weighted = {**common, "weight_ptr": f"*{element}"}
-    compile_for_h100(kernels._rms_norm, {**weighted, "out_ptr": f"*{element}"}, block, **options)
-    backward = {**weighted, "dy_ptr": f"*{element}", "dx_ptr": f"*{element}", "sums_ptr": "*fp32"}
-    compile_for_h100(kernels._rms_norm_gradients, {**backward, "tokens": "i32"}, block, **options)
-    compile_for_h100(kernels._rms_norm_gradients, backward, {**block, "tokens": 1}, **options)
+    backward = {
+        **weighted,
+        "dy_ptr": f"*{element}",
+        "dx_ptr": f"*{element}",
+        "sums_ptr": "*fp32",
+        "tokens": tokens,
+    }
+    for kernel, arguments in (
+        (kernels._inverse_rms, {**common, "eps": "fp32"}),
+        (kernels._rms_norm, {**weighted, "out_ptr": f"*{element}"}),
+        (kernels._rms_norm_gradients, backward),
+    ):
+        compiled = compile_for_h100(kernel, arguments, block, **options)
+        assert compiled.spilled == 0
+        # The backward at 8192 features, the largest, leaves a multiprocessor's 65536 registers to one program.
+        assert compiled.registers * 32 * options["num_warps"] <= 65536
 
 
 @pytest.mark.parametrize("gap", [0, 3])

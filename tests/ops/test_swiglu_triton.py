@@ -61,19 +61,24 @@ def test_the_kernels_pass_their_tests_under_the_interpreter(pass_under_the_inter
     pass_under_the_interpreter(__file__, 30)
 
 
-@pytest.mark.parametrize("weighted", [True, False])
-@pytest.mark.parametrize("element", ["bf16", "fp16", "fp32"])
-def test_the_kernels_compile_for_an_h100(element, weighted, compile_for_h100, kernels):
+@pytest.mark.parametrize(
+    ("element", "weighted", "rows", "width"),
+    [("bf16", True, 32768, 2048), ("bf16", False, 4096, 18432), ("fp16", True, 7, 33), ("fp32", False, 1, 1)],
+)
+def test_the_kernels_compile_for_an_h100(element, weighted, rows, width, compile_for_h100, kernels):
+    """As launches of K2's experts and of its dense layer would, without a spilled register; and of other sizes."""
     tensors = {"gate_up_ptr": f"*{element}", "w_ptr": "*fp32" if weighted else f"*{element}"}
-    sizes = {"num_rows": "i32", "width": "i32"}
+    sizes = {"num_rows": rows, "width": width}
     constants = {"WEIGHTED": weighted, "ROWS": kernels.ROWS, "COLUMNS": kernels.COLUMNS}
-    compile_for_h100(
-        kernels._swiglu, {**tensors, **sizes, "out_ptr": f"*{element}"}, constants, enable_fp_fusion=True
-    )
     gradients = {"dy_ptr": f"*{element}", "dw_ptr": tensors["w_ptr"]}
-    compile_for_h100(
-        kernels._swiglu_gradients, {**tensors, **sizes, **gradients}, constants, enable_fp_fusion=True
-    )
+    for kernel, arguments in (
+        (kernels._swiglu, {**tensors, **sizes, "out_ptr": f"*{element}"}),
+        (kernels._swiglu_gradients, {**tensors, **sizes, **gradients}),
+    ):
+        compiled = compile_for_h100(kernel, arguments, constants, enable_fp_fusion=True)
+        assert compiled.spilled == 0
+        # Four programs of four warps on a multiprocessor at least.
+        assert compiled.registers <= 128
 
 
 @pytest.mark.parametrize("weighted", [True, False])

@@ -11,6 +11,7 @@ import torch
 
 from k2train.config.model import ModelConfig
 from k2train.config.optim import LrPhase, OptimConfig
+from k2train.device.cpu import CpuDevice
 from k2train.layout.grid import RankGrid
 from k2train.layout.tensors import TensorSpec, model_tensors
 from k2train.model.model import Model, build_model
@@ -88,7 +89,8 @@ def make_rank(
     built = build_model(model, part, dtype)
     built.initialise(seed=7)
     catalogue = {spec.name: spec for spec in model_tensors(model)}
-    optimizer = build_optimizer(optim, model, catalogue, [list(built.pieces())], build_groups(grid, world))
+    pieces = [list(built.pieces())]
+    optimizer = build_optimizer(optim, model, catalogue, pieces, build_groups(grid, world), CpuDevice())
     return Rank(world, grid, built, optimizer, catalogue)
 
 

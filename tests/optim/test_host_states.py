@@ -13,6 +13,7 @@ import torch
 
 from k2train.config.errors import ConfigError
 from k2train.config.optim import OptimConfig
+from k2train.device.cpu import CpuDevice
 from k2train.layout.grid import RankGrid
 from k2train.layout.staging import CHUNK_ELEMENTS, MAX_BATCH_ELEMENTS, NUM_SLOTS
 from k2train.optim.adam import AdamRule, AdamStates, DeepSpeedAdamW, TorchAdamW, check_host_adam
@@ -170,7 +171,7 @@ def test_an_update_cut_into_pieces_has_the_bits_of_the_whole(num_elements: int) 
     assert CHUNK_ELEMENTS % 64 == 0
     whole, gradient = flat_states(num_elements)
     cut, _ = flat_states(num_elements)
-    residence = OnHost(gradient, 1, 64)
+    residence = OnHost(CpuDevice(), gradient, 1, 64)
     for step in range(3):
         TorchAdamW(RULE).update(whole, gradient, 0.01, True, step)
         for part, piece in residence.gradients(gradient):

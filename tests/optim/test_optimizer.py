@@ -8,9 +8,9 @@ import pytest
 import torch
 
 from k2train.config.errors import ConfigError
+from k2train.device.cpu import CpuDevice
 from k2train.layout.grid import RankGrid
 from k2train.model.pieces import Piece
-from k2train.ops.weight_grad import BufferedSink
 from k2train.optim.build import build_optimizer
 from k2train.parallel.groups import build_groups
 from k2train.parallel.threads import run_threads
@@ -174,13 +174,21 @@ def test_buckets_sum_fused_gradients_tensor_by_tensor(one_rank) -> None:
         assert torch.equal(got, total), name
 
 
-def test_one_owner_accumulates_in_the_bucket_itself(one_rank) -> None:
+def test_what_is_added_to_the_runs_of_a_parameter_is_its_gradient(one_rank) -> None:
+    """One owner: a matrix is one run, and a stack of matrices one for each."""
     rank = one_rank()
-    assert isinstance(rank.optimizer.gradients, BufferedSink)
+    gradients = rank.optimizer.gradients
     for parameter, pieces in rank.parameters().items():
-        rank.optimizer.gradients.buffer(parameter).add_(parameter.detach())
+        if parameter.dim() == 1:
+            gradients.add(parameter, parameter.detach())
+        else:
+            matrices = parameter.detach().view(-1, *parameter.shape[-2:])
+            runs = gradients.runs(parameter)
+            assert [run.matrix for run in runs] == list(range(len(matrices)))
+            for run in runs:
+                run.buffer.add_(matrices[run.matrix, run.first : run.last])
         for piece in pieces:
-            assert torch.equal(rank.optimizer.gradients.gradient(piece.name), piece.tensor)
+            assert torch.equal(gradients.gradient(piece.name), piece.tensor)
 
 
 @pytest.mark.parametrize("latent", [14, None])
@@ -248,7 +256,7 @@ def test_masters_can_be_read_again_after_an_import(one_rank) -> None:
 def build_from(pieces: list[Piece], rank, optim_config) -> None:
     def build(world) -> None:
         groups = build_groups(RankGrid(pp=1, edp=1, ep=1), world)
-        build_optimizer(optim_config, rank.model.config, rank.catalogue, [pieces], groups)
+        build_optimizer(optim_config, rank.model.config, rank.catalogue, [pieces], groups, CpuDevice())
 
     run_threads(1, build)
 

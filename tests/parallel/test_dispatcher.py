@@ -9,12 +9,13 @@ import torch
 
 from k2train.config.compose import load_config
 from k2train.config.sections import DispatchKind
+from k2train.device.cpu import CpuDevice
 from k2train.estimate.activations import table_bytes
 from k2train.estimate.layer_ops import hit_probability, workload
 from k2train.layout.grid import RankGrid
 from k2train.model.context import MicrobatchContext
 from k2train.model.dispatcher import Dispatcher
-from k2train.model.layers import CombinePhase, DispatchPhase
+from k2train.model.layers import CombinePhase, DispatchPhase, RoutePhase
 from k2train.model.saved import KeepEverything
 from k2train.parallel.communicator import World
 from k2train.parallel.groups import build_groups
@@ -58,7 +59,7 @@ def dispatcher_of(
     world: World, ranks: int, experts: int, relay_ranks: int | None, num_parts: int = 1
 ) -> Dispatcher:
     groups = build_groups(RankGrid(1, 1, ranks), world, relay_ranks)
-    return build_dispatcher(experts, groups, torch.device("cpu"), num_parts)
+    return build_dispatcher(experts, groups, CpuDevice(torch.device("cpu")), num_parts)
 
 
 def counted(experts_TK: torch.Tensor, experts: int) -> torch.Tensor:
@@ -86,8 +87,8 @@ def test_rows_arrive_sorted_by_expert_then_by_source_and_then_by_token(
             numbers_T = torch.arange(tokens, dtype=torch.float64)
             x_TD = torch.stack([torch.full_like(numbers_T, world.rank), numbers_T], 1)
             weights_TK = x_TD.sum(1, keepdim=True) * 100 + mine_TK
-            route = dispatcher.route(mine_TK, counted(mine_TK, experts), KeepEverything())
-            rows_MD, weights_M = dispatcher.dispatch(x_TD, route, weights_TK).wait()
+            route = dispatcher.start_route(mine_TK, counted(mine_TK, experts), KeepEverything()).wait()
+            rows_MD, weights_M = dispatcher.dispatch(x_TD, route, weights_TK).tensors
             here = range(world.rank * local, (world.rank + 1) * local)
             expected = [
                 (e, p, t)
@@ -99,8 +100,9 @@ def test_rows_arrive_sorted_by_expert_then_by_source_and_then_by_token(
             assert rows_MD.tolist() == [[p, t] for _, p, t in expected]
             assert weights_M.tolist() == [(p + t) * 100 + e for e, p, t in expected]
             assert route.offsets.dtype == torch.int32
+            assert list(route.rows_of_experts) == [sum(found[0] == e for found in expected) for e in here]
             assert route.offsets.tolist() == [sum(found[0] <= e for found in expected) for e in here]
-            sums_TD, back_TK = dispatcher.combine(rows_MD, route, weights_M).wait()
+            sums_TD, back_TK = dispatcher.combine(rows_MD, route, weights_M).tensors
             assert torch.equal(sums_TD, x_TD * top_k)
             assert torch.equal(back_TK, weights_TK)
 
@@ -117,12 +119,12 @@ def test_dispatch_and_combine_are_transposes(
         dispatcher = dispatcher_of(world, ranks, experts, relay_ranks, num_parts)
         for load in LOADS:
             mine_TK = choices(load, ranks, experts)[world.rank]
-            route = dispatcher.route(mine_TK, counted(mine_TK, experts), KeepEverything())
+            route = dispatcher.start_route(mine_TK, counted(mine_TK, experts), KeepEverything()).wait()
             num_rows = int(route.offsets[-1].item())
             x_TD, w_TK = random(world.rank, len(mine_TK), FEATURES), random(world.rank, *mine_TK.shape)
             y_MD, v_M = random(world.rank, num_rows, FEATURES), random(world.rank, num_rows)
-            rows_MD, weights_M = dispatcher.dispatch(x_TD, route, w_TK).wait()
-            sums_TD, back_TK = dispatcher.combine(y_MD, route, v_M).wait()
+            rows_MD, weights_M = dispatcher.dispatch(x_TD, route, w_TK).tensors
+            sums_TD, back_TK = dispatcher.combine(y_MD, route, v_M).tensors
             forward = torch.stack([(rows_MD * y_MD).sum(), (weights_M * v_M).sum()])
             backward = torch.stack([(x_TD * sums_TD).sum(), (w_TK * back_TK).sum()])
             group.all_reduce(forward)
@@ -142,13 +144,13 @@ def test_moves_under_way_at_once_do_not_mix(
     def check(world: World) -> None:
         dispatcher = dispatcher_of(world, ranks, experts, relay_ranks, num_parts)
         tables = [choices(load, ranks, experts)[world.rank] for load in LOADS]
-        routes = [dispatcher.route(t, counted(t, experts), KeepEverything()) for t in tables]
+        routes = [dispatcher.start_route(t, counted(t, experts), KeepEverything()).wait() for t in tables]
         sent = [random(world.rank + index, len(t), FEATURES) for index, t in enumerate(tables)]
         moving = [dispatcher.dispatch(x, route) for x, route in zip(sent, routes, strict=True)]
-        arrived = [pending.wait()[0] for pending in reversed(moving)][::-1]
+        arrived = [pending.tensors[0] for pending in reversed(moving)][::-1]
         back = [dispatcher.combine(t, route) for t, route in zip(arrived, routes, strict=True)]
         for pending, x, table in zip(back, sent, tables, strict=True):
-            torch.testing.assert_close(pending.wait()[0], x * table.shape[1])
+            torch.testing.assert_close(pending.tensors[0], x * table.shape[1])
 
     run_distributed_test(check, ranks, backend)
 
@@ -173,10 +175,11 @@ def test_backward_of_both_phases_is_the_gradient_of_their_forward(
         dplain_TD, dweights_TK = torch.autograd.grad(plain_TD, leaves, grad_TD)
 
         dispatcher = dispatcher_of(world, 4, 8, relay_ranks, num_parts)
-        dispatch, combine = DispatchPhase(0, dispatcher), CombinePhase(0, dispatcher)
+        route, dispatch, combine = (make(0, dispatcher) for make in (RoutePhase, DispatchPhase, CombinePhase))
         context = MicrobatchContext(num_sequences=1)
         inputs = (x_TD, x_TD, weights_TK, mine_TK, counted(mine_TK, 8))
-        (_, _, rows_MD, weights_M, offsets_L), _ = dispatch.forward(inputs, context)
+        routed, _ = route.forward(inputs, context)
+        (_, _, rows_MD, weights_M, offsets_L), _ = dispatch.forward(routed, context)
         per_expert_L = torch.diff(offsets_L, prepend=torch.zeros(1, dtype=torch.int32))
         number_M = torch.repeat_interleave(torch.arange(1.0, 3.0) + 2 * world.rank, per_expert_L)
         factor_M1 = (weights_M * number_M).unsqueeze(1)
@@ -189,7 +192,9 @@ def test_backward_of_both_phases_is_the_gradient_of_their_forward(
         assert torch.equal(dpartial_TD, grad_TD)
         dweights_M = (drows_MD * rows_MD).sum(1) * number_M
         grads = (dpartial_TD, dshared_TD, drows_MD * factor_M1, dweights_M, None)
-        dresidual_TD, dnormed_TD, dback_TK, *_ = dispatch.backward(None, grads, context)
+        dresidual_TD, dnormed_TD, dback_TK, *_ = route.backward(
+            None, dispatch.backward(None, grads, context), context
+        )
         torch.testing.assert_close(dresidual_TD, grad_TD)
         torch.testing.assert_close(dnormed_TD, dplain_TD + dshared_TD)
         torch.testing.assert_close(dback_TK, dweights_TK)
@@ -206,7 +211,7 @@ def test_a_token_crosses_to_a_node_once_and_there_reaches_every_rank_once() -> N
     def check(world: World) -> list[list[int]]:
         mine_TK = chosen if world.rank == 0 else chosen.new_zeros(4, 3) + torch.arange(3)
         dispatcher = dispatcher_of(world, 4, 8, 2)
-        route = dispatcher.route(mine_TK, counted(mine_TK, 8), KeepEverything())
+        route = dispatcher.start_route(mine_TK, counted(mine_TK, 8), KeepEverything()).wait()
         assert isinstance(route, RelayRoute)
         (hops,) = route.parts
         return [hop.leaving for hop in hops]
@@ -230,7 +235,7 @@ def test_a_routes_tables_take_the_bytes_that_even_routing_makes_them_take(
         generator = torch.Generator().manual_seed(world.rank)
         mine_TK = torch.rand(tokens, experts, generator=generator).argsort(-1)[:, :top_k]
         dispatcher = dispatcher_of(world, ranks, experts, relay_ranks, num_parts)
-        route = dispatcher.route(mine_TK, counted(mine_TK, experts), KeepEverything())
+        route = dispatcher.start_route(mine_TK, counted(mine_TK, experts), KeepEverything()).wait()
         assert isinstance(route, RelayRoute)
         num_bytes = sum(table.numel() * table.element_size() for table in route.tables)
         hops = [sum(sum(part[hop].leaving) for part in route.parts) for hop in range(len(route.parts[0]))]

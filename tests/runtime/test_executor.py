@@ -9,7 +9,9 @@ from typing import Any
 import pytest
 import torch
 
+from k2train.device.cpu import CpuDevice
 from k2train.model.context import MicrobatchContext
+from k2train.model.dispatcher import Results
 from k2train.model.phase import CommunicationPhase, Started
 from k2train.ops.weight_grad import Key, PlainGradients
 from k2train.parallel.channels import build_channels
@@ -83,20 +85,20 @@ class Exchange(CommunicationPhase):
 
     def start_forward(self, inputs: Any, context: Any) -> Started:
         self.log.append(f"{self.name} starts")
-        return Started(inputs, ())
+        return Started(inputs)
 
     def finish_forward(self, started: Started, context: Any) -> Any:
         self.log.append(f"{self.name} arrives")
-        return (started.pending[0] + 10,), self.name
+        return Results((started.pending.tensors[0] + 10,)), self.name
 
     def start_backward(self, record: Any, grads: Any, context: Any) -> Started:
         assert record == self.name
         self.log.append(f"{self.name} starts back")
-        return Started(grads, ())
+        return Started(grads)
 
     def finish_backward(self, started: Started, context: Any) -> Any:
         self.log.append(f"{self.name} is back")
-        return (started.pending[0] * 3,)
+        return Results((started.pending.tensors[0] * 3,))
 
 
 def phases(name: str, log: list[str]) -> list[Any]:
@@ -104,16 +106,17 @@ def phases(name: str, log: list[str]) -> list[Any]:
 
 
 CONTEXT = MicrobatchContext(num_sequences=1)
+CPU = CpuDevice(torch.device("cpu"))
 
 
 def test_a_pair_computes_one_microbatch_while_the_others_rows_are_under_way() -> None:
     log: list[str] = []
     records: list[Any] = []
-    finish(forward_steps(phases("y", log), (torch.zeros(1),), CONTEXT, records))
+    finish(forward_steps(phases("y", log), Results((torch.zeros(1),)), CONTEXT, records))
     log.clear()
-    (x,), (dy,) = alternate(
-        forward_steps(phases("x", log), (torch.zeros(1),), CONTEXT, []),
-        backward_steps(phases("y", log), (torch.ones(1),), CONTEXT, records),
+    forward, backward = alternate(
+        forward_steps(phases("x", log), Results((torch.zeros(1),)), CONTEXT, []),
+        backward_steps(phases("y", log), Results((torch.ones(1),)), CONTEXT, records),
         pair_order(3, 3),
     )
     assert log == [
@@ -126,19 +129,19 @@ def test_a_pair_computes_one_microbatch_while_the_others_rows_are_under_way() ->
         "y.b is back",
         "y.a backward",
     ]
-    assert (x.item(), dy.item(), records) == (12, 12, [])
+    assert (forward.tensors[0].item(), backward.tensors[0].item(), records) == (12, 12, [])
 
 
 def test_a_pair_of_unequal_lengths_runs_both_to_their_ends() -> None:
     log: list[str] = []
     records: list[Any] = []
-    finish(forward_steps(phases("y", log), (torch.zeros(1),), CONTEXT, records))
-    (x,), (dy,) = alternate(
-        forward_steps([Compute("x", log)], (torch.zeros(1),), CONTEXT, []),
-        backward_steps(phases("y", log), (torch.ones(1),), CONTEXT, records),
+    finish(forward_steps(phases("y", log), Results((torch.zeros(1),)), CONTEXT, records))
+    forward, backward = alternate(
+        forward_steps([Compute("x", log)], Results((torch.zeros(1),)), CONTEXT, []),
+        backward_steps(phases("y", log), Results((torch.ones(1),)), CONTEXT, records),
         pair_order(1, 3),
     )
-    assert (x.item(), dy.item()) == (1, 12)
+    assert (forward.tensors[0].item(), backward.tensors[0].item()) == (1, 12)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -197,7 +200,7 @@ def stage_of(schedule: Schedule, messages: Messages, stage: int, world: World, s
     models = {v: Part([Checked(v, order)]) for v, place in enumerate(schedule.placement) if place == stage}
     channels = build_channels(messages, range(world.size), world)
     transport = PipelineTransport(channels, 1, torch.float32, torch.device("cpu"))
-    return PipelineStage(models, build_routes(schedule, stage), transport, sink)
+    return PipelineStage(models, build_routes(schedule, stage), transport, sink, CPU)
 
 
 @pytest.mark.parametrize(("kind", "pp", "vpp", "microbatches"), [
@@ -244,7 +247,7 @@ def test_messages_meet_their_microbatch_and_each_weight_gradient_is_taken_once(
 
 
 def alone(sink: Any = None) -> PipelineStage:
-    stage = PipelineStage({0: Part([Checked(0, [0])])}, {0: Route(0, None, None, 0, 0)}, None, sink)
+    stage = PipelineStage({0: Part([Checked(0, [0])])}, {0: Route(0, None, None, 0, 0)}, None, sink, CPU)
     context = lambda v, m: MicrobatchContext(num_sequences=1, key=(v, m), weight_grads=stage.queue)  # noqa: E731
     stage.begin_step(StepInputs(lambda m: torch.full((1, 2), float(m)), context, 1))
     return stage
@@ -275,7 +278,7 @@ def test_evaluation_keeps_nothing() -> None:
 
 
 def test_a_step_that_fails_leaves_nothing_under_way() -> None:
-    stage = PipelineStage({0: Part([Checked(0, [0])])}, {0: Route(0, None, None, 0, 0)}, None, Sink())
+    stage = PipelineStage({0: Part([Checked(0, [0])])}, {0: Route(0, None, None, 0, 0)}, None, Sink(), CPU)
     context = lambda v, m: MicrobatchContext(num_sequences=1, key=(v, m), weight_grads=stage.queue)  # noqa: E731
     inputs = StepInputs(lambda m: torch.full((1, 2), float(m)), context, 1)
     with pytest.raises(KeyError), stage.step(inputs):

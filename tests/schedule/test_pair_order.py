@@ -26,15 +26,27 @@ def phases(*words):
 
 
 def test_a_layers_pair_is_the_reports_figure_7():
-    forward = phases("attention 3 compute", "dispatch 2 ep", "experts 5 compute", "combine 2 ep")
-    backward = phases("combine 2 ep", "experts 6 compute", "dispatch 2 ep", "attention 4 compute")
+    """The route's two steps, of which one does nothing, leave the order of everything else as it is there."""
+    forward = phases(
+        "attention 3 compute", "route 1 ep", "dispatch 2 ep", "experts 5 compute", "combine 2 ep"
+    )
+    backward = phases(
+        "combine 2 ep", "experts 6 compute", "dispatch 2 ep", "route 0 ep", "attention 4 compute"
+    )
     spans = overlap((forward, backward)).spans
     of_stream = {
         stream: ["FI"[span.chain] + " " + span.phase.name for span in spans if span.phase.stream is stream]
         for stream in Stream
     }
     assert of_stream[Stream.COMPUTE] == ["F attention", "I experts", "F experts", "I attention"]
-    assert of_stream[Stream.EP] == ["I combine", "F dispatch", "I dispatch", "F combine"]
+    assert of_stream[Stream.EP] == [
+        "I combine",
+        "F route",
+        "F dispatch",
+        "I dispatch",
+        "I route",
+        "F combine",
+    ]
 
 
 def test_a_stream_keeps_the_order_of_issue_although_another_phase_would_be_ready_sooner():

@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from k2train.config.compose import load_config
+from k2train.device.cpu import CpuDevice
 from k2train.model.phase import CommunicationPhase
 from k2train.parallel.communicator import World
 from k2train.parallel.groups import build_groups
@@ -20,7 +21,7 @@ def test_plan_and_model_have_the_same_phases_on_the_same_streams(words, vpp):
     """Embedding, a dense layer, MoE layers and the head, together and apart; backward is the forward in reverse."""
     config = load_config([*words, f"layout.vpp={vpp}", "layout.ep=2"])
     assembly = assemble(config)
-    layout, device = assembly.layout, torch.device("cpu")
+    layout, device = assembly.layout, CpuDevice(torch.device("cpu"))
 
     def phases_of(world: World) -> list[list[Stream]]:
         models = build_models(config, layout, build_groups(layout.grid, world, layout.relay_ranks), device)

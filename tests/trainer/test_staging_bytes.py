@@ -7,6 +7,7 @@ import torch
 
 from k2train.config.compose import load_config
 from k2train.config.schema import Config
+from k2train.device.cpu import CpuDevice
 from k2train.layout.build import build_layout
 from k2train.layout.layout import Layout
 from k2train.layout.tensors import model_tensors
@@ -23,10 +24,10 @@ GRIDS = [(1, 1, 1, 1), (2, 1, 1, 2), (2, 1, 2, 2), (1, 3, 2, 1), (2, 2, 4, 2), (
 def staging_bytes(world: World, config: Config, layout: Layout) -> int:
     """Of the optimizer that a run makes on this rank."""
     groups = build_groups(layout.grid, world, layout.relay_ranks)
-    models = build_models(config, layout, groups, torch.device("cpu"))
+    models = build_models(config, layout, groups, CpuDevice(torch.device("cpu")))
     pieces = [[piece for piece in model.pieces() if piece.trained] for model in models.values()]
     catalogue = {spec.name: spec for spec in model_tensors(config.model)}
-    return build_optimizer(config.optim, config.model, catalogue, pieces, groups).staging_bytes
+    return build_optimizer(config.optim, config.model, catalogue, pieces, groups, CpuDevice()).staging_bytes
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float64"])

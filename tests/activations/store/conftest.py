@@ -14,6 +14,7 @@ from k2train.activations.offload import OffloadEngine
 from k2train.activations.store import ActivationStore, MicrobatchStore
 from k2train.config.model import ModelConfig, YarnConfig
 from k2train.config.sections import ActivationsConfig
+from k2train.device.cpu import CpuDevice
 from k2train.model.context import MicrobatchContext
 from k2train.model.model import Model, backward, forward
 from k2train.ops.weight_grad import PlainGradients, WeightGradQueue
@@ -124,7 +125,7 @@ def begin():
         )  # fmt: skip
         store = None
         if policies is not None:
-            store = ActivationStore(policies, OffloadEngine(torch.device("cpu"), HostArena(pinned=False)))
+            store = ActivationStore(policies, OffloadEngine(CpuDevice(), HostArena(CpuDevice())))
             context.saved = Noting(store.microbatch()) if noting else store.microbatch()
         (loss,), records = forward(model, (tokens[:, :-1],), context)
         return Microbatch(model, context, loss, records, store)

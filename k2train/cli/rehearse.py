@@ -1,0 +1,82 @@
+"""`k2train rehearse`: one rank's step at real size, on tensors without memory, beside what the plan says of it.
+
+    k2train rehearse experiment=k2 rehearse.stage=1 rehearse.microbatches=64
+    k2train rehearse experiment=k2 rehearse.json=stage0.json rehearse.picture=stage0.png
+
+The same keys as `k2train train` and `plan`. Needs no GPU; a torch without CUDA needs a C++ compiler, once.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from pathlib import Path
+
+from k2train.cli.plan import check_writable
+from k2train.cli.show import show
+from k2train.config.compose import load_config
+from k2train.config.errors import ConfigError
+from k2train.config.help import render_help
+from k2train.config.schema import Config
+from k2train.layout.build import build_layout
+from k2train.rehearsal.stub import load_stub
+
+USAGE = "k2train rehearse [key=value ...]"
+
+
+def run(args: list[str]) -> int:
+    """Rehearse what the overrides say and print it; returns 0. Raises ConfigError."""
+    if any(word in ("-h", "--help") for word in args):
+        print(render_help(Config, "Run one rank's step without a device.", USAGE))
+        return 0
+    config = with_microbatches(load_config(args))
+    check_section(config)
+    load_stub()
+    # Only now, behind the stub, may torch be imported.
+    from k2train.rehearsal.document import rehearsal_document
+    from k2train.rehearsal.picture import render_memory
+    from k2train.rehearsal.run import rehearse
+    from k2train.rehearsal.tables import rehearsal_tables
+
+    rehearsal = rehearse(config)
+    show(*rehearsal_tables(rehearsal))
+    section = config.rehearse
+    if section.json is not None:
+        text = json.dumps(rehearsal_document(rehearsal), indent=1)
+        Path(section.json).write_text(text + "\n", encoding="utf-8")
+        print(f"wrote {section.json}")
+    if section.picture is not None:
+        render_memory(rehearsal, section.picture)
+        print(f"wrote {section.picture}")
+    return 0
+
+
+def with_microbatches(config: Config) -> Config:
+    """The config with a batch of `rehearse.microbatches` for every data-parallel rank."""
+    count, layout, train = config.rehearse.microbatches, config.layout, config.train
+    if count is None:
+        return config
+    ranks = build_layout(layout, config.cluster, config.model, train.seq_len).dp
+    tokens = count * ranks * train.microbatch_size * train.seq_len
+    return dataclasses.replace(config, train=dataclasses.replace(train, global_batch_tokens=tokens))
+
+
+def check_section(config: Config) -> None:
+    """Raise ConfigError for a rank that the layout does not have, or a file that cannot be written."""
+    section = config.rehearse
+    layout = build_layout(config.layout, config.cluster, config.model, config.train.seq_len)
+    for name, value, limit in (
+        ("stage", section.stage, layout.pp),
+        ("data_rank", section.data_rank, layout.dp),
+    ):
+        if value >= limit:
+            raise ConfigError(f"rehearse.{name}", value, f"the layout has {limit} of them, counted from 0",
+                              f"give 0 to {limit - 1}")  # fmt: skip
+    for name in ("json", "picture"):
+        value = getattr(section, name)
+        if value is not None:
+            check_writable(f"rehearse.{name}", value)
+    if section.picture is not None and not section.picture.endswith(".png"):
+        raise ConfigError(
+            "rehearse.picture", section.picture, "is drawn as PNG", "give a name that ends in .png"
+        )

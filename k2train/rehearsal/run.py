@@ -1,0 +1,133 @@
+"""The rehearsal: build one rank as the trainer does, take one step as the trainer does, and keep what was seen.
+
+Everything that decides something is the program's own: layout, schedule, model, dispatcher, store, queue, optimizer. Put
+in its place are the device, the communicators, the corpus and the numbers the host would read. Weights are not
+initialised, because there is nothing to write them into.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import time
+from collections.abc import Iterable, Iterator
+from typing import cast
+
+import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+from k2train.config.schema import Config
+from k2train.data.corpus import Corpus
+from k2train.device.rehearsed import RehearsedDevice
+from k2train.parallel.groups import build_groups
+from k2train.planner.plan import Plan, build_plan
+from k2train.rehearsal.numbers import Numbers
+from k2train.rehearsal.observer import Birth, Observer, Peak, Place
+from k2train.rehearsal.phases import WatchedModel
+from k2train.rehearsal.world import Counts, RehearsedWorld
+from k2train.runtime.recorder import Message
+from k2train.runtime.stage import PipelineStage
+from k2train.schedule.actions import Pair, Step
+from k2train.schedule.messages import plan_messages
+from k2train.trainer.build import Run, build_layouts, build_run
+from k2train.trainer.dry_run import dry_run
+from k2train.trainer.garbage import GarbageControl
+from k2train.trainer.step import train_step
+
+DEVICE = torch.device("cuda", 0)
+
+
+@dataclasses.dataclass(frozen=True)
+class Rehearsal:
+    """What one rank's step was seen to do. Seconds are those of rehearsing."""
+
+    config: Config
+    plan: Plan
+    stage: int
+    rank: int
+    observer: Observer
+    counts: Counts
+    states_bytes: int
+    pipeline_peak: Peak
+    update_peak: Peak
+    left: tuple[Birth, ...]
+    """Alive at the end of the step though they were made in it."""
+    build_seconds: float
+    step_seconds: float
+    update_seconds: float
+
+
+class Recording:
+    """Implements runtime.recorder.Watcher: tells the observer of every step, and keeps the peak of the action list."""
+
+    def __init__(self, observer: Observer) -> None:
+        self._observer = observer
+        self.pipeline_peak = Peak()
+        self.pipeline_ended = 0.0
+
+    def watch(self, steps: Iterable[Step]) -> Iterator[Step]:
+        self._observer.forget_peak()
+        yield from self._observer.watch(steps, kind_of_step)
+        self.pipeline_peak, self.pipeline_ended = self._observer.peak, time.perf_counter()
+        self._observer.forget_peak()
+
+    def wait(self, message: Message) -> torch.Tensor:
+        return message.wait()
+
+
+def kind_of_step(step: Step) -> str:
+    """F, I, W, SEND_F ...; a pair's own phases say which half they belong to."""
+    return "pair" if isinstance(step, Pair) else step.kind.value
+
+
+class NoCorpus:
+    """Sequences of token 0."""
+
+    def __init__(self, seq_len: int) -> None:
+        self._width = seq_len + 1
+
+    def batch(self, split: str, start: int, count: int) -> torch.Tensor:
+        return torch.zeros(count, self._width, dtype=torch.int64)
+
+
+def rehearse(config: Config) -> Rehearsal:
+    """Take one step of one rank. config.rehearse says which. Raises ConfigError for what the trainer would refuse."""
+    section = config.rehearse
+    layout, schedule = build_layouts(config)
+    plan = build_plan(config, check=False)
+    rank = section.stage * layout.dp + section.data_rank
+    numbers = Numbers(config, layout, rank % layout.ep, section.skew)
+    device = RehearsedDevice(DEVICE, numbers.answer)
+    observer = Observer(device)
+    counts = Counts(lambda: observer.place.kind)
+    started = time.perf_counter()
+    with FakeTensorMode(allow_non_fake_inputs=True), observer, GarbageControl():
+        world = RehearsedWorld(rank, layout.world, DEVICE, counts)
+        groups = build_groups(layout.grid, world, layout.relay_ranks, plan_messages(schedule))
+        corpus = cast(Corpus, NoCorpus(config.train.seq_len))
+        run = build_run(config, layout, schedule, corpus, groups, device, initialise=False)
+        run = watched_run(run, observer)
+        with observer.at(Place("dry run")):
+            dry_run(run)
+        states, built = observer.bytes_alive, time.perf_counter()
+        before = set(observer.alive.values())
+        observer.forget_work()
+        counts.clear()
+        recording = Recording(observer)
+        with observer.at(Place("update")):
+            train_step(run, 0, recording)
+            run.optimizer.finish_gather()
+        left = tuple(birth for birth in observer.alive.values() if birth not in before)
+    return Rehearsal(
+        config, plan, section.stage, rank, observer, counts, states, recording.pipeline_peak, observer.peak, left,
+        build_seconds=built - started,
+        step_seconds=recording.pipeline_ended - built,
+        update_seconds=time.perf_counter() - recording.pipeline_ended,
+    )  # fmt: skip
+
+
+def watched_run(run: Run, observer: Observer) -> Run:
+    """The run with a training stage whose phases say where they are."""
+    stage = run.training
+    models = {index: WatchedModel(model.phases, observer) for index, model in run.models.items()}
+    training = PipelineStage(models, stage.routes, stage.transport, stage.gradients, run.device)
+    return dataclasses.replace(run, training=training)
