@@ -18,6 +18,7 @@ import torch
 from k2train.checkpoint import latest_checkpoint, open_checkpoint
 from k2train.cli.main import main
 from k2train.config.compose import load_config
+from k2train.device.build import build_device
 from k2train.parallel.baton import DeadlockError
 from k2train.parallel.channels import make_channels
 from k2train.parallel.communicator import World
@@ -237,7 +238,7 @@ def test_with_both_directions_in_one_queue_the_same_steps_stand_still_and_are_re
         groups = build_groups(made.grid, world)
         channels = make_channels(messages, range(made.pp), world)
         groups = dataclasses.replace(groups, channels=channels)
-        train_step(build_run(config, made, schedule, corpus, groups, world.device), 0)
+        train_step(build_run(config, made, schedule, corpus, groups, build_device(world.device)), 0)
 
     with pytest.raises(
         DeadlockError, match=r"rank \d waits in (send|recv) .* of group pipeline messages"
