@@ -178,10 +178,16 @@ class GroupState:
         return f"{operation.what} of group {self.name} {_short(self.ranks)}, {site}{absent}{behind}"
 
     def _behind(self, operation: Operation) -> str:
-        """What is ahead of a send or receive in its queue."""
-        for queue in self._queues.values():
-            if any(end.operation is operation for end in queue) and queue[0].operation is not operation:
+        """What is ahead of a send or receive in its queue, or ahead of its other end in the peer's."""
+        for (rank, _), queue in list(self._queues.items()):
+            end = next((end for end in queue if end.operation is operation), None)
+            if end is None:
+                continue
+            if queue[0] is not end:
                 return f"; behind {queue[0]}"
+            theirs = self._queue(end.peer, rank)
+            if any(other.peer == rank and other.is_send is not end.is_send for other in theirs):
+                return f"; its other end on rank {self.ranks[end.peer]} is behind {theirs[0]}"
         return ""
 
     def unfinished(self) -> list[str]:

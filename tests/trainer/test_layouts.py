@@ -6,6 +6,7 @@ In float64, where nothing is left to chance but the order of sums.
 from __future__ import annotations
 
 import dataclasses
+import re
 import shutil
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -17,9 +18,17 @@ import torch
 from k2train.checkpoint import latest_checkpoint, open_checkpoint
 from k2train.cli.main import main
 from k2train.config.compose import load_config
+from k2train.device.build import build_device
+from k2train.parallel.baton import DeadlockError
+from k2train.parallel.channels import make_channels
+from k2train.parallel.communicator import World
+from k2train.parallel.groups import build_groups
+from k2train.parallel.threads import run_threads
 from k2train.schedule.actions import Pair
+from k2train.schedule.channels import ChannelForm
+from k2train.schedule.messages import plan_messages
 from k2train.telemetry.metrics import read_metrics
-from k2train.trainer.build import Run, build_layouts
+from k2train.trainer.build import Run, build_layouts, build_run, open_corpus
 from k2train.trainer.evaluate import evaluate
 from k2train.trainer.saving import bias_pieces
 from k2train.trainer.step import StepMetrics, train_step
@@ -210,6 +219,32 @@ def test_a_layout_of_threads_equals_one_rank(
     words = [*model_words, f"schedule={kind}", *layout(*degrees)]
     assert build_layouts(load_config(words))[1].num_microbatches == microbatches
     assert_close(train_layout(words), one_rank)
+
+
+@pytest.mark.parametrize(("kind", "degrees"), [
+    ("gpipe", (3, 1, 1, 1)), ("1f1b", (2, 1, 1, 1)), ("k2", (2, 2, 1, 1)), ("k2", (3, 1, 1, 1)), ("zb_h1", (3, 1, 1, 1)),
+])  # fmt: skip
+@pytest.mark.parametrize("form", [ChannelForm.UNORDERED_PAIR, ChannelForm.ONE])
+def test_with_both_directions_in_one_queue_the_same_steps_stand_still_and_are_reported(
+    model_words: list[str], kind: str, degrees: tuple[int, ...], form: ChannelForm
+) -> None:
+    """So the layouts above pass because every ordered pair of stages has a channel of its own: the threads world keeps
+    NCCL's rules."""
+    config = load_config([*model_words, f"schedule={kind}", *layout(*degrees)])
+    made, schedule = build_layouts(config)
+    corpus, messages = open_corpus(config), plan_messages(schedule)
+
+    def run_rank(world: World) -> None:
+        groups = build_groups(made.grid, world)
+        channels = make_channels(messages, range(made.pp), world)
+        groups = dataclasses.replace(groups, channels=channels)
+        train_step(build_run(config, made, schedule, corpus, groups, build_device(world.device)), 0)
+
+    with pytest.raises(
+        DeadlockError, match=r"rank \d waits in (send|recv) .* of group pipeline messages"
+    ) as raised:
+        run_threads(made.world, run_rank, channel_form=form)
+    assert re.search(r"behind (send to|recv from) rank \d", str(raised.value))
 
 
 def test_the_grid_runs_pairs(model_words: list[str]) -> None:
