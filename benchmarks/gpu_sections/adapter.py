@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import functools
 import importlib
 import importlib.util
 import sysconfig
@@ -26,7 +27,10 @@ from k2train.model.phase import Phase, Tensors
 from k2train.model.pieces import ModelPart
 from k2train.model.saved import KeepEverything, SavedActivations
 from k2train.ops.attention import causal_attention, causal_attention_reference
+<<<<<<< HEAD
 from k2train.ops.attention_cudnn import cudnn_takes
+=======
+>>>>>>> gpubench
 from k2train.ops.backend import OpsBackend, choose_backend
 from k2train.ops.cross_entropy import linear_cross_entropy
 from k2train.ops.grouped import grouped_linear
@@ -46,9 +50,15 @@ Attend = Callable[[torch.Tensor, torch.Tensor, torch.Tensor, float], torch.Tenso
 # Operations.
 
 
+def backend(config: Config, device: torch.device) -> OpsBackend:
+    """Whose kernels a run of this config takes on this device."""
+    return choose_backend(config.ops, config.model, config.train.dtype, config.optim.tau, device)
+
+
 def attention(
-    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float, taken: OpsBackend
 ) -> tuple[torch.Tensor, torch.Tensor]:
+<<<<<<< HEAD
     """The program's attention with the backend it takes here: output (B, S, H, V), largest logit of each head, exact.
 
     The program makes queries, keys and values in the order that cuDNN wants; here they are turned, in its time.
@@ -57,6 +67,10 @@ def attention(
     if backend.heads_inside:
         q, k, v = (t.transpose(1, 2).contiguous().transpose(1, 2) for t in (q, k, v))
     attended = causal_attention(q, k, v, scale, backend=backend)
+=======
+    """The program's attention: output (B, S, H, V), largest logit of each head."""
+    attended = causal_attention(q, k, v, scale, backend=taken)
+>>>>>>> gpubench
     return attended.out, attended.max_logits
 
 
@@ -98,9 +112,16 @@ def kernel_attention(kernels: ModuleType) -> Attend:
 
 @contextlib.contextmanager
 def other_blocks(kernels: ModuleType, name: str, **changes: int) -> Iterator[None]:
-    """The kernels with other block sizes. They read them when they are launched; the program's own come back afterwards."""
+    """The kernels with other block sizes, read when they are launched; the program's own come back afterwards.
+
+    name: of a module's Blocks, or of its function from widths to Blocks.
+    """
     own = getattr(kernels, name)
-    setattr(kernels, name, dataclasses.replace(own, **changes))
+
+    def changed(query: int, value: int) -> Any:
+        return dataclasses.replace(own(query, value), **changes)
+
+    setattr(kernels, name, changed if callable(own) else dataclasses.replace(own, **changes))
     try:
         yield
     finally:
@@ -126,7 +147,9 @@ def add_weight_gradient(buffer_OI: torch.Tensor, dy_TO: torch.Tensor, x_TI: torc
 def head_loss(hidden_TD: torch.Tensor, weight_VD: torch.Tensor, targets_T: torch.Tensor,
               buffer_VD: torch.Tensor) -> torch.Tensor:  # fmt: skip
     """Chunked loss, with the weight's gradient added into `buffer_VD`."""
-    return linear_cross_entropy(hidden_TD, weight_VD, targets_T, 1 / targets_T.numel(), buffer_VD)
+    return linear_cross_entropy(
+        hidden_TD, weight_VD, targets_T, 1 / targets_T.numel(), functools.partial(add_product_into, buffer_VD)
+    )
 
 
 def orthogonalise(matrices: torch.Tensor) -> torch.Tensor:
@@ -167,7 +190,7 @@ class Layer:
     def store(self) -> Any:
         """An activation store for the config's policies; None where everything is kept."""
         layout, schedule = build_layouts(self.config)
-        return build_activations(self.config, layout, 0, schedule.stages[0], self.device)
+        return build_activations(self.config, layout, 0, schedule.stages[0], build_device(self.device))
 
 
 def new_queue() -> WeightGradQueue:
@@ -191,9 +214,13 @@ def forward_phase(phase: Phase, inputs: Tensors, context: MicrobatchContext) -> 
 def _part(config: Config, layers: tuple[int, ...], embedding: bool, head: bool, device: torch.device,
           dtype: torch.dtype) -> Model:  # fmt: skip
     part = ModelPart(layers, embedding, head, tuple(range(config.model.n_routed_experts)))
+<<<<<<< HEAD
     name: Any = str(dtype).removeprefix("torch.")
     backend = choose_backend(config.ops, config.model, name, config.optim.tau, device)
     model = build_model(config.model, part, dtype, device, backend=backend)
+=======
+    model = build_model(config.model, part, dtype, device, backend=backend(config, device))
+>>>>>>> gpubench
     for piece in model.pieces():
         # The model's own initial values come from the host, one weight after another, which takes too long here.
         if piece.trained and piece.tensor.dim() == 1:
@@ -218,8 +245,10 @@ class ScheduledPass:
             for index, piece in pieces
         }
         self.config, self.device = config, device
-        self.store = build_activations(config, layout, 0, self.schedule.stages[0], device)
-        self.stage = PipelineStage(self.models, build_routes(self.schedule, 0), None, gradients)
+        self.store = build_activations(config, layout, 0, self.schedule.stages[0], build_device(device))
+        self.stage = PipelineStage(
+            self.models, build_routes(self.schedule, 0), None, gradients, build_device(device)
+        )
         self.gradients = gradients
 
     def run(self, batch: torch.Tensor) -> float:
@@ -240,7 +269,7 @@ class ScheduledPass:
 
         def make_context(virtual_stage: int, microbatch: int) -> MicrobatchContext:
             store = self.store
-            saved: SavedActivations = KeepEverything() if store is None else store.microbatch(virtual_stage)
+            saved: SavedActivations = KeepEverything() if store is None else store.microbatch()
             return MicrobatchContext(
                 num_sequences=train.microbatch_size, gradients=self.gradients, weight_grads=self.stage.queue,
                 key=(virtual_stage, microbatch), statistics=found, loss_scale=1 / train.global_batch_tokens,
@@ -278,7 +307,7 @@ def train_steps(config: Config, device: torch.device, before_steps: Callable[[Ru
 
     def run_rank(world: Any) -> None:
         groups = build_groups(layout.grid, world, layout.relay_ranks)
-        run = build_run(config, layout, schedule, corpus, groups, world.device)
+        run = build_run(config, layout, schedule, corpus, groups, build_device(world.device))
         before_steps(run)
         for index in range(config.train.steps):
             after_step(train_step(run, index))

@@ -18,6 +18,7 @@ from torch.nn.attention import SDPBackend, flex_attention, sdpa_kernel
 from . import adapter
 from .adapter import Attend
 from .setting import Setting
+from .shapes import k2_config
 
 
 @dataclass(frozen=True)
@@ -31,7 +32,7 @@ class AttentionPath:
 
 
 def fast_paths(setting: Setting) -> Iterator[AttentionPath]:
-    yield AttentionPath("k2train, its own choice", lambda: _ours, gpu_only=False)
+    yield AttentionPath("k2train, its own choice", lambda: _ours(setting), gpu_only=False)
     kernels = adapter.attention_kernels(setting.device)
     if kernels is not None:
         yield AttentionPath(
@@ -63,8 +64,9 @@ def gradient_for(out: torch.Tensor, dout_BSHV: torch.Tensor) -> torch.Tensor:
     return dout_BSHV if out.shape == dout_BSHV.shape else dout_BSHV.transpose(1, 2).contiguous()
 
 
-def _ours(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float) -> torch.Tensor:
-    return adapter.attention(q, k, v, scale)[0]
+def _ours(setting: Setting) -> Attend:
+    taken = adapter.backend(k2_config(setting), setting.device)
+    return lambda q, k, v, scale: adapter.attention(q, k, v, scale, taken)[0]
 
 
 def _sdpa(backend: SDPBackend) -> Attend:

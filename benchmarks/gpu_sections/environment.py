@@ -15,10 +15,12 @@ import torch
 import torch.nn.functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from . import adapter
 from .attention_paths import flex_available
 from .predictions import Predictions
 from .report import Report, first_line
 from .setting import Setting
+from .shapes import k2_config
 from .timing import timed
 
 PACKAGES = (
@@ -36,6 +38,7 @@ PACKAGES = (
 def run(report: Report, setting: Setting) -> None:
     versions(report)
     device_facts(report, setting)
+    report.fact("k2train's attention here", adapter.backend(k2_config(setting), setting.device).words)
     ceilings(report, setting)
     for name, probe in paths(setting).items():
         try:

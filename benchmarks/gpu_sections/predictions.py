@@ -7,10 +7,13 @@ FLOPs, bytes and seconds throughout.
 from __future__ import annotations
 
 import dataclasses
-import importlib
-import importlib.util
+import json
+import os
+import subprocess
+import sys
 from typing import Literal
 
+from k2train.config.convert import to_dict
 from k2train.config.schema import Config
 from k2train.config.sections import ClusterConfig, Dtype
 from k2train.estimate.layer_costs import LayerCosts
@@ -21,8 +24,6 @@ from k2train.layout.build import build_layout
 from k2train.layout.ownership import newton_schulz_cost
 from k2train.layout.weights import attention_flops
 from k2train.planner.plan import build_plan
-
-REHEARSAL = "k2train.rehearsal"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -73,11 +74,18 @@ def plan_peak(costs: LayerCosts) -> int:
     return saved + transient + costs.weight_queue_bytes
 
 
-def predicted_peak(config: Config) -> float | None:
-    """Bytes at the peak of a rehearsed step of `config` on one rank; None where this tree has no rehearsal."""
-    if importlib.util.find_spec(REHEARSAL) is None:
-        return None
-    return float(importlib.import_module(REHEARSAL).predicted_peak(config))
+def rehearsed_peak(config: Config, most_seconds: float) -> float:
+    """Bytes at the peak of a rehearsed step of `config`, states and all. Raises RuntimeError where it cannot be rehearsed."""
+    on_cuda = dataclasses.replace(config, train=dataclasses.replace(config.train, device="cuda"))
+    command = [sys.executable, "-m", f"{__package__}.rehearse_peak"]
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(path for path in sys.path if path)}
+    # Kernels are passed over in a rehearsal; interpreted ones would run.
+    environment.pop("TRITON_INTERPRET", None)
+    done = subprocess.run(command, input=json.dumps(to_dict(on_cuda)), capture_output=True, text=True, check=False,
+                          timeout=most_seconds, env=environment)  # fmt: skip
+    if done.returncode:
+        raise RuntimeError((done.stderr.strip().splitlines() or ["no message"])[-1])
+    return float(done.stdout)
 
 
 def step_prediction(config: Config) -> tuple[float, float]:

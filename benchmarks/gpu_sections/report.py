@@ -92,7 +92,7 @@ class Report:
             self.skip(name, str(error))
         except Exception as error:
             if optional or (gpu_only and not self._on_gpu):
-                self.skip(name, f"{'not taken here' if self._on_gpu else 'needs a GPU'}: {first_line(error)}")
+                self.skip(name, f"{'not taken here' if optional else 'needs a GPU'}: {first_line(error)}")
             else:
                 self.fail(name, first_line(error))
 

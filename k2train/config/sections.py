@@ -13,7 +13,7 @@ Policy = Literal["keep", "fp8", "recompute", "offload", "fp8_offload"]
 FP8_POLICIES: tuple[Policy, ...] = ("fp8", "fp8_offload")
 OFFLOAD_POLICIES: tuple[Policy, ...] = ("offload", "fp8_offload")
 Dtype = Literal["bfloat16", "float32", "float64"]
-DispatchKind = Literal["per_expert", "per_rank", "per_node"]
+DispatchKind = Literal["per_expert", "per_rank", "per_node", "deepep"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -38,7 +38,8 @@ class LayoutConfig:
         unit="layers")  # fmt: skip
     dispatch: DispatchKind = key(
         "how often a token is sent on its way to the experts: once for every expert it chose, once for every rank that holds "
-        "one, or once for every node that does and there once for every rank",
+        "one, or once for every node that does and there once for every rank; deepep is the last by DeepEP's kernels, where "
+        "that package is installed (not yet run on a GPU)",
         default="per_expert",
     )
     dispatch_parts: int = key(

@@ -120,9 +120,6 @@ class RehearsedDevice(Device):
     def peak_bytes(self) -> int:
         return 0
 
-    def peak_bytes(self) -> int:
-        return 0
-
     @contextlib.contextmanager
     def issuing_to(self, stream: RehearsedStream) -> Iterator[None]:
         """Operations called inside go to this stream."""

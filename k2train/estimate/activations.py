@@ -13,6 +13,7 @@ from k2train.config.errors import ConfigError
 from k2train.config.sections import FP8_POLICIES, OFFLOAD_POLICIES, ActivationsConfig, Policy
 from k2train.estimate.layer_ops import Workload, hit_probability
 from k2train.estimate.work import accumulation_bytes
+from k2train.layout.build import DEEPEP_NODE
 
 FP8_TILE = 128
 """Numbers that share a scale."""
@@ -161,9 +162,11 @@ def table_bytes(w: Workload) -> int:
 
     Of every (token, expert) pair its row and its token, and with other ranks, of every row that arrives, its place
     among the experts' rows and back. Where tokens are passed on: of every copy in every hop its row and its place
-    in the order of sums, and of every row where its copies begin there; of every pair that arrives its row, its
+    in the order of sums, and of every row where its copies begin there; of every pair that arrives its
     place among the choices and its place in the order of sums; as many as are to be expected.
     """
+    if w.deepep:
+        return _deepep_table_bytes(w)
     if w.relay_ranks is None:
         return 8 * w.rows if w.ep == 1 else 16 * w.rows
     arrived = w.tokens * w.ep * hit_probability(w, 1)
@@ -172,4 +175,19 @@ def table_bytes(w: Workload) -> int:
     else:
         crossed = w.tokens * (w.ep // w.relay_ranks) * hit_probability(w, w.relay_ranks)
         of_hops = 2 * crossed + w.tokens + 2 * arrived + crossed
-    return round(4 * (of_hops + arrived)) + 12 * w.rows
+    return round(4 * (of_hops + arrived)) + 8 * w.rows
+
+
+def _deepep_table_bytes(w: Workload) -> int:
+    """Our three tables of the rows that arrive, and the handle, from DeepEP's sources: of every token which ranks need it
+    (1 byte each); inside a node a number for each rank and the source of each row (4 bytes each); between nodes a number
+    for each node, one for each of a node's ranks of every token that reached the node, and 8 bytes for each row. The small
+    matrices of ranks and channels are left out."""
+    arrived = w.tokens * w.ep * hit_probability(w, 1)
+    ours = 8 * w.rows + 4 * arrived
+    if w.ep <= DEEPEP_NODE:
+        return round(ours + 5 * w.tokens * w.ep + 4 * arrived)
+    nodes = w.ep // DEEPEP_NODE
+    reached = w.tokens * nodes * hit_probability(w, DEEPEP_NODE)
+    handle = w.tokens * w.ep + 4 * w.tokens * nodes + 4 * DEEPEP_NODE * reached + 8 * arrived
+    return round(ours + handle)

@@ -49,6 +49,8 @@ class Workload:
     """Whether the largest logits beside cuDNN's attention are found exactly, whatever they are."""
     relay_ranks: int | None = None
     """`Layout.relay_ranks`: whether a token's copies are passed on, and among how many ranks."""
+    deepep: bool = False
+    """Whether DeepEP's kernels carry the tokens, which keep tables of their own."""
 
     @property
     def tokens(self) -> int:
@@ -76,8 +78,12 @@ def workload(
     ep: int,
     relay_ranks: int | None = None,
     ops: OpsConfig = DEFAULT_OPS,
+    deepep: bool = False,
 ) -> Workload:
-    """The microbatch that `train` asks for. Raises ConfigError for an `ops.backend` that cannot run there."""
+    """The microbatch that `train` asks for. Raises ConfigError for an `ops.backend` that cannot run there.
+
+    deepep: whether the layout leaves the exchange to DeepEP.
+    """
     balance_loss = train.balance_loss_alpha > 0
     on_gpu = train.device != "cpu" and train.dtype == "bfloat16"
     site = AttentionSite(on_gpu, train.dtype, model.qk_head_dim, model.v_head_dim)
@@ -91,6 +97,7 @@ def workload(
         attention_kernel(ops.backend, site),
         ops.exact_max_logits,
         relay_ranks,
+        deepep and ep > 1,
     )
 
 

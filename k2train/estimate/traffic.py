@@ -13,6 +13,7 @@ from dataclasses import dataclass
 
 from k2train.config.sections import ClusterConfig
 from k2train.estimate.layer_ops import Workload, hit_probability
+from k2train.layout.build import DEEPEP_NODE
 from k2train.layout.layout import Layout
 
 
@@ -93,7 +94,7 @@ def dispatch_hops(w: Workload, layout: Layout) -> tuple[Hop, ...]:
     """What a dispatch sends, one all-to-all after the other, by `layout.dispatch`; a combine sends as much, the other way.
 
     per_expert: a row for every chosen expert, wherever it is. per_rank: one for every rank that holds a chosen expert.
-    per_node: one to every other node that holds one, where it is passed on to those ranks over NVLink. The routing
+    per_node and deepep: one to every other node that holds one, where it is passed on to those ranks over NVLink. The routing
     weights that travel with the rows (4 bytes a slot) are left out.
     """
     ep, local = w.ep, local_peers(w.ep, 1, layout.gpus_per_node)
@@ -113,6 +114,8 @@ def all_to_all_seconds(w: Workload, layout: Layout, cluster: ClusterConfig) -> f
     """One dispatch or one combine."""
     if w.ep == 1:
         return 0.0
+    if layout.dispatch == "deepep":
+        return _deepep_seconds(w, cluster)
     network = Network(cluster)
     memory = cluster.memory_bytes_per_second * cluster.memory_efficiency
     parts = layout.relay_parts
@@ -125,9 +128,37 @@ def all_to_all_seconds(w: Workload, layout: Layout, cluster: ClusterConfig) -> f
     return sum(seconds) + (parts - 1) * max(seconds)
 
 
-ROUTE_OPERATIONS = {"local": 10, "per_expert": 29, "per_rank": 60, "per_node": 97}
+DEEPEP_BYTES_PER_SECOND = {16: 43.0e9, 32: 57.0e9, 64: 50.0e9}
+"""What DeepEP's kernels reach between nodes by the size of the group, counting a token once for every node it goes to, its
+own among them: measured by its authors on H800 with a 400 Gb/s card for each GPU, 4096 tokens of 7168 numbers, 8 experts
+a token (docs/legacy.md of github.com/deepseek-ai/DeepEP; the slower of dispatch and combine). Version 2 reports 81 to 90
+for 16 ranks."""
+DEEPEP_NODE_BYTES_PER_SECOND = 153.0e9
+"""The same inside a node of 8, over H800's NVLink."""
+
+
+def _deepep_seconds(w: Workload, cluster: ClusterConfig) -> float:
+    """Both wires at once: the slower of the two shares, at the published rates, which a slower cluster cannot reach."""
+    token = float(w.tokens * w.model.hidden_size * w.element_bytes)
+    rows = token * w.ep * hit_probability(w, 1)
+    network = Network(cluster)
+    inside = rows / min(DEEPEP_NODE_BYTES_PER_SECOND, network.intranode)
+    if w.ep <= DEEPEP_NODE:
+        return inside + cluster.intranode_latency_seconds
+    # The nearest size measured that is not smaller, or the largest.
+    size = next(
+        (size for size in sorted(DEEPEP_BYTES_PER_SECOND) if size >= w.ep), max(DEEPEP_BYTES_PER_SECOND)
+    )
+    nodes = w.ep // DEEPEP_NODE
+    crossing = token * nodes * hit_probability(w, DEEPEP_NODE)
+    # The published rate counts the sender's own node, which the card does not see.
+    rate = min(DEEPEP_BYTES_PER_SECOND[size], network.internode * nodes / (nodes - 1))
+    return max(inside, crossing / rate) + cluster.internode_latency_seconds
+
+
+ROUTE_OPERATIONS = {"local": 10, "per_expert": 29, "per_rank": 60, "per_node": 97, "deepep": 12}
 """Operations that a route issues, each a small kernel or a few, from the choices to the tables. tests/parallel/
-test_route_costs.py counts them."""
+test_route_costs.py counts them, but DeepEP's kernel."""
 
 
 def route_seconds(w: Workload, layout: Layout, cluster: ClusterConfig) -> float:
@@ -146,6 +177,8 @@ def _told(w: Workload, layout: Layout, cluster: ClusterConfig) -> float:
     """What every rank sends to every other before the rows: its counts for their experts (8 bytes each), or, where
     tokens are passed on, all its choices (4 bytes each)."""
     local = local_peers(w.ep, 1, layout.gpus_per_node)
+    if layout.dispatch == "deepep":  # inside the kernel
+        return 0.0
     to_each = 8.0 * w.model.n_routed_experts / w.ep if layout.dispatch == "per_expert" else 4.0 * w.rows
     return Network(cluster).exchange(to_each * (local - 1), to_each * (w.ep - local))
 

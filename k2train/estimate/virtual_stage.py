@@ -94,7 +94,7 @@ def build_estimator(
 ) -> Estimator:
     """Cost the layers of a model. Raises ConfigError for activation policies that cannot be carried out."""
     check_policies(policies)
-    w = workload(model, train, layout.ep, layout.relay_ranks, ops)
+    w = workload(model, train, layout.ep, layout.relay_ranks, ops, layout.dispatch == "deepep")
     machine = Machine(cluster, train.dtype)
     exchange = Exchange(route_seconds(w, layout, cluster), all_to_all_seconds(w, layout, cluster))
     dense, moe = (transformer_layer(w, policies, machine, exchange, moe) for moe in (False, True))

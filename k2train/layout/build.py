@@ -19,6 +19,10 @@ MAX_LAYERS = 10**4
 MAX_EXPERTS = 10**5
 """The same for layers, and for routed experts of a layer."""
 
+# deep_ep.Buffer.get_dispatch_config, and the kernels' NUM_MAX_NVL_PEERS (github.com/deepseek-ai/DeepEP).
+DEEPEP_SIZES = (2, 4, 8, 16, 24, 32, 48, 64, 96, 128, 144, 160)
+DEEPEP_NODE = 8
+
 
 def build_layout(
     layout: LayoutConfig,
@@ -96,11 +100,25 @@ def _check_experts(layout: LayoutConfig, model: ModelConfig) -> None:
 
 def _check_dispatch(layout: LayoutConfig, gpus_per_node: int) -> None:
     """Passing tokens on inside a node needs groups that lie on whole nodes alike."""
+    if layout.dispatch == "deepep" and layout.ep > 1:
+        _check_deepep(layout.ep, gpus_per_node)
     if layout.dispatch == "per_node" and layout.ep % gpus_per_node and gpus_per_node % layout.ep:
         raise ConfigError("layout.dispatch", "per_node",
                           f"layout.ep={layout.ep} must divide cluster.gpus_per_node={gpus_per_node} or be a multiple of it, "
                           "so that every group has as many ranks on each of its nodes",
                           "use layout.dispatch=per_rank")  # fmt: skip
+
+
+def _check_deepep(ep: int, gpus_per_node: int) -> None:
+    """DeepEP has settings for some sizes, and its nodes have 8 ranks."""
+    if ep not in DEEPEP_SIZES:
+        sizes = ", ".join(map(str, DEEPEP_SIZES))
+        raise ConfigError("layout.dispatch", "deepep", f"has no settings for layout.ep={ep}, only for {sizes}",
+                          "use layout.dispatch=per_node or per_rank")  # fmt: skip
+    if gpus_per_node % min(ep, DEEPEP_NODE) or (ep > DEEPEP_NODE and gpus_per_node != DEEPEP_NODE):
+        raise ConfigError("layout.dispatch", "deepep",
+                          f"takes {DEEPEP_NODE} ranks for a node, and layout.ep={ep} does not lie so on nodes of "
+                          f"cluster.gpus_per_node={gpus_per_node}", "use layout.dispatch=per_node or per_rank")  # fmt: skip
 
 
 def _check_size(field: str, value: int, most: int) -> None:

@@ -90,8 +90,9 @@ class Layout:
     @property
     def relay_ranks(self) -> int | None:
         """How many neighbouring ranks of an expert-parallel group pass a token on among themselves, once it has reached one
-        of them: those of a node, or the whole group where each rank is sent its own copy. None: every expert is."""
-        if self.dispatch == "per_expert" or self.ep == 1:
+        of them: those of a node, or the whole group where each rank is sent its own copy. None: every expert is, or
+        DeepEP sees to it."""
+        if self.dispatch in ("per_expert", "deepep") or self.ep == 1:
             return None
         return min(self.ep, self.gpus_per_node) if self.dispatch == "per_node" else self.ep
 
@@ -103,6 +104,8 @@ class Layout:
     @property
     def dispatch_words(self) -> str:
         """How tokens reach their experts, for people."""
+        if self.dispatch == "deepep":
+            return "a token is sent once per node it goes to, by DeepEP"
         parts = f", in {self.relay_parts} parts" if self.relay_parts > 1 else ""
         return f"a token is sent once {self.dispatch.replace('_', ' ')} it goes to{parts}"
 

@@ -10,6 +10,6 @@ ends         EmbeddingPhase, HeadPhase
 attention    LatentAttention (MLA), Rotary
 routing      Router, choose_experts, update_correction_bias, load_violation
 feed_forward FeedForward, RoutedExperts
-dispatcher   Dispatcher, Route, Pending (protocols), LocalDispatcher
+dispatcher   Dispatcher, Routing, Route (protocols), Results, LocalDispatcher
 init         initialise: weights as a function of (seed, tensor name)
 """

@@ -14,7 +14,7 @@
     rotary         rotary_queries, rotary_keys, rotary_tables, RotaryTables, softmax_scale: rotary embedding with YaRN
     embedding      EmbeddingWeightGrad
     cross_entropy  linear_cross_entropy: head and loss, a chunk of logits at a time
-    permute        sort_slots, sum_slots, sum_copies: tokens to expert-sorted rows and back
+    permute        sort_slots, sum_slots, sum_order, sum_copies: tokens to expert-sorted rows and back
     fp8            quantise, dequantise, Fp8Tensor: storage in 1 x 128 tiles; fp8_triton has the kernels
     kernels        gpu_kernels: where the Triton kernels can run; launchable, registered: operations of torch's registry
     routing        chosen_weights, sequence_balance_loss, attach_loss

@@ -154,9 +154,9 @@ def _tiles(rows_RW: torch.Tensor) -> torch.Tensor:
 def _untile(tiles_RNt: torch.Tensor, width: int) -> torch.Tensor:
     """The rows (R, W) of `_tiles`, contiguous."""
     num_rows, tiles, _ = tiles_RNt.shape
-    rows = tiles_RNt.view(num_rows, tiles * TILE)[:, :width]
-    # A slice of no rows counts as contiguous whatever its strides are, so it must be made anew.
-    return rows.contiguous() if num_rows else rows.new_empty(0, width)
+    rows = tiles_RNt.view(num_rows, tiles * TILE)
+    # `contiguous` would not do: a slice of one row or none counts as contiguous with the strides of the whole.
+    return rows if rows.shape[1] == width else rows[:, :width].clone(memory_format=torch.contiguous_format)
 
 
 def _kernels(device: torch.device) -> ModuleType | None:

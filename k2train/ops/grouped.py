@@ -43,7 +43,12 @@ def _fast(x_MI: torch.Tensor, weight_LIO: torch.Tensor) -> bool:
     """Whether grouped_mm takes these. The weight is a parameter or its transpose, so its widths are its strides."""
     size = x_MI.element_size()
     widths_fit = all(width * size % _ALIGNMENT_BYTES == 0 for width in weight_LIO.shape[1:])
-    return widths_fit and _aligned(x_MI) and weight_LIO.data_ptr() % _ALIGNMENT_BYTES == 0
+    return widths_fit and _aligned(x_MI) and _begins_aligned(weight_LIO)
+
+
+def _begins_aligned(t: torch.Tensor) -> bool:
+    """Whether the tensor begins on a boundary: torch's allocators align every storage to 64 bytes or more."""
+    return int(t.storage_offset()) * t.element_size() % _ALIGNMENT_BYTES == 0
 
 
 def _aligned(x_MI: torch.Tensor) -> bool:
@@ -53,7 +58,7 @@ def _aligned(x_MI: torch.Tensor) -> bool:
         and x_MI.device.type in ("cpu", "cuda")
         and x_MI.is_contiguous()
         and row_bytes % _ALIGNMENT_BYTES == 0
-        and x_MI.data_ptr() % _ALIGNMENT_BYTES == 0
+        and _begins_aligned(x_MI)
     )
 
 

@@ -113,6 +113,4 @@ def _separate(
 def _use_once(channel: Channel, is_source: bool, device: torch.device) -> None:
     """One number from end to end: both ranks of the channel call it."""
     token = torch.zeros(1, device=device)
-    (channel.start_send(token) if is_source else channel.start_recv(token)).wait()
-    # Reading it makes the host wait for the device, so that an error shows here and names the channel.
-    token.item()
+    (channel.start_send(token) if is_source else channel.start_recv(token)).wait_host()

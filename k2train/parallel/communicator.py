@@ -35,6 +35,9 @@ class Work(Protocol):
     def wait(self) -> None:
         """Return when the operation's tensors may be used again (on CUDA: by the current stream)."""
 
+    def wait_host(self) -> None:
+        """Return when the operation has ended, so that an error of it shows here."""
+
     def done(self) -> bool:
         """Whether the operation has ended, so that `wait()` would not wait. Returns at once.
 
@@ -47,6 +50,9 @@ class CompletedWork:
     """The Work of an operation that ended before it returned."""
 
     def wait(self) -> None:
+        pass
+
+    def wait_host(self) -> None:
         pass
 
     def done(self) -> bool:

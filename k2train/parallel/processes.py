@@ -73,6 +73,11 @@ class _ProcessWork:
             except RuntimeError as error:
                 raise self.group.failure(self.operation, error) from error
 
+    def wait_host(self) -> None:
+        self.wait()
+        if self.group.device.type == "cuda":
+            torch.cuda.current_stream(self.group.device).synchronize()
+
     def done(self) -> bool:
         return all(handle.is_completed() for handle in self.handles)
 
@@ -88,8 +93,13 @@ class ProcessCommunicator(Communicator):
         self.size = len(self.ranks)
         self.rank = self.ranks.index(dist.get_rank())
         self._group = group
-        self._device = device
+        self.device = device
         self._uneven = dist.get_backend(group) == "nccl"
+
+    @property
+    def process_group(self) -> dist.ProcessGroup:
+        """The group itself, for libraries that bring their own collectives."""
+        return self._group
 
     def start_all_reduce(self, t: torch.Tensor, op: ReduceOp = "sum") -> Work:
         if self.size == 1:
@@ -159,7 +169,7 @@ class ProcessCommunicator(Communicator):
         return self._message(operation, dist.irecv, t, peer)
 
     def barrier(self) -> None:
-        token = torch.zeros(1, device=self._device)
+        token = torch.zeros(1, device=self.device)
         self._start("barrier", partial(dist.all_reduce, token)).wait()
         token.item()
 

@@ -34,7 +34,6 @@ from k2train.ops.permute import sum_copies
 from k2train.parallel.communicator import Communicator
 from k2train.parallel.exchange import pack, unpack
 from k2train.parallel.relay_route import (
-    ExpertTables,
     HopTables,
     RelayRoute,
     RouteCounts,
@@ -119,7 +118,7 @@ class RelayDispatcher:
         def move(*rows: torch.Tensor) -> Tensors:
             rows_RD, *weights_RK = unpack(self._spread(route, hops, rows), rows)
             found = (w.reshape(-1).index_select(0, experts.place) for w in weights_RK)
-            return rows_RD.index_select(0, experts.row), *found
+            return rows_RD.index_select(0, experts.rows(route.num_choices)), *found
 
         return self.side.start(move, (x_TD,) if weights_TK is None else (x_TD, weights_TK), ready)
 
@@ -137,7 +136,7 @@ class RelayDispatcher:
         def move(*inputs: torch.Tensor) -> Tensors:
             sums: Tensors = (sum_copies(rows_MD, experts.order, experts.first),)
             if weights_M is not None:
-                sums += (_placed(weights_M, experts, sum(route.rows_of_parts), route.num_choices),)
+                sums += (experts.placed(weights_M, route.num_choices),)
             sums_TD, *weights_TK = self._gathered(route, hops, sums)
             return with_added(sums_TD, plus_TD), *weights_TK
 
@@ -182,16 +181,6 @@ class RelayDispatcher:
         choices = mine_TK.new_empty(self.group.size * mine_TK.shape[0], mine_TK.shape[1])
         self.group.all_gather(choices, mine_TK)
         return choices.view(self.group.size, *mine_TK.shape).to(torch.int64)
-
-
-def _placed(weights_M: torch.Tensor, experts: ExpertTables, num_rows: int, num_choices: int) -> torch.Tensor:
-    """The experts' weights at their places among the choices (R, K).
-
-    A place belongs to one expert, so nothing is added up: the other places wait for other ranks.
-    """
-    weights_RK = weights_M.new_zeros(num_rows, num_choices)
-    weights_RK.view(-1).scatter_(0, experts.place.long(), weights_M)
-    return weights_RK
 
 
 def _joined(parts: Tensors) -> torch.Tensor:

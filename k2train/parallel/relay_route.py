@@ -14,6 +14,7 @@ from __future__ import annotations
 import dataclasses
 import itertools
 from collections.abc import Iterator, Sequence
+from typing import NamedTuple
 
 import torch
 
@@ -27,28 +28,39 @@ Masks = tuple[torch.Tensor, torch.Tensor]
 """Which copies leave in a hop, and which arrive."""
 
 
-@dataclasses.dataclass(frozen=True)
-class HopTables:
-    """One hop of one part, int32: the row of each copy (C,), copies in order of their rows (C,), and where each
-    row's begin there (S,)."""
+class HopTables(NamedTuple):
+    """One hop of one part, int32."""
 
     row_of_copy: torch.Tensor
+    """(C,)."""
     order: torch.Tensor
+    """(C,): copies in order of their rows."""
     first: torch.Tensor
+    """(S,): where each row's copies begin in that order."""
 
 
-@dataclasses.dataclass(frozen=True)
-class ExpertTables:
-    """The rows at this rank's experts, int32.
+class ExpertTables(NamedTuple):
+    """The rows at this rank's experts, int32."""
 
-    row, place (M,): of each expert row its row among those that arrived (part by part), and its place row * K + k
-    among their choices. order (M,), first (R,): the expert rows in order of the R rows that arrived.
-    """
-
-    row: torch.Tensor
     place: torch.Tensor
+    """(M,): of each expert row its place row * K + k among the choices of the R rows that arrived (part by part)."""
     order: torch.Tensor
+    """(M,): expert rows in order of the rows that arrived."""
     first: torch.Tensor
+    """(R,): where each one's begin in that order."""
+
+    def rows(self, num_choices: int) -> torch.Tensor:
+        """(M,): of each expert row its row among those that arrived."""
+        return torch.div(self.place, num_choices, rounding_mode="floor")
+
+    def placed(self, weights_M: torch.Tensor, num_choices: int) -> torch.Tensor:
+        """The experts' weights at their places among the choices (R, K).
+
+        A place belongs to one expert, so nothing is added up: the other places wait for other ranks.
+        """
+        weights_RK = weights_M.new_zeros(self.first.shape[0], num_choices)
+        weights_RK.view(-1).scatter_(0, self.place.long(), weights_M)
+        return weights_RK
 
 
 @dataclasses.dataclass(frozen=True)
@@ -101,7 +113,7 @@ class RelayRoute:
 
     def split_tables(self, tables: Tensors) -> tuple[list[list[HopTables]], ExpertTables]:
         """The tables by part and hop, and those of the expert rows."""
-        *of_hops, row_M, place_M, order_M, first_R = tables
+        *of_hops, place_M, order_M, first_R = tables
         by_hop = []
         for hop, column in enumerate(zip(*self.parts, strict=True)):
             copies, rows = [sum(part.leaving) for part in column], [part.num_rows for part in column]
@@ -110,7 +122,7 @@ class RelayRoute:
             )
             by_hop.append([HopTables(*found) for found in zip(*cut, strict=True)])
         parts = [list(found) for found in zip(*by_hop, strict=True)]
-        return parts, ExpertTables(row_M, place_M, order_M, first_R)
+        return parts, ExpertTables(place_M, order_M, first_R)
 
     @property
     def tokens_of_parts(self) -> list[int]:
@@ -214,20 +226,24 @@ def _hop_tables(
     return row_C, order_C, _selected(first, here, num_rows)
 
 
-def _expert_tables(counts: RouteCounts, num_chosen: int, num_arrived: int) -> tuple[torch.Tensor, ...]:
-    """`ExpertTables`."""
+def _expert_tables(counts: RouteCounts, num_chosen: int, num_arrived: int) -> ExpertTables:
     num_choices = counts.choices.shape[2]
     incoming = counts.masks[-1][1]
     row = incoming.flatten().cumsum(0, dtype=torch.int32).sub_(1).view_as(incoming)
     # (parts, G, N, T / parts) to every rank's tokens (P, T).
     row_PT = row.permute(2, 1, 0, 3).reshape(counts.choices.shape[:2])
-    row_PTK = row_PT.unsqueeze(-1).expand_as(counts.chosen)
-    where_M = _places(counts.chosen, num_chosen)
-    expert_M = counts.choices.flatten().index_select(0, where_M)
-    by_expert_M = where_M.index_select(0, torch.sort(expert_M, stable=True).indices)
-    row_M = row_PTK.flatten().index_select(0, by_expert_M)
-    place_M = row_M * num_choices + (by_expert_M % num_choices)
-    return row_M, place_M.to(torch.int32), *sum_order(row_M, num_arrived)
+    choice_M = choices_by_expert(counts.choices, counts.chosen, num_chosen)
+    token_M = torch.div(choice_M, num_choices, rounding_mode="floor")
+    row_M = row_PT.flatten().index_select(0, token_M)
+    place_M = row_M * num_choices + (choice_M % num_choices).to(torch.int32)
+    return ExpertTables(place_M, *sum_order(row_M, num_arrived))
+
+
+def choices_by_expert(experts: torch.Tensor, chosen: torch.Tensor, num_chosen: int) -> torch.Tensor:
+    """The chosen ones of many choices, in order of expert and within one as they stand: flat places (M,) int64."""
+    where_M = _places(chosen, num_chosen)
+    expert_M = experts.flatten().index_select(0, where_M)
+    return where_M.index_select(0, torch.sort(expert_M, stable=True).indices)
 
 
 def hop_masks(owner_PTK: torch.Tensor, ranks_per_node: int, rank: int, num_parts: int) -> list[Masks]:

@@ -90,6 +90,9 @@ class _ThreadWork:
     def wait(self) -> None:
         self._owner.wait_for(self._operation, self._site)
 
+    def wait_host(self) -> None:
+        self.wait()
+
     def done(self) -> bool:
         return self._operation.done
 

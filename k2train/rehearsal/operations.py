@@ -18,6 +18,7 @@ from torch.utils.flop_counter import flop_registry
 
 from k2train.estimate.work import Kind
 
+HOST_COPY = "copy to or from the host"
 _ALLOCATING = {
     "empty", "empty_like", "empty_strided", "new_empty", "new_empty_strided", "detach", "alias", "_unsafe_view", "set_",
     "lift_fresh", "record_stream", "resize_", "nonzero_static_size",
@@ -58,6 +59,8 @@ def measure(function: Any, arguments: Sequence[Any], keywords: dict[str, Any], r
     on_device = [t for t in (*outputs, *inputs) if t.is_cuda]
     if not on_device:
         return None
+    if len({t.device.type for t in (*inputs, *outputs) if t.numel()}) > 1:
+        return Work(HOST_COPY, "elementwise", 0.0, _bytes(outputs[:1]), on_device[0].dtype)
     moved = _moved(name, inputs, outputs)
     if name in ATTENTION_FLOPS:
         return Work(name, "attention", ATTENTION_FLOPS[name](arguments), moved, inputs[0].dtype)

@@ -12,10 +12,11 @@ from collections.abc import Iterable, Mapping
 
 import torch
 
+from k2train.estimate.traffic import Network
 from k2train.estimate.work import MATMUL_SLOWDOWN, Machine
 from k2train.rehearsal.allocator import Reserved, replay
 from k2train.rehearsal.observer import Birth, Peak, Place
-from k2train.rehearsal.operations import Work
+from k2train.rehearsal.operations import HOST_COPY, Work
 from k2train.rehearsal.run import Rehearsal
 
 FP32_SLOWDOWN = 15.0
@@ -88,7 +89,9 @@ def memory_beside(rehearsal: Rehearsal) -> list[Beside]:
 
 
 def seconds_of(work: Work, flops: float, num_bytes: float, launches: int, machine: Machine) -> float:
-    """The roofline of `launches` calls of one operation."""
+    """The roofline of `launches` calls of one operation; of a copy to or from the host, by its bus."""
+    if work.name == HOST_COPY:
+        return launches * Network(machine.cluster).host_copy(num_bytes / launches)
     slowdown = FP32_SLOWDOWN if work.dtype == torch.float32 else 1.0
     slowdown = MATMUL_SLOWDOWN["float64"] if work.dtype == torch.float64 else slowdown
     machine = dataclasses.replace(machine, dtype="bfloat16")

@@ -80,7 +80,9 @@ def _stage_wait(replay: Replay, stage: int) -> Wait:
         assert end is not None
         queue = replay.queues[stage, end.key]
         oldest = next(other for peer, is_send, other in queue if is_send and peer == end.peer)
-        return _message_wait(replay, f"{subject} until {oldest} has left", stage, end.key, oldest)
+        return _message_wait(
+            replay, f"{subject} until {oldest} has left, which waits", stage, end.key, oldest
+        )
     needed = _own_need(replay, action)
     if needed is not None:
         where = "runs in the same pair" if needed in parts(step) else "stands later in the same list"

@@ -8,8 +8,9 @@ a message that has not been sent, and goes on when it has. The result does not d
 Rules:
 - a step starts when the compute stream is free and its inputs are there; a pair when those of both are. Its last all-to-all
   may still run while the next step computes, and where a step begins with an all-to-all (a backward's combine), that
-  one may run under the compute step before it, which in K2's slots is the weight gradient. A runtime gets this by letting
-  an all-to-all wait for its own inputs and not for the whole compute stream;
+  one may run under the compute step before it, which in K2's slots is the weight gradient. The runtime does so by events:
+  an all-to-all waits for its own inputs, and the compute stream for an all-to-all where it reads the result
+  (docs/schedule.md, "Who waits for what");
 - a SEND is ready when its forward or backward has finished, not when the whole pair has;
 - a RECV or a RELOAD takes effect when the compute step listed before it has left the compute stream;
 - a message starts when sent and posted and its channel is free; each ordered pair of stages is one channel;

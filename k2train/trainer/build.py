@@ -29,6 +29,7 @@ from k2train.ops.dtypes import DTYPES
 from k2train.optim.build import build_optimizer
 from k2train.optim.lr_schedule import LrSchedule
 from k2train.optim.optimizer import Optimizer
+from k2train.parallel.deepep_dispatcher import DeepEPDispatcher, build_buffer, check_deepep
 from k2train.parallel.dispatcher import AllToAllDispatcher
 from k2train.parallel.groups import Groups
 from k2train.parallel.pipeline import PipelineTransport
@@ -100,6 +101,8 @@ def build_layouts(config: Config) -> tuple[Layout, Schedule]:
     """The layout and the validated schedule of a run; pure, and refused here if they cannot run."""
     check_supported(config)
     layout = build_layout(config.layout, config.cluster, config.model, config.train.seq_len)
+    if layout.dispatch == "deepep" and layout.ep > 1:
+        check_deepep(choose_device(config), DTYPES[config.train.dtype], config.model.hidden_size)
     # The same function that `plan` calls: what it predicts is what runs here.
     schedule = build_schedule(schedule_spec(config, num_microbatches(config.train, layout)))
     validate(schedule)
@@ -127,7 +130,8 @@ def build_run(
     device: Device,
     initialise: bool = True,
 ) -> Run:
-    """One rank's share of the run. Every rank calls it; it communicates with nobody.
+    """One rank's share of the run. Every rank calls it; only DeepEP's buffer, where layout.dispatch
+    asks for it, communicates.
 
     initialise: fill the weights from the seed; False leaves them as memory is.
     """
@@ -168,6 +172,13 @@ def build_run(
     )
 
 
+def build_deepep(config: Config, groups: Groups, device: Device) -> Dispatcher:
+    """DeepEP's dispatcher. Every rank of the ep group must call it; raises ConfigError where it cannot run."""
+    check_deepep(device.torch_device, DTYPES[config.train.dtype], config.model.hidden_size)
+    buffer = build_buffer(groups.ep, config.model.hidden_size)
+    return DeepEPDispatcher(buffer, config.model.n_routed_experts, SideStream(device))
+
+
 def build_dispatcher(num_experts: int, groups: Groups, device: Device, num_parts: int = 1) -> Dispatcher:
     """How this rank's tokens reach their experts. It communicates with nobody."""
     if groups.ep.size == 1:
@@ -190,7 +201,10 @@ def build_models(
     experts = config.model.n_routed_experts
     per_rank = experts // layout.ep
     mine = tuple(range(groups.ep.rank * per_rank, (groups.ep.rank + 1) * per_rank))
-    dispatcher = build_dispatcher(experts, groups, device, layout.relay_parts)
+    if layout.dispatch == "deepep" and layout.ep > 1:
+        dispatcher = build_deepep(config, groups, device)
+    else:
+        dispatcher = build_dispatcher(experts, groups, device, layout.relay_parts)
     models = {}
     for virtual_stage, piece in enumerate(layout.virtual_stages):
         if layout.placement[virtual_stage] != groups.pp.rank:

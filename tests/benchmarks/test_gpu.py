@@ -20,7 +20,7 @@ TOLD = {
     1: ["packages", "copy on the device", "product of", "has grouped_mm", "has cuDNN attention", "has FlexAttention"],
     2: ["outcomes", "tests that failed"],
     3: ["k2train, its own choice, 24 tokens: dq", "k2train, Triton kernels, 17 tokens: dv", "largest logits, 17 tokens"],
-    4: ["k2train, its own choice, 16 tokens, forward", "torch, math, 24 tokens, backward", "Triton blocks, KEY_GRADIENTS"],
+    4: ["k2train, its own choice, 16 tokens, forward", "torch, math, 24 tokens, backward", "Triton blocks, key_gradient_blocks"],
     5: ["forward: grouped_mm", "forward: a loop", "gradient: FP32 x FP32", "gradient: k2train's own product twice, error"],
     6: ["none: forward attention", "recompute_fp8: backward experts", "k2: weight gradients", "k2: peak, beside the plan"],
     7: ["pinned copy both ways", "copies both ways beside products", "a pass with activations=k2", "offloaded in a pass"],
@@ -30,7 +30,7 @@ TOLD = {
 # What a CPU cannot show. Everything else that is skipped would be a line that was never tried.
 NEEDS_A_GPU = (
     "device", "torch, cuDNN", "torch, flash", "FlexAttention", "Transformer Engine", "gradient: addmm, FP32 output",
-    "gradient: mm with FP32 output", "hidden share",
+    "gradient: mm with FP32 output", "hidden share", "the slice: its rehearsal",
 )  # fmt: skip
 
 

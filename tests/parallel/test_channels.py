@@ -133,7 +133,9 @@ def test_a_schedule_that_needs_more_than_the_world_provides_is_refused_before_an
     def fn(world: World) -> None:
         build_groups(RankGrid(2, 1, 1), world, messages=messages)
 
-    with pytest.raises(ConfigError, match=r"(?s)schedule\.kind=k2: cannot run with .*stage 0 stands at"):
+    with pytest.raises(
+        ConfigError, match=r"(?s)schedule\.kind=k2: cannot run with .*RECV_F2\.0 of stage 0 waits for"
+    ):
         run_threads(2, fn, channel_form=ChannelForm.UNORDERED_PAIR)
 
 

@@ -1,8 +1,8 @@
 """Bytes accounted for are bytes alive: at every boundary between two actions of a whole step, on every rank.
 
 Storages made since the step began are counted by weak references. Each must stand in somebody's books: the activation
-store, the queue of weight gradients, messages, host buffers, the step's batch and statistics, and the numbers of rows by
-which exchanges are undone, a few for every expert. The first step is not looked at: scratch buffers that stay are made
+store, the queue of weight gradients, messages, host buffers, the step's batch and statistics, and what phases without a
+graph keep: a copy of the token ids, and the numbers of rows by which exchanges are undone, a few for every expert. The first step is not looked at: scratch buffers that stay are made
 in it.
 """
 
@@ -27,6 +27,8 @@ from k2train.trainer.build import Run
 from k2train.trainer.step import run_schedule
 from k2train.trainer.testing import run_on_ranks
 
+ROOMS = ("k2train.parallel", "k2train.model", "k2train.ops")
+"""Whose plain objects records are made of."""
 PRESETS = ["none", "recompute", "recompute_fp8", "recompute_offload", "offload", "k2"]
 SCHEDULES = {
     "pairs, weight gradients put off": ["layout.vpp=3", "schedule=k2"],
@@ -47,6 +49,7 @@ class Auditor:
         self.host_before = self.arena.allocated_bytes
         self.most_alive = self.most_stored = 0
         self.offloads = 0
+        self.most_numbers = 2 * 8 * run.config.model.n_routed_experts
 
     @property
     def store(self) -> ActivationStore:
@@ -69,15 +72,18 @@ class Auditor:
         """Every storage is somebody's, the host's aside, and the store's number is that of its storages."""
         alive = self.living.living(self.start)
         books = self.books()
+        recorded = {id(tensor.untyped_storage()) for tensor in books.pop("records")}
         known = {id(tensor.untyped_storage()) for tensors in books.values() for tensor in tensors}
+        tokens = tuple(self.run.training._inputs_of_step().tokens(0).shape)
+        numbers = [birth for birth in alive if birth.key in recorded - known and birth.shape != tokens]
+        assert all(birth.num_bytes <= self.most_numbers for birth in numbers), (when, list(map(str, numbers)))
+        known |= recorded
         unknown = [birth for birth in alive if birth.key not in known and birth.num_bytes]
         others = [birth for birth in unknown if not is_host(birth)]
         assert not others, f"{when}: in nobody's books: {[str(birth) for birth in others]}"
         assert sum(birth.num_bytes for birth in unknown) == self.arena.allocated_bytes - self.host_before, (
             when
         )
-        largest = 16 * self.run.config.model.n_routed_experts
-        assert all(tensor.nbytes <= largest for tensor in books["exchanges"]), when
         stored = {
             id(tensor.untyped_storage()): tensor.untyped_storage().nbytes() for tensor in books["store"]
         }
@@ -100,23 +106,23 @@ class Auditor:
             "sending": list(tensors_in(vars(stage.transport)) if stage.transport is not None else ()),
             "batch": [stage._inputs_of_step().tokens(0)],
             "statistics": list(tensors_in(vars(statistics))),
-            "exchanges": list(tensors_in([(kept, context.routes) for kept, context in records.values()])),
+            "records": list(tensors_in([(kept, context.routes) for kept, context in records.values()])),
         }
 
 
-def tensors_in(value: object, seen: set[int] | None = None) -> Iterator[torch.Tensor]:
-    """The tensors in nested containers, dataclasses and objects of the parallel room; a store's are its own."""
-    seen = set() if seen is None else seen
+def tensors_in(value: object, seen: dict[int, object] | None = None) -> Iterator[torch.Tensor]:
+    """The tensors in nested containers, dataclasses and objects of the rooms that make records; a store's are its own."""
+    seen = {} if seen is None else seen
     if isinstance(value, torch.Tensor):
         yield value
     elif id(value) in seen or isinstance(value, (ActivationStore, MicrobatchStore, Slot, Entry)):
         return
     elif isinstance(value, (dict, list, tuple, collections.deque)):
-        seen.add(id(value))
+        seen[id(value)] = value
         for item in value.values() if isinstance(value, dict) else value:
             yield from tensors_in(item, seen)
-    elif dataclasses.is_dataclass(value) or type(value).__module__.startswith("k2train.parallel"):
-        seen.add(id(value))
+    elif dataclasses.is_dataclass(value) or type(value).__module__.startswith(ROOMS):
+        seen[id(value)] = value
         yield from tensors_in(list(getattr(value, "__dict__", {}).values()), seen)
 
 
