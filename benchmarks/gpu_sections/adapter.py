@@ -18,19 +18,14 @@ from typing import Any
 
 import torch
 
-from k2train.config.ops import AttentionSite, attention_kernel
 from k2train.config.schema import Config
-from k2train.device.build import build_device, compute_capability
+from k2train.device.build import build_device
 from k2train.model.context import MicrobatchContext, Statistics
 from k2train.model.model import Model, build_model
 from k2train.model.phase import Phase, Tensors
 from k2train.model.pieces import ModelPart
 from k2train.model.saved import KeepEverything, SavedActivations
 from k2train.ops.attention import causal_attention, causal_attention_reference
-<<<<<<< HEAD
-from k2train.ops.attention_cudnn import cudnn_takes
-=======
->>>>>>> gpubench
 from k2train.ops.backend import OpsBackend, choose_backend
 from k2train.ops.cross_entropy import linear_cross_entropy
 from k2train.ops.grouped import grouped_linear
@@ -58,30 +53,9 @@ def backend(config: Config, device: torch.device) -> OpsBackend:
 def attention(
     q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float, taken: OpsBackend
 ) -> tuple[torch.Tensor, torch.Tensor]:
-<<<<<<< HEAD
-    """The program's attention with the backend it takes here: output (B, S, H, V), largest logit of each head, exact.
-
-    The program makes queries, keys and values in the order that cuDNN wants; here they are turned, in its time.
-    """
-    backend = own_backend(q, k, v)
-    if backend.heads_inside:
-        q, k, v = (t.transpose(1, 2).contiguous().transpose(1, 2) for t in (q, k, v))
-    attended = causal_attention(q, k, v, scale, backend=backend)
-=======
     """The program's attention: output (B, S, H, V), largest logit of each head."""
     attended = causal_attention(q, k, v, scale, backend=taken)
->>>>>>> gpubench
     return attended.out, attended.max_logits
-
-
-def own_backend(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> OpsBackend:
-    """What `ops.backend=auto` takes for attention of these."""
-    triton = importlib.util.find_spec("triton") is not None
-    site = AttentionSite(
-        q.is_cuda, str(q.dtype).removeprefix("torch."), q.shape[-1], v.shape[-1],
-        compute_capability(q.device) if q.is_cuda else (0, 0), q.is_cuda and cudnn_takes(q, k, v), triton,
-    )  # fmt: skip
-    return OpsBackend(attention_kernel("auto", site), triton=triton)
 
 
 def attention_reference(
@@ -214,13 +188,7 @@ def forward_phase(phase: Phase, inputs: Tensors, context: MicrobatchContext) -> 
 def _part(config: Config, layers: tuple[int, ...], embedding: bool, head: bool, device: torch.device,
           dtype: torch.dtype) -> Model:  # fmt: skip
     part = ModelPart(layers, embedding, head, tuple(range(config.model.n_routed_experts)))
-<<<<<<< HEAD
-    name: Any = str(dtype).removeprefix("torch.")
-    backend = choose_backend(config.ops, config.model, name, config.optim.tau, device)
-    model = build_model(config.model, part, dtype, device, backend=backend)
-=======
     model = build_model(config.model, part, dtype, device, backend=backend(config, device))
->>>>>>> gpubench
     for piece in model.pieces():
         # The model's own initial values come from the host, one weight after another, which takes too long here.
         if piece.trained and piece.tensor.dim() == 1:

@@ -23,13 +23,8 @@ from .timing import Timing, timed
 # Names of block sizes in our kernels' module, and what to try besides their own.
 BLOCKS = {
     "FORWARD": ({"keys": 128}, {"num_stages": 3}, {"rows": 64, "num_warps": 4}),
-<<<<<<< HEAD
-    "ROW_GRADIENTS": ({"rows": 64}, {"num_stages": 1}),
-    "KEY_GRADIENTS": ({"keys": 64}, {"num_stages": 1}),
-=======
     "row_gradient_blocks": ({"rows": 64}, {"num_warps": 4}),
     "key_gradient_blocks": ({"keys": 64}, {"num_warps": 4}),
->>>>>>> gpubench
 }
 
 
