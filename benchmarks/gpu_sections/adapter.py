@@ -53,7 +53,12 @@ def backend(config: Config, device: torch.device) -> OpsBackend:
 def attention(
     q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float, taken: OpsBackend
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """The program's attention: output (B, S, H, V), largest logit of each head."""
+    """The program's attention: output (B, S, H, V), largest logit of each head.
+
+    The program makes queries, keys and values in the order that cuDNN wants; here they are turned, in its time.
+    """
+    if taken.heads_inside:
+        q, k, v = (t.transpose(1, 2).contiguous().transpose(1, 2) for t in (q, k, v))
     attended = causal_attention(q, k, v, scale, backend=taken)
     return attended.out, attended.max_logits
 

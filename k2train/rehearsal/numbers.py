@@ -53,6 +53,8 @@ class Numbers:
 
     def _count(self, choices_PTK: torch.Tensor) -> list[float]:
         layout = self._layout
+        if layout.ep == 1:
+            return cast(list[float], choices_PTK.flatten().bincount(minlength=layout.n_routed_experts).tolist())
         if layout.relay_ranks is None:
             return expert_counts(choices_PTK, layout.num_local_experts, self._ep_rank)
         nodes = layout.ep // layout.relay_ranks
