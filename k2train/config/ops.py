@@ -18,7 +18,7 @@ HOPPER = (9, 0)
 
 @dataclasses.dataclass(frozen=True)
 class OpsConfig:
-    """`ops`: which kernels attention and the experts' products take on a GPU."""
+    """`ops`: whose kernels compute attention on a GPU."""
 
     backend: Backend = key(
         "auto takes cuDNN's attention where it can, else this program's Triton kernels, else stock operations; torch takes "

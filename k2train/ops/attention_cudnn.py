@@ -41,10 +41,13 @@ def attention_by_cudnn(
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """softmax(scale q k^T, causal) v as (B, S, H, V), the heads' largest logits (H,) and the log-sum-exp (B, H, S, 1).
 
-    Positions lie before heads in the memory of all inputs, (B, S, H, features); at least two positions. Largest logits:
+    At least two positions. In memory positions lie before heads, (B, S, H, features): the output takes the queries' order,
+    so queries in another order are copied first; keys and values need only have their features together. Largest logits:
     as `row_max_triton.largest_logits` says, exact for every head without Triton. Saves q, k, v, the output and the
     log-sum-exp, and has a gradient for the output alone.
     """
+    if not q_BHSK.transpose(1, 2).is_contiguous():
+        q_BHSK = q_BHSK.transpose(1, 2).contiguous().transpose(1, 2)
     return _CudnnAttention.apply(q_BHSK, k_BHSK, v_BHSV, scale, exact_above, triton)
 
 

@@ -10,7 +10,6 @@ Letters: B sequences, H heads, S positions, K query and key features, V value fe
 
 from __future__ import annotations
 
-import importlib
 import inspect
 from collections.abc import Callable, Sequence
 from types import ModuleType
@@ -54,7 +53,7 @@ class TeAttention:
 def build_te_attention(heads: int, query_width: int, value_width: int, scale: float) -> TeAttention:
     """Raises ConfigError where Transformer Engine is missing, or too old to return the largest logits."""
     try:
-        te = importlib.import_module("transformer_engine.pytorch")
+        import transformer_engine.pytorch as te
     except ImportError as error:
         raise ConfigError("ops.backend", "te", f"transformer-engine cannot be imported: {error}",
                           "install it (pip install 'k2train[gpu]'), or set ops.backend=auto") from error  # fmt: skip

@@ -4,9 +4,11 @@ import dataclasses
 
 import pytest
 
+from k2train.config.ops import OpsConfig
 from k2train.estimate.layer_costs import Exchange, head, transformer_layer
 from k2train.estimate.layer_ops import (
     EMBEDDING_COLUMNS,
+    TRITON_SPEED,
     attention_phase,
     experts_phase,
     head_ops,
@@ -75,6 +77,43 @@ def test_a_kernel_takes_the_longer_of_its_arithmetic_and_its_bytes(cluster):
     assert machine.seconds(5e14, 1.0, "matmul") == 1.0
     assert machine.seconds(2.5e14, 1.0, "attention") == 1.0
     assert machine.seconds(1.0, 3e12, "matmul") == 3.0
+
+
+def test_exact_largest_logits_cost_all_scores_once_more_and_count_for_no_utilisation(model, train, cluster):
+    """Scores are the query width's share of attention, at the Triton kernels' rate."""
+    machine = Machine(cluster, train.dtype)
+    train = dataclasses.replace(train, device="cuda", seq_len=4096)
+    usual, exact = (
+        attention_phase(workload(model, train, 1, ops=OpsConfig(exact_max_logits=exact)), False)
+        for exact in (False, True)
+    )
+    (statistics,) = (op for op in exact if op.name == "row_statistics")
+    (attention,) = (op for op in exact if op.name == "attention")
+    scores = attention.flops * model.qk_head_dim / (model.qk_head_dim + model.v_head_dim)
+    assert statistics.extra_flops == pytest.approx(scores)
+    assert sum(op.flops for op in exact) == sum(op.flops for op in usual)
+    latency = cluster.kernel_latency_seconds
+    seconds = machine.seconds(scores / TRITON_SPEED, 0.0, "attention") - latency
+    (plain,) = (op for op in usual if op.name == "row_statistics")
+    assert machine.forward([statistics]) == pytest.approx(seconds + latency)
+    assert machine.forward([plain]) < seconds
+    assert machine.backward_input([plain]) == machine.backward_input([statistics])
+
+
+def test_triton_attention_is_slower_and_makes_two_more_products(model, train, cluster):
+    """At a length where arithmetic bounds it: seven products at 0.7 of the rate where cuDNN makes five."""
+    machine = Machine(cluster, train.dtype)
+    train = dataclasses.replace(train, device="cuda", seq_len=2**17)
+    forward, backward = ([], [])
+    for backend in ("auto", "triton"):
+        ops = attention_phase(workload(model, train, 1, ops=OpsConfig(backend)), False)
+        (attention,) = (op for op in ops if op.name == "attention")
+        forward.append(machine.forward([attention]))
+        backward.append(machine.backward_input([attention]))
+    query, value = model.qk_head_dim, model.v_head_dim
+    more = (4 * query + 3 * value) / (3 * query + 2 * value)
+    assert forward[1] / forward[0] == pytest.approx(1 / TRITON_SPEED, rel=1e-3)
+    assert backward[1] / backward[0] == pytest.approx(more / TRITON_SPEED, rel=1e-3)
 
 
 def test_the_head_does_its_three_products_in_the_forward(model, train, cluster):

@@ -48,6 +48,18 @@ def test_output_gradients_and_largest_logits_are_those_of_full_scores(length, wi
         assert one.is_contiguous()
 
 
+def test_queries_with_heads_before_positions_give_the_same(cudnn_on_the_host):
+    q, k, v, dout = inputs(33, (24, 16), torch.float32)
+    other = [t.detach().transpose(1, 2).contiguous().requires_grad_() for t in (q, k, v)]
+    out = attend(q, k, v, 0.3).out
+    again = causal_attention(*other, 0.3, backend=CUDNN).out
+    assert again.is_contiguous()
+    assert torch.equal(out, again)
+    got = torch.autograd.grad(again, other, dout)
+    for one, gradient in zip(torch.autograd.grad(out, (q, k, v), dout), got, strict=True):
+        torch.testing.assert_close(one, gradient.transpose(1, 2))
+
+
 def test_what_its_backward_needs_is_saved_once_and_handed_out_to_be_named(cudnn_on_the_host):
     q, k, v, _ = inputs(8, (24, 16), torch.float32)
     saved = []

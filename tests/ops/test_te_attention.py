@@ -5,16 +5,28 @@ It has run on no GPU: what is shown is that its arguments are right, and what be
 
 from __future__ import annotations
 
+import dataclasses
 import math
 import types
+import weakref
 
 import pytest
 import torch
 
+from k2train.activations.arena import HostArena
+from k2train.activations.offload import OffloadEngine
+from k2train.activations.store import ActivationStore
+from k2train.config.compose import load_config
 from k2train.config.errors import ConfigError
+from k2train.device.cpu import CpuDevice
+from k2train.model.context import MicrobatchContext
+from k2train.model.model import backward, build_model, forward
+from k2train.model.pieces import whole_model
 from k2train.ops.attention import causal_attention, causal_attention_reference
 from k2train.ops.backend import OpsBackend
+from k2train.ops.rotary import softmax_scale
 from k2train.ops.te_attention import TeAttention, build_te_attention, dot_product_attention
+from k2train.ops.weight_grad import PlainGradients
 
 
 class FusedAttnFunc(torch.autograd.Function):
@@ -110,8 +122,6 @@ def test_what_it_saves_of_its_own_is_handed_out_to_be_named_and_saved_by_one_nod
 
 def test_no_tensor_is_held_beside_what_hooks_keep():
     """With hooks that keep numbers in place of tensors, nothing else keeps queries, keys and values alive."""
-    import weakref
-
     kept: list[torch.Tensor] = []
     tensors = [t.detach().clone().requires_grad_() for t in inputs()]
     hidden = [t * 1.0 for t in tensors]  # not leaves, as a layer's queries are not
@@ -128,6 +138,36 @@ def test_no_tensor_is_held_beside_what_hooks_keep():
     expected, _ = causal_attention_reference(*(t.transpose(1, 2) for t in leaves), 0.3)
     for one, other in zip(got, torch.autograd.grad(expected.sum(), leaves), strict=True):
         torch.testing.assert_close(one, other)
+
+
+@pytest.mark.parametrize("policies", ["none", "offload", "recompute", "recompute_offload"])
+def test_in_a_model_the_store_of_activations_finds_a_name_for_all_it_saves(policies):
+    """Gradients are those of a run that keeps everything, to the bit, and nothing is refused for want of a name."""
+    config = load_config(["experiment=tiny", f"activations={policies}"])
+    tiny = dataclasses.replace(config.model, num_hidden_layers=2)
+    attend = dot_product_attention(
+        TE, tiny.num_attention_heads, tiny.qk_head_dim, tiny.v_head_dim, softmax_scale(tiny)
+    )
+    chosen = OpsBackend("te", te=TeAttention(attend))
+    tokens = torch.randint(tiny.vocab_size, (1, 20), generator=torch.Generator().manual_seed(0))
+
+    def run(store: ActivationStore | None) -> list[torch.Tensor]:
+        model = build_model(tiny, whole_model(tiny), torch.float64, backend=chosen)
+        model.initialise(0)
+        sink = PlainGradients()
+        context = MicrobatchContext(1, sink, targets=tokens.roll(-1, 1), loss_scale=0.05)
+        if store is not None:
+            context.saved = store.microbatch()
+        (loss,), records = forward(model, (tokens,), context)
+        if store is not None and config.activations.offloads:
+            context.saved.offload()
+            context.saved.reload()
+        backward(model, records, (None,), context)
+        return [loss, *(sink.buffer(piece.parameter) for piece in model.pieces() if piece.trained)]
+
+    engine = OffloadEngine(CpuDevice(), HostArena(CpuDevice()))
+    stored = run(ActivationStore(config.activations, engine))
+    assert all(torch.equal(one, other) for one, other in zip(stored, run(None), strict=True))
 
 
 def test_one_that_is_missing_or_too_old_is_refused_by_name():
