@@ -21,7 +21,6 @@ from k2train.estimate.layer_ops import (
     embedding_ops,
     experts_phase,
     head_ops,
-    merge_ops,
     mlp_phase,
 )
 from k2train.estimate.work import Machine, Op, accumulation_bytes
@@ -43,22 +42,32 @@ class TimedPhase:
 
 @dataclass(frozen=True)
 class Exchange:
-    """Seconds of a MoE layer's traffic between the ranks of an expert-parallel group."""
+    """Seconds of a MoE layer's traffic between the ranks of an expert-parallel group (`estimate.exchange`), on its stream."""
 
     route: float
-    """Until the host knows how many rows go where (`traffic.route_seconds`)."""
-    move: float
-    """One dispatch or one combine, 0 without expert parallelism."""
+    """Until the host knows how many rows go where."""
+    dispatch: float
+    combine: float
+    dispatch_back: float
+    """The dispatch's backward: rows' gradients and weights' to their tokens."""
+    combine_back: float
+    """The combine's backward: tokens' gradients to the rows."""
+    stream: StreamName = "ep"
 
     @property
-    def before(self) -> tuple[TimedPhase, TimedPhase]:
-        """Before the experts, in the forward."""
-        return TimedPhase("route", "ep", self.route), TimedPhase("dispatch", "ep", self.move)
+    def forward(self) -> tuple[list[TimedPhase], list[TimedPhase]]:
+        """Before and after the experts."""
+        before = [self._phase("route", self.route), self._phase("dispatch", self.dispatch)]
+        return before, [self._phase("combine", self.combine)]
 
     @property
-    def after(self) -> tuple[TimedPhase]:
-        """After the experts, in the forward."""
-        return (TimedPhase("combine", "ep", self.move),)
+    def backward(self) -> tuple[list[TimedPhase], list[TimedPhase]]:
+        """Before and after the experts; the route's step does nothing, it keeps the halves of a pair in time."""
+        after = [self._phase("dispatch", self.dispatch_back), self._phase("route", 0.0)]
+        return [self._phase("combine", self.combine_back)], after
+
+    def _phase(self, name: str, seconds: float) -> TimedPhase:
+        return TimedPhase(name, self.stream, seconds)
 
 
 @dataclass(frozen=True)
@@ -86,10 +95,8 @@ def transformer_layer(
     forward = [_forward(machine, name, ops, saved) for name, ops in phases]
     backward = [_backward(machine, name, ops, saved) for name, ops in reversed(phases)]
     if moe:
-        forward = _around_experts(forward, exchange.before, exchange.after)
-        # The route's step of the backward does nothing; it keeps the halves of a pair in time.
-        done = TimedPhase("route", "ep", 0.0)
-        backward = _around_experts(backward, exchange.after, (exchange.before[1], done))
+        forward = _around_experts(forward, *exchange.forward)
+        backward = _around_experts(backward, *exchange.backward)
     ops = [op for _, phase in phases for op in phase]
     moved = 2 * w.rows * w.model.hidden_size * w.element_bytes if moe and w.ep > 1 else 0
     unkept = sum(tensor.full_bytes - tensor.stored_bytes for tensor in saved)
@@ -165,8 +172,7 @@ def logits_chunk_tokens(w: Workload) -> int:
 def _phases(w: Workload, moe: bool) -> list[tuple[str, list[Op]]]:
     if not moe:
         return [("attention", attention_phase(w, moe=False)), ("mlp", mlp_phase(w))]
-    # The weighted sum of what came back runs with whatever attention comes next, so that a layer ends with its combine.
-    return [("attention", attention_phase(w, moe=True) + merge_ops(w)), ("experts", experts_phase(w))]
+    return [("attention", attention_phase(w, moe=True)), ("experts", experts_phase(w))]
 
 
 def _around_experts(

@@ -3,8 +3,8 @@
     MoE layer     attention (compute) | dispatch | experts (compute) | combine
     dense layer   attention (compute) | mlp (compute)
 
-Behind the combine the experts' outputs are added, weighted, to the residual stream (`merge_ops`). Routing is taken as even: every rank gets as many
-rows as it sends. Shapes: T tokens, N = T * num_experts_per_tok routed rows. Source: DeepSeek-V3 (arXiv 2412.19437),
+Copies of tokens are made and added up in dispatch and combine (`exchange`). Routing is taken as even: every rank gets as
+many rows as it sends. Shapes: T tokens, N = T * num_experts_per_tok routed rows. Source: DeepSeek-V3 (arXiv 2412.19437),
 sections 2.1.1 and 2.1.2.
 """
 
@@ -244,7 +244,6 @@ def _routing(w: Workload) -> list[Op]:
     return [
         _router(w),
         elementwise(w, "top_k", 4 * w.tokens * model.n_routed_experts),
-        elementwise(w, "permute", 2 * w.rows * model.hidden_size),
     ]
 
 
@@ -271,8 +270,6 @@ def experts_phase(w: Workload) -> list[Op]:
     model, rows = w.model, w.rows
     hidden, width, local = model.hidden_size, model.moe_intermediate_size, model.n_routed_experts // w.ep
     ops = [
-        # Rows arrive by sender and are put in order of expert, and back.
-        elementwise(w, "sort_by_expert", 4 * rows * hidden),
         product(w, "experts_up", rows, hidden, 2 * width, "expert_input", "swiglu_input", local),
         elementwise(w, "swiglu", 3 * rows * width, "swiglu_output"),
         product(w, "experts_down", rows, width, hidden, "swiglu_output", copies=local),
@@ -280,12 +277,6 @@ def experts_phase(w: Workload) -> list[Op]:
     if model.n_shared_experts:
         ops += _swiglu_mlp(w, "shared", model.n_shared_experts * width)
     return ops
-
-
-def merge_ops(w: Workload) -> list[Op]:
-    """Weighted sum of what the experts returned, and the residual stream."""
-    hidden = w.model.hidden_size
-    return [elementwise(w, "merge", w.rows * hidden + 3 * w.tokens * hidden)]
 
 
 def mlp_phase(w: Workload) -> list[Op]:

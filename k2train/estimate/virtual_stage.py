@@ -12,9 +12,10 @@ from k2train.config.model import ModelConfig
 from k2train.config.ops import DEFAULT_OPS, OpsConfig
 from k2train.config.sections import ActivationsConfig, ClusterConfig, TrainConfig
 from k2train.estimate.activations import SavedTensor, check_policies
+from k2train.estimate.exchange import combine_seconds, dispatch_seconds, route_seconds
 from k2train.estimate.layer_costs import Exchange, LayerCosts, TimedPhase, embedding, head, transformer_layer
 from k2train.estimate.layer_ops import Workload, workload
-from k2train.estimate.traffic import Network, all_to_all_seconds, message_seconds, route_seconds
+from k2train.estimate.traffic import Network, message_seconds
 from k2train.estimate.work import Machine
 from k2train.layout.layout import Layout, VirtualStage
 
@@ -96,7 +97,14 @@ def build_estimator(
     check_policies(policies)
     w = workload(model, train, layout.ep, layout.relay_ranks, ops, layout.dispatch == "deepep")
     machine = Machine(cluster, train.dtype)
-    exchange = Exchange(route_seconds(w, layout, cluster), all_to_all_seconds(w, layout, cluster))
+    exchange = Exchange(
+        route=route_seconds(w, layout, cluster),
+        dispatch=dispatch_seconds(w, layout, cluster, weights=True),
+        combine=combine_seconds(w, layout, cluster, weights=False),
+        dispatch_back=combine_seconds(w, layout, cluster, weights=True),
+        combine_back=dispatch_seconds(w, layout, cluster, weights=False),
+        stream="ep" if layout.ep > 1 else "compute",
+    )
     dense, moe = (transformer_layer(w, policies, machine, exchange, moe) for moe in (False, True))
     return Estimator(
         w,
