@@ -53,17 +53,18 @@ class Exchange:
     combine_back: float
     """The combine's backward: tokens' gradients to the rows."""
     stream: StreamName = "ep"
+    """Of the moves; the route's wait is beside the main stream in any case."""
 
     @property
     def forward(self) -> tuple[list[TimedPhase], list[TimedPhase]]:
         """Before and after the experts."""
-        before = [self._phase("route", self.route), self._phase("dispatch", self.dispatch)]
+        before = [TimedPhase("route", "ep", self.route), self._phase("dispatch", self.dispatch)]
         return before, [self._phase("combine", self.combine)]
 
     @property
     def backward(self) -> tuple[list[TimedPhase], list[TimedPhase]]:
         """Before and after the experts; the route's step does nothing, it keeps the halves of a pair in time."""
-        after = [self._phase("dispatch", self.dispatch_back), self._phase("route", 0.0)]
+        after = [self._phase("dispatch", self.dispatch_back), TimedPhase("route", "ep", 0.0)]
         return [self._phase("combine", self.combine_back)], after
 
     def _phase(self, name: str, seconds: float) -> TimedPhase:

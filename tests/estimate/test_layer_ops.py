@@ -60,9 +60,13 @@ def test_doubling_the_heads_doubles_the_quadratic_term_alone(model, train):
 def test_recomputation_costs_what_it_rebuilds(model, train, cluster, policies):
     w = workload(model, train, 1)
     machine = Machine(cluster, train.dtype)
-    plain = transformer_layer(w, policies(), machine, Exchange(0.0, 0.0), True)
+    plain = transformer_layer(w, policies(), machine, Exchange(0.0, 0.0, 0.0, 0.0, 0.0), True)
     rebuilt = transformer_layer(
-        w, policies(query="recompute", swiglu_input="recompute"), machine, Exchange(0.0, 0.0), True
+        w,
+        policies(query="recompute", swiglu_input="recompute"),
+        machine,
+        Exchange(0.0, 0.0, 0.0, 0.0, 0.0),
+        True,
     )
     up = 2 * w.rows * model.hidden_size * 2 * model.moe_intermediate_size
     query = 2 * w.tokens * model.q_lora_rank * model.num_attention_heads * model.qk_head_dim

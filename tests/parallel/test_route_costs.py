@@ -10,7 +10,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from k2train.device.cpu import CpuDevice, CpuReading
-from k2train.estimate.traffic import ROUTE_OPERATIONS
+from k2train.estimate.exchange import ROUTE_OPERATIONS
 from k2train.layout.grid import RankGrid
 from k2train.model.context import MicrobatchContext
 from k2train.model.dispatcher import Dispatcher, LocalDispatcher
