@@ -25,8 +25,8 @@ from torch.utils._pytree import tree_leaves
 
 @dataclasses.dataclass(frozen=True)
 class Birth:
-    """A storage that is alive. key: the id of its object; serial: its number among all; operation, shape and dtype: of the tensor it was made as;
-    place: what `LivingStorages.at` said at that moment."""
+    """A storage that is alive. key: the id of its object; serial: its number among all; operation, shape and dtype: of
+    the tensor it was made as; place: what `LivingStorages.at` said at that moment."""
 
     key: int
     serial: int
@@ -65,6 +65,11 @@ class LivingStorages(TorchDispatchMode):
             if _is_plain(leaf) and id(leaf.untyped_storage()) not in known and self._counts(leaf):
                 self._note(leaf, func.overloadpacket.__name__)
         return result
+
+    @property
+    def place(self) -> str:
+        """What `at` says now."""
+        return self._place
 
     @contextlib.contextmanager
     def at(self, place: str) -> Iterator[None]:
@@ -108,7 +113,23 @@ class LivingStorages(TorchDispatchMode):
             id(storage), self._serial, storage.nbytes(), operation, shape, tensor.dtype, self._place
         )
         self._living[id(storage)], self._serial = birth, self._serial + 1
-        weakref.finalize(storage, self._living.pop, id(storage), None).atexit = False
+        weakref.finalize(storage, self._forget, id(storage)).atexit = False
+        self.made(birth)
+
+    def _forget(self, key: int) -> None:
+        birth = self._living.pop(key, None)
+        if birth is not None:
+            self.gone(birth)
+
+    def made(self, birth: Birth) -> None:
+        """A storage has been made; for whoever follows them one by one."""
+
+    def gone(self, birth: Birth) -> None:
+        """Its last reference has gone."""
+
+    def birth_of(self, tensor: torch.Tensor) -> Birth | None:
+        """Of a tensor's storage, where it is followed."""
+        return self._living.get(id(tensor.untyped_storage()))
 
 
 def _is_plain(leaf: Any) -> bool:

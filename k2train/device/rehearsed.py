@@ -22,13 +22,13 @@ Answers = Callable[[str, int], list[float]]
 
 
 class RehearsedEvent(Event):
-    """Has come."""
+    """Has come. moment: of the device's clock, when it was recorded."""
 
-    def __init__(self, device: RehearsedDevice) -> None:
-        self._device = device
+    def __init__(self, device: RehearsedDevice, stream: str) -> None:
+        self._device, self._stream, self._moment = device, stream, device.clock()
 
     def wait_host(self) -> None:
-        self._device.note_host_wait("event")
+        self._device.note_host_wait(f"event of {self._stream}", self._moment)
 
     def seconds_since(self, earlier: Event) -> float:
         self.wait_host()
@@ -42,13 +42,13 @@ class RehearsedStream(Stream):
         self.name, self._device = name, device
 
     def record(self) -> RehearsedEvent:
-        return RehearsedEvent(self._device)
+        return RehearsedEvent(self._device, self.name)
 
     def wait(self, *events: Event | None) -> None:
         """Every event has come."""
 
     def wait_host(self) -> None:
-        self._device.note_host_wait(f"stream {self.name}")
+        self._device.note_host_wait(f"stream {self.name}", self._device.clock())
 
     @contextlib.contextmanager
     def issue(self) -> Iterator[None]:
@@ -68,10 +68,10 @@ class RehearsedReading(Reading):
     """Numbers that were made up."""
 
     def __init__(self, device: RehearsedDevice, what: str, numbers: list[float]) -> None:
-        self._device, self._what, self._numbers = device, what, numbers
+        self._device, self._what, self._numbers, self._moment = device, what, numbers, device.clock()
 
     def wait(self) -> list[float]:
-        self._device.note_host_wait(self._what)
+        self._device.note_host_wait(self._what, self._moment)
         return self._numbers
 
 
@@ -91,7 +91,8 @@ class RehearsedDevice(Device):
         self.host_waits: collections.Counter[tuple[str, str]] = collections.Counter()
         self.pinned_bytes = 0
         self.on_use: Callable[[torch.Tensor, str], None] = lambda tensor, stream: None
-        self.on_host_wait: Callable[[], None] = lambda: None
+        self.clock: Callable[[], int] = lambda: 0
+        self.on_host_wait: Callable[[str, int], None] = lambda what, moment: None
 
     @property
     def torch_device(self) -> torch.device:
@@ -115,7 +116,7 @@ class RehearsedDevice(Device):
         return self.start_read(tensor, what).wait()
 
     def synchronize(self) -> None:
-        self.note_host_wait("device")
+        self.note_host_wait("device", self.clock())
 
     def peak_bytes(self) -> int:
         return 0
@@ -129,10 +130,10 @@ class RehearsedDevice(Device):
         finally:
             self._issuing.pop()
 
-    def note_host_wait(self, what: str) -> None:
-        """The host would stand still here."""
+    def note_host_wait(self, what: str, moment: int) -> None:
+        """The host would stand still here until the device has done what was issued before a moment."""
         self.host_waits[what, calling_line()] += 1
-        self.on_host_wait()
+        self.on_host_wait(what, moment)
 
     def note_use(self, tensor: torch.Tensor, stream: RehearsedStream) -> None:
         """A stream reads memory of another's."""

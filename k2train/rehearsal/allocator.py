@@ -4,8 +4,7 @@ Requests are rounded up to 512 bytes. A free block serves a request if it is of 
 for each stream), best fit first; what is left of a block is split off where it is worth it; neighbours that are free
 become one. A request that no block serves takes a new segment from the driver: 2 MiB, 20 MiB, or its own size rounded up
 to 2 MiB. With expandable segments each pool is one address range that grows in steps of 2 MiB (20 for large ones).
-A block that another stream uses comes back only when the host learns that the stream has passed it; the replay lets it
-come back at the host's next wait, as late as can be. Source: torch's c10/cuda/CUDACachingAllocator.cpp, read as rules.
+A block that another stream uses comes back only when that stream has passed it; the observer says when. Source: torch's c10/cuda/CUDACachingAllocator.cpp, read as rules.
 """
 
 from __future__ import annotations
@@ -162,20 +161,9 @@ class CachingAllocator:
 def replay(events: Iterable[MemoryEvent], expandable: bool) -> Reserved:
     """Peaks of allocated and reserved bytes over a recorded program."""
     allocator = CachingAllocator(expandable)
-    in_use_elsewhere: set[int] = set()
-    late: list[int] = []
     for serial, num_bytes, stream in events:
-        if num_bytes > 0:
+        if num_bytes:
             allocator.allocate(serial, num_bytes, stream)
-        elif num_bytes < 0:
-            in_use_elsewhere.add(serial)
-        elif serial < 0:
-            for waiting in late:
-                allocator.free(waiting)
-            late.clear()
-        elif serial in in_use_elsewhere:
-            in_use_elsewhere.discard(serial)
-            late.append(serial)
         else:
             allocator.free(serial)
     return Reserved(allocator.peak_allocated, allocator.peak_reserved)

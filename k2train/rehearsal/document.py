@@ -24,13 +24,13 @@ def rehearsal_document(rehearsal: Rehearsal) -> dict[str, Any]:
         "pipeline_peak": _peak(rehearsal.pipeline_peak),
         "update_peak": _peak(rehearsal.update_peak),
         "left": _lines(summary.left_by_line(rehearsal)),
-        "left_bytes": sum(birth.num_bytes for birth in rehearsal.left),
+        "left_bytes": sum(living.birth.num_bytes for living in rehearsal.left),
         "allocator": {name: dataclasses.asdict(peaks) for name, peaks in summary.reserved(rehearsal).items()},
         "seconds": [dataclasses.asdict(row) for row in summary.seconds_beside(rehearsal)],
-        "seconds_by_phase": {"/".join(filter(None, place)): seconds for place, seconds in places.items()},
+        "seconds_by_phase": places,
         "flops_by_dtype": summary.flops_by_dtype(rehearsal),
         "wide_products": [
-            {"in": "/".join(place), "operation": work.title, "launches": launches}
+            {"in": place, "operation": work.title, "launches": launches}
             for place, work, launches in summary.wide_products(rehearsal)
         ],
         "launches": dict(summary.launches_by_kind(rehearsal)),
@@ -53,7 +53,8 @@ def rehearsal_document(rehearsal: Rehearsal) -> dict[str, Any]:
 def _peak(peak: Peak) -> dict[str, Any]:
     return {
         "bytes": peak.num_bytes,
-        "in": "/".join(filter(None, peak.place)),
+        "without_reference_bytes": peak.in_use_bytes,
+        "in": peak.place,
         "action": peak.number,
         "by_cause": summary.peak_by_cause(peak),
         "by_line": _lines(summary.peak_by_line(peak)),

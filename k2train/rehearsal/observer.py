@@ -1,49 +1,41 @@
 """Watches a program run on tensors without memory: what it launches, what is alive, and where it was at its fullest.
 
-One `Observer` is a dispatch mode of torch, so it sees every operation below autograd, with the tensors that it makes. A
-storage lives from the operation that made it until its last reference goes, which a weak reference tells; no book is kept
-by hand. Where the program is at a moment is a place: the step of the action list and the phase of the model within it.
+One `Observer` is a dispatch mode of torch, so it sees every operation below autograd. Storages are followed by weak
+references (`device.living`). torch's allocator hands memory out again only when every stream that uses it has passed; so
+memory whose last reference has gone, but which another stream may still be using, is occupied on. Where the program is at a moment is a place, "F/attention": the kind of action, and the
+phase of the model within it.
 """
 
 from __future__ import annotations
 
 import collections
-import contextlib
 import dataclasses
-import weakref
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any, NamedTuple
 
 import torch
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 
+from k2train.device.living import Birth, LivingStorages
 from k2train.device.rehearsed import RehearsedDevice
 from k2train.rehearsal.operations import Work, measure
 from k2train.rehearsal.source import package_line
 
 # A new peak is looked into only where it exceeds the last one looked into by this share: looking takes time.
 _WORTH_LOOKING = 1.002
-
-
-class Place(NamedTuple):
-    """Where the program is. kind: of the action (F, I, W, OFFLOAD, ...), or "states", "update"; phase: within it."""
-
-    kind: str
-    phase: str = ""
+OFFLOADS = "offload"
+"""The stream of copies out (activations/offload.py)."""
 
 
 @dataclasses.dataclass(frozen=True)
-class Birth:
-    """A storage that is alive. serial: its number among all; line: of the package, that made it; number: of the action
-    during which it did."""
+class Living:
+    """A storage that is alive, the line of the package that made it, the number of the action during which it did, the
+    stream it belongs to and the others that have used it."""
 
-    serial: int
-    num_bytes: int
-    place: Place
-    operation: str
+    birth: Birth
     line: str
     number: int
+    stream: str
+    users: set[str] = dataclasses.field(default_factory=set)
 
 
 @dataclasses.dataclass
@@ -57,70 +49,67 @@ class Tally:
 
 @dataclasses.dataclass(frozen=True)
 class Peak:
-    """The fullest moment so far. number: of the action it came in."""
+    """The fullest moment so far. number: of the action it came in; in_use_bytes: without references, but perhaps in use."""
 
     num_bytes: int = 0
-    place: Place = Place("states")
+    place: str = ""
     number: int = -1
-    alive: tuple[Birth, ...] = ()
+    in_use_bytes: int = 0
+    alive: tuple[Living, ...] = ()
 
 
 class MemoryEvent(NamedTuple):
-    """For the allocator: a storage made (num_bytes > 0), let go (0), used by another stream (-1), or a host wait (serial
-    -1)."""
+    """For the allocator: a storage is made (num_bytes > 0) or its memory can be used again (0)."""
 
     serial: int
     num_bytes: int
     stream: str
 
 
-class Observer(TorchDispatchMode):
-    """Counts and remembers; changes nothing. Entered inside the mode that makes tensors fake."""
+class Observer(LivingStorages):
+    """Counts and remembers; changes nothing. Entered inside the mode that makes tensors fake; follows the device's tensors."""
 
     def __init__(self, device: RehearsedDevice) -> None:
-        super().__init__()
+        super().__init__(lambda tensor: tensor.device == device.torch_device)
         self.device = device
-        self.place = Place("states")
         self.number = -1
-        self.work: dict[tuple[Place, str], dict[Work, Tally]] = collections.defaultdict(dict)
-        self.alive: dict[int, Birth] = {}
+        self.work: dict[tuple[str, str], dict[Work, Tally]] = collections.defaultdict(dict)
         self.bytes_alive = 0
         self.peak = Peak()
         self.levels: list[tuple[str, int, int]] = []
         self.memory_events: list[MemoryEvent] = []
-        self._highest = self._looked_at = self._serial = 0
-        self._seen: tuple[Birth, ...] = ()
+        self._alive: dict[int, Living] = {}
+        self._in_use: list[tuple[Living, int]] = []
+        self._highest = self._looked_at = self._in_use_bytes = 0
+        self._seen: tuple[Living, ...] = ()
         device.on_use = self._used
-        device.on_host_wait = lambda: self.memory_events.append(MemoryEvent(-1, 0, ""))
+        device.clock, device.on_host_wait = lambda: len(self.memory_events), self._host_waited
 
     def __torch_dispatch__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
-        result = func(*args, **(kwargs or {}))
+        result = super().__torch_dispatch__(func, types, args, kwargs)
         work = measure(func, args, kwargs or {}, result)
-        stream = self.device.current.name
         if work is not None:
-            tally = self.work[self.place, stream].setdefault(work, Tally())
+            tally = self.work[self.place, self.device.current.name].setdefault(work, Tally())
             tally.launches += 1
             tally.flops += work.flops
             tally.bytes += work.bytes
-        for leaf in tree_leaves(result):
-            if isinstance(leaf, torch.Tensor) and leaf.is_cuda:
-                self._made(leaf, func.overloadpacket.__name__, stream)
         return result
 
-    @contextlib.contextmanager
-    def at(self, place: Place) -> Iterator[None]:
-        """What is done inside happens at `place`."""
-        before, self.place = self.place, place
-        try:
-            yield
-        finally:
-            self.place = before
+    @property
+    def occupied(self) -> int:
+        """Bytes that the allocator cannot hand out."""
+        return self.bytes_alive + self._in_use_bytes
+
+    @property
+    def alive(self) -> tuple[Living, ...]:
+        """What is alive now, oldest first."""
+        return tuple(self._alive.values())
 
     def forget_peak(self) -> None:
         """Begin to look for a peak anew, from what is alive now."""
-        self.peak, self._highest, self._looked_at = Peak(), self.bytes_alive, 0
+        self.peak, self._highest, self._looked_at = Peak(), self.occupied, 0
 
     def forget_work(self) -> None:
         """Count launches and waits of the host anew."""
@@ -130,38 +119,52 @@ class Observer(TorchDispatchMode):
     def watch(self, steps: Iterable[Any], kind: Callable[[Any], str]) -> Iterator[Any]:
         """The steps of an action list, one after the other; the level of memory is noted after each."""
         for number, step in enumerate(steps):
-            self.number, self._highest = number, self.bytes_alive
-            with self.at(Place(kind(step))):
+            self.number, self._highest = number, self.occupied
+            with self.at(kind(step)):
                 yield step
-            self.levels.append((str(step), self.bytes_alive, self._highest))
+            self.levels.append((str(step), self.occupied, self._highest))
         self.number = -1
 
-    def _made(self, tensor: torch.Tensor, operation: str, stream: str) -> None:
-        storage = tensor.untyped_storage()
-        key = storage._cdata
-        if key in self.alive:
-            return
-        num_bytes = storage.nbytes()
-        birth = Birth(self._serial, num_bytes, self.place, operation, package_line(), self.number)
-        self.alive[key], self._serial = birth, self._serial + 1
-        weakref.finalize(storage, self._gone, key)
-        self.bytes_alive += num_bytes
-        self._highest = max(self._highest, self.bytes_alive)
-        self.memory_events.append(MemoryEvent(birth.serial, max(num_bytes, 1), stream))
-        if self.bytes_alive > self.peak.num_bytes:
+    def made(self, birth: Birth) -> None:
+        stream = self.device.current.name
+        self._alive[birth.key] = Living(birth, package_line(), self.number, stream)
+        self.bytes_alive += birth.num_bytes
+        self._highest = max(self._highest, self.occupied)
+        self.memory_events.append(MemoryEvent(birth.serial, max(birth.num_bytes, 1), stream))
+        if self.occupied > self.peak.num_bytes:
             self._note_peak()
 
-    def _note_peak(self) -> None:
-        if self.bytes_alive > _WORTH_LOOKING * self._looked_at:
-            self._seen, self._looked_at = tuple(self.alive.values()), self.bytes_alive
-        self.peak = Peak(self.bytes_alive, self.place, self.number, self._seen)
-
-    def _gone(self, key: int) -> None:
-        birth = self.alive.pop(key)
+    def gone(self, birth: Birth) -> None:
+        living = self._alive.pop(birth.key)
         self.bytes_alive -= birth.num_bytes
-        self.memory_events.append(MemoryEvent(birth.serial, 0, ""))
+        if living.users:
+            self._in_use.append((living, len(self.memory_events)))
+            self._in_use_bytes += birth.num_bytes
+        else:
+            self.memory_events.append(MemoryEvent(birth.serial, 0, ""))
+
+    def _host_waited(self, what: str, moment: int) -> None:
+        """Streams have passed what was let go before that moment.
+
+        A route is read on the exchange's stream and says nothing of copies out; the end of a compute step does, since a copy
+        takes less than a step (docs/plan.md), and so does the end of everything.
+        """
+        copies, kept = what != "route", []
+        for living, since in self._in_use:
+            if since > moment or (OFFLOADS in living.users and not copies):
+                kept.append((living, since))
+                continue
+            self._in_use_bytes -= living.birth.num_bytes
+            self.memory_events.append(MemoryEvent(living.birth.serial, 0, ""))
+        self._in_use = kept
+
+    def _note_peak(self) -> None:
+        if self.occupied > _WORTH_LOOKING * self._looked_at:
+            self._seen, self._looked_at = self.alive, self.occupied
+        self.peak = Peak(self.occupied, self.place, self.number, self._in_use_bytes, self._seen)
 
     def _used(self, tensor: torch.Tensor, stream: str) -> None:
-        birth = self.alive.get(tensor.untyped_storage()._cdata)
-        if birth is not None:
-            self.memory_events.append(MemoryEvent(birth.serial, -1, stream))
+        birth = self.birth_of(tensor)
+        living = None if birth is None else self._alive.get(birth.key)
+        if living is not None and stream != living.stream:
+            living.users.add(stream)

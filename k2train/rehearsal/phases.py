@@ -9,7 +9,7 @@ from k2train.model.context import MicrobatchContext
 from k2train.model.dispatcher import Results
 from k2train.model.phase import CommunicationPhase, Grads, Phase, Started, Tensors
 from k2train.model.pieces import Piece
-from k2train.rehearsal.observer import Observer, Place
+from k2train.rehearsal.observer import Observer
 
 
 class WatchedModel:
@@ -35,11 +35,11 @@ class WatchedCompute:
         self.name, self._phase, self._observer = phase.name, phase, observer
 
     def forward(self, inputs: Tensors, context: MicrobatchContext) -> tuple[Tensors, Any]:
-        with self._observer.at(Place("F", kind_of(self.name))):
+        with self._observer.at(f"F/{kind_of(self.name)}"):
             return self._phase.forward(inputs, context)
 
     def backward(self, record: Any, grad_outputs: Grads, context: MicrobatchContext) -> Grads:
-        with self._observer.at(Place("I", kind_of(self.name))):
+        with self._observer.at(f"I/{kind_of(self.name)}"):
             return self._phase.backward(record, grad_outputs, context)
 
 
@@ -54,19 +54,19 @@ class WatchedCommunication(CommunicationPhase):
         return []
 
     def start_forward(self, inputs: Results, context: MicrobatchContext) -> Started:
-        with self._observer.at(Place("F", kind_of(self.name))):
+        with self._observer.at(f"F/{kind_of(self.name)}"):
             return self._phase.start_forward(inputs, context)
 
     def finish_forward(self, started: Started, context: MicrobatchContext) -> tuple[Results, Any]:
-        with self._observer.at(Place("F", kind_of(self.name))):
+        with self._observer.at(f"F/{kind_of(self.name)}"):
             return self._phase.finish_forward(started, context)
 
     def start_backward(self, record: Any, grad_outputs: Results, context: MicrobatchContext) -> Started:
-        with self._observer.at(Place("I", kind_of(self.name))):
+        with self._observer.at(f"I/{kind_of(self.name)}"):
             return self._phase.start_backward(record, grad_outputs, context)
 
     def finish_backward(self, started: Started, context: MicrobatchContext) -> Results:
-        with self._observer.at(Place("I", kind_of(self.name))):
+        with self._observer.at(f"I/{kind_of(self.name)}"):
             return self._phase.finish_backward(started, context)
 
 

@@ -21,7 +21,7 @@ from k2train.device.rehearsed import RehearsedDevice
 from k2train.parallel.groups import build_groups
 from k2train.planner.plan import Plan, build_plan
 from k2train.rehearsal.numbers import Numbers
-from k2train.rehearsal.observer import Birth, Observer, Peak, Place
+from k2train.rehearsal.observer import Living, Observer, Peak
 from k2train.rehearsal.phases import WatchedModel
 from k2train.rehearsal.world import Counts, RehearsedWorld
 from k2train.runtime.recorder import Message
@@ -49,7 +49,7 @@ class Rehearsal:
     states_bytes: int
     pipeline_peak: Peak
     update_peak: Peak
-    left: tuple[Birth, ...]
+    left: tuple[Living, ...]
     """Alive at the end of the step though they were made in it."""
     build_seconds: float
     step_seconds: float
@@ -79,6 +79,11 @@ def kind_of_step(step: Step) -> str:
     return "pair" if isinstance(step, Pair) else step.kind.value
 
 
+def kind_of_place(place: str) -> str:
+    """F of F/attention."""
+    return place.partition("/")[0]
+
+
 class NoCorpus:
     """Sequences of token 0."""
 
@@ -98,25 +103,25 @@ def rehearse(config: Config) -> Rehearsal:
     numbers = Numbers(config, layout, rank % layout.ep, section.skew)
     device = RehearsedDevice(DEVICE, numbers.answer)
     observer = Observer(device)
-    counts = Counts(lambda: observer.place.kind)
+    counts = Counts(lambda: kind_of_place(observer.place))
     started = time.perf_counter()
-    with FakeTensorMode(allow_non_fake_inputs=True), observer, GarbageControl():
+    with FakeTensorMode(allow_non_fake_inputs=True), observer, observer.at("states"), GarbageControl():
         world = RehearsedWorld(rank, layout.world, DEVICE, counts)
         groups = build_groups(layout.grid, world, layout.relay_ranks, plan_messages(schedule))
         corpus = cast(Corpus, NoCorpus(config.train.seq_len))
         run = build_run(config, layout, schedule, corpus, groups, device, initialise=False)
         run = watched_run(run, observer)
-        with observer.at(Place("dry run")):
+        with observer.at("dry run"):
             dry_run(run)
         states, built = observer.bytes_alive, time.perf_counter()
-        before = set(observer.alive.values())
+        start = observer.mark()
         observer.forget_work()
         counts.clear()
         recording = Recording(observer)
-        with observer.at(Place("update")):
+        with observer.at("update"):
             train_step(run, 0, recording)
             run.optimizer.finish_gather()
-        left = tuple(birth for birth in observer.alive.values() if birth not in before)
+        left = tuple(living for living in observer.alive if living.birth.serial >= start)
     return Rehearsal(
         config, plan, section.stage, rank, observer, counts, states, recording.pipeline_peak, observer.peak, left,
         build_seconds=built - started,

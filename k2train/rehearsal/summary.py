@@ -15,9 +15,9 @@ import torch
 from k2train.estimate.traffic import Network
 from k2train.estimate.work import MATMUL_SLOWDOWN, Machine
 from k2train.rehearsal.allocator import Reserved, replay
-from k2train.rehearsal.observer import Birth, Peak, Place
+from k2train.rehearsal.observer import Living, Peak
 from k2train.rehearsal.operations import HOST_COPY, Work
-from k2train.rehearsal.run import Rehearsal
+from k2train.rehearsal.run import Rehearsal, kind_of_place
 
 FP32_SLOWDOWN = 15.0
 """Matrix rate of BF16 over that of FP32 without TF32 on Hopper: 989 over 67 TFLOP/s (H100 data sheet)."""
@@ -40,19 +40,20 @@ class Beside:
 
 
 def peak_by_cause(peak: Peak) -> dict[str, int]:
-    """Bytes alive at the peak, by what they are for."""
+    """Bytes at the peak, by what they are for."""
     causes: collections.Counter[str] = collections.Counter()
-    for birth in peak.alive:
-        causes[cause(birth, peak.number)] += birth.num_bytes
-    return dict(causes.most_common())
+    for living in peak.alive:
+        causes[cause(living, peak.number)] += living.birth.num_bytes
+    causes["let go, another stream not past it"] = peak.in_use_bytes
+    return {name: num_bytes for name, num_bytes in causes.most_common() if num_bytes}
 
 
-def cause(birth: Birth, number: int) -> str:
+def cause(living: Living, number: int) -> str:
     """What a storage that is alive during action `number` is for."""
-    kind = birth.place.kind
-    if kind == "states":
-        return next((name for part, name in _STATES.items() if birth.line.startswith(part)), "other states")
-    if birth.number == number:
+    kind = kind_of_place(living.birth.place)
+    if kind in ("states", "dry run"):
+        return next((name for part, name in _STATES.items() if living.line.startswith(part)), "other states")
+    if living.number == number:
         return "at work"
     if kind.startswith("RECV"):
         return "messages"
@@ -69,13 +70,13 @@ def left_by_line(rehearsal: Rehearsal, most: int = 20) -> list[tuple[str, str, i
     return _by_line(rehearsal.left, most)
 
 
-def _by_line(births: Iterable[Birth], most: int) -> list[tuple[str, str, int, int]]:
+def _by_line(storages: Iterable[Living], most: int) -> list[tuple[str, str, int, int]]:
     count: collections.Counter[tuple[str, str]] = collections.Counter()
     size: collections.Counter[tuple[str, str]] = collections.Counter()
-    for birth in births:
-        key = birth.line, "/".join(filter(None, birth.place))
+    for living in storages:
+        key = living.line, living.birth.place
         count[key] += 1
-        size[key] += birth.num_bytes
+        size[key] += living.birth.num_bytes
     return [(*key, count[key], num_bytes) for key, num_bytes in size.most_common(most)]
 
 
@@ -98,10 +99,10 @@ def seconds_of(work: Work, flops: float, num_bytes: float, launches: int, machin
     return launches * machine.seconds(slowdown * flops / launches, num_bytes / launches, work.kind)
 
 
-def seconds_by_place(rehearsal: Rehearsal, stream: str = "main") -> dict[Place, float]:
+def seconds_by_place(rehearsal: Rehearsal, stream: str = "main") -> dict[str, float]:
     """Roofline seconds of what was launched on one stream."""
     machine = Machine(rehearsal.config.cluster, "bfloat16")
-    seconds: dict[Place, float] = collections.defaultdict(float)
+    seconds: dict[str, float] = collections.defaultdict(float)
     for (place, on), tallies in rehearsal.observer.work.items():
         if on == stream:
             for work, tally in tallies.items():
@@ -113,7 +114,7 @@ def seconds_beside(rehearsal: Rehearsal) -> list[Beside]:
     """Compute seconds of the whole action list: forwards, input gradients, weight gradients, and their sum."""
     rehearsed: dict[str, float] = collections.defaultdict(float)
     for place, seconds in seconds_by_place(rehearsal).items():
-        rehearsed[place.kind] += seconds
+        rehearsed[kind_of_place(place)] += seconds
     planned = planned_seconds(rehearsal)
     rows = [Beside(kind, planned[kind], rehearsed[kind]) for kind in COMPUTE_KINDS]
     return [*rows, Beside("all", sum(planned.values()), sum(row.rehearsed for row in rows))]
@@ -131,7 +132,7 @@ def planned_seconds(rehearsal: Rehearsal) -> dict[str, float]:
     }
 
 
-def wide_products(rehearsal: Rehearsal, least_flops: float = 1e9) -> list[tuple[Place, Work, int]]:
+def wide_products(rehearsal: Rehearsal, least_flops: float = 1e9) -> list[tuple[str, Work, int]]:
     """Products of FP32 by FP32 of at least so many FLOPs each, with their launches."""
     found = []
     for (place, _), tallies in rehearsal.observer.work.items():
@@ -154,7 +155,7 @@ def launches_by_kind(rehearsal: Rehearsal) -> Mapping[str, int]:
     """Kernels that torch launches, at least one an operation, by kind of action."""
     launches: collections.Counter[str] = collections.Counter()
     for (place, _), tallies in rehearsal.observer.work.items():
-        launches[place.kind] += sum(tally.launches for tally in tallies.values())
+        launches[kind_of_place(place)] += sum(tally.launches for tally in tallies.values())
     return launches
 
 
@@ -170,7 +171,7 @@ def costliest(rehearsal: Rehearsal) -> list[tuple[str, str, str, int, float]]:
     rows: dict[tuple[str, str, str], list[float]] = {}
     for (place, stream), tallies in rehearsal.observer.work.items():
         for work, tally in tallies.items():
-            row = rows.setdefault((work.title, "/".join(filter(None, place)), stream), [0, 0.0])
+            row = rows.setdefault((work.title, place, stream), [0, 0.0])
             row[0] += tally.launches
             row[1] += seconds_of(work, tally.flops, tally.bytes, tally.launches, machine)
     table = [(*key, int(launches), seconds) for key, (launches, seconds) in rows.items()]

@@ -46,7 +46,7 @@ def heading(rehearsal: Rehearsal) -> str:
 def place_of_peak(rehearsal: Rehearsal) -> str:
     peak = rehearsal.pipeline_peak
     step = rehearsal.plan.assembly.schedule.stages[rehearsal.stage][peak.number]
-    return f"{step} ({'/'.join(filter(None, peak.place))})"
+    return f"{step} ({peak.place})"
 
 
 def memory_table(rehearsal: Rehearsal) -> Table:
@@ -74,7 +74,7 @@ def lines_table(title: str, rows: Sequence[tuple[str, str, int, int]]) -> Table:
 
 def left_table(rehearsal: Rehearsal) -> RenderableType:
     """What the step leaves alive."""
-    total = sum(birth.num_bytes for birth in rehearsal.left)
+    total = sum(living.birth.num_bytes for living in rehearsal.left)
     if not total:
         return "Nothing that the step has made is alive at its end.\n"
     return lines_table(
@@ -121,9 +121,7 @@ def wide_line(rehearsal: Rehearsal) -> str:
     found = summary.wide_products(rehearsal)
     if not found:
         return "No product of FP32 by FP32 above 1 GFLOP.\n"
-    rows = "\n".join(
-        f"  {launches} x {work.title} in {'/'.join(place)}" for place, work, launches in found[:8]
-    )
+    rows = "\n".join(f"  {launches} x {work.title} in {place}" for place, work, launches in found[:8])
     return f"Products of FP32 by FP32 above 1 GFLOP:\n{rows}\n"
 
 

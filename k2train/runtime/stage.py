@@ -24,6 +24,7 @@ from k2train.model.context import MicrobatchContext
 from k2train.model.dispatcher import Results
 from k2train.model.phase import Phase
 from k2train.ops.weight_grad import GradientSink, Key, WeightGradQueue
+from k2train.runtime.pace import Pace
 from k2train.runtime.passes import alternate, backward_steps, finish, forward_steps
 from k2train.schedule.overlap import pair_order
 
@@ -117,6 +118,7 @@ class PipelineStage:
         self.models, self.routes, self.transport, self.gradients = models, routes, transport, gradients
         self._arriving, self._leaving = device.stream("arriving messages"), device.stream("leaving messages")
         self.queue = WeightGradQueue()
+        self._pace = Pace(device)
         self._step: StepInputs | None = None
         self._weight_gradients: collections.Counter[int] = collections.Counter()
         self._inputs: dict[Key, Arrival | Results] = {}
@@ -161,15 +163,18 @@ class PipelineStage:
 
     def forward(self, virtual_stage: int, microbatch: int) -> None:
         key = (virtual_stage, microbatch)
-        self._forward_done(key, finish(self._forward_steps(key)))
+        with self._pace.step():
+            self._forward_done(key, finish(self._forward_steps(key)))
 
     def input_gradient(self, virtual_stage: int, microbatch: int) -> None:
         key = (virtual_stage, microbatch)
-        self._backward_done(key, finish(self._backward_steps(key)))
+        with self._pace.step():
+            self._backward_done(key, finish(self._backward_steps(key)))
 
     def weight_gradient(self, virtual_stage: int, microbatch: int) -> None:
         assert self.gradients is not None
-        self.queue.drain((virtual_stage, microbatch), self.gradients)
+        with self._pace.step():
+            self.queue.drain((virtual_stage, microbatch), self.gradients)
         step = self._inputs_of_step()
         self._weight_gradients[virtual_stage] += 1
         if self._weight_gradients[virtual_stage] == step.num_microbatches:
@@ -177,9 +182,10 @@ class PipelineStage:
 
     def pair(self, forward: Key, backward: Key) -> None:
         order = pair_order(*(len(self.models[key[0]].phases) for key in (forward, backward)))
-        outputs, grads = alternate(self._forward_steps(forward), self._backward_steps(backward), order)
-        self._forward_done(forward, outputs)
-        self._backward_done(backward, grads)
+        with self._pace.step():
+            outputs, grads = alternate(self._forward_steps(forward), self._backward_steps(backward), order)
+            self._forward_done(forward, outputs)
+            self._backward_done(backward, grads)
 
     def send_activation(self, virtual_stage: int, microbatch: int) -> None:
         results = self._outputs.pop((virtual_stage, microbatch))

@@ -16,13 +16,6 @@ def gone(serial):
     return MemoryEvent(serial, 0, "")
 
 
-def used_by(serial, stream):
-    return MemoryEvent(serial, -1, stream)
-
-
-HOST_WAITS = MemoryEvent(-1, 0, "")
-
-
 @pytest.mark.parametrize(
     ("num_bytes", "segment"),
     [(1, 2 * MIB), (MIB, 2 * MIB), (MIB + 1, 20 * MIB), (10 * MIB - 512, 20 * MIB), (10 * MIB, 10 * MIB),
@@ -63,12 +56,6 @@ def test_an_expandable_range_grows_only_by_what_its_free_end_lacks():
 def test_streams_have_pools_of_their_own():
     events = [made(0, 12 * MIB), gone(0), made(1, 12 * MIB, "copies")]
     assert replay(events, expandable=False).reserved == 24 * MIB
-
-
-def test_what_another_stream_uses_comes_back_when_the_host_has_waited():
-    head = [made(0, 12 * MIB), used_by(0, "copies"), gone(0)]
-    assert replay([*head, made(1, 12 * MIB)], expandable=False).reserved == 24 * MIB
-    assert replay([*head, HOST_WAITS, made(1, 12 * MIB)], expandable=False).reserved == 12 * MIB
 
 
 @pytest.mark.parametrize("expandable", [False, True])
