@@ -14,9 +14,12 @@ import torch
 from k2train.config.compose import load_config
 from k2train.device.cpu import CpuDevice, CpuEvent, CpuReading, CpuStream
 from k2train.model.context import Statistics
+from k2train.schedule.actions import Kind, Pair
 from k2train.trainer.build import Run
 from k2train.trainer.step import run_schedule, train_step
 from k2train.trainer.testing import run_on_ranks
+
+_HALVES = {Kind.F: 1, Kind.I: 1, Kind.W: 1, Kind.B: 2}
 
 
 class CountingReading(CpuReading):
@@ -71,15 +74,21 @@ class CountingDevice(CpuDevice):
         self.waits["device"] += 1
 
 
-def waits_of_a_step(run: Run) -> tuple[Counter[str], int]:
-    """Of the second step, and how many forwards of MoE layers it has on this rank."""
+def waits_of_a_step(run: Run) -> tuple[Counter[str], int, int]:
+    """Of the second step, and how many forwards of MoE layers and how many compute steps it has on this rank."""
     train_step(run, 0)
     run.device.waits.clear()
     train_step(run, 1)
     layers = sum(
         run.config.model.is_moe(layer) for model in run.models.values() for layer in model.part.layers
     )
-    return Counter(run.device.waits), layers * run.num_microbatches
+    return Counter(run.device.waits), layers * run.num_microbatches, compute_steps(run)
+
+
+def compute_steps(run: Run) -> int:
+    """Of the rank's action list: a pair is one, a full backward two."""
+    steps = run.schedule.stages[run.pp_rank]
+    return sum(1 if isinstance(step, Pair) else _HALVES.get(step.kind, 0) for step in steps)
 
 
 LAYOUTS = [
@@ -91,25 +100,27 @@ LAYOUTS = [
 
 @pytest.mark.parametrize("activations", ["none", "k2"])
 @pytest.mark.parametrize("layout", LAYOUTS, ids=" ".join)
-def test_a_step_waits_once_for_its_numbers_and_once_for_each_route(words, layout, activations):
+def test_a_step_waits_once_for_its_numbers_and_once_for_each_route_and_compute_step(
+    words, layout, activations
+):
     """The optimizer, QK-Clip, the totals, FP8 storage and offload add nothing to that."""
     config = load_config([*words, f"activations={activations}", *layout])
-    for waits, routes in run_on_ranks(config, waits_of_a_step, make_device=CountingDevice):
-        assert waits == Counter({"step": 1, "route": routes})
+    for waits, routes, steps in run_on_ranks(config, waits_of_a_step, make_device=CountingDevice):
+        assert waits == Counter({"step": 1, "route": routes, "event of main": steps})
 
 
 def test_host_states_add_a_wait_for_every_piece_of_gradient_and_one_for_the_copies_of_the_last_step(words):
     config = load_config([*words, "optim.states=host", "optim.qk_clip_tau=1e9"])
-    ((waits, routes),) = run_on_ranks(config, waits_of_a_step, make_device=CountingDevice)
+    ((waits, routes, steps),) = run_on_ranks(config, waits_of_a_step, make_device=CountingDevice)
     assert waits.pop("event of gradients out") > 0
     drains = {"states in": 1, "states out": 1, "gradients out": 1}
-    assert waits == Counter({"step": 1, "route": routes, **drains})
+    assert waits == Counter({"step": 1, "route": routes, "event of main": steps, **drains})
 
 
-def test_a_schedule_alone_waits_for_routes_only(words):
+def test_a_schedule_alone_waits_for_routes_and_for_compute_steps_long_issued(words):
     def waits(run: Run) -> Counter[str]:
         run_schedule(run, 0, Statistics())
         return Counter(run.device.waits)
 
     (found,) = run_on_ranks(load_config(words), waits, make_device=CountingDevice)
-    assert set(found) == {"route"}
+    assert set(found) == {"route", "event of main"}

@@ -114,7 +114,8 @@ def test_bytes_are_those_the_estimate_predicts_for_every_name(family, make_model
 
 @pytest.mark.parametrize("name", ["offload", "recompute_offload", "k2"])
 def test_after_offload_no_byte_of_the_layers_stays_on_the_device(family, make_model, begin, name):
-    """The storages themselves are gone, not only uncounted; what the head keeps is all there is."""
+    """The storages themselves are gone, not only uncounted; what the head keeps is all there is, but for the numbers by
+    which a route is undone, at most two of 8 bytes an expert."""
     microbatch = begin(make_model(family), preset(name), noting=True)
     noting, store = microbatch.saved, microbatch.store
     before = store.device_bytes
@@ -125,7 +126,9 @@ def test_after_offload_no_byte_of_the_layers_stays_on_the_device(family, make_mo
     assert store.device_bytes == head < before
     for tensor, storages in noting.storages.items():
         if tensor not in ("head_input", "head_gradient", "attention_output"):
-            assert all(reference() is None for reference in storages), tensor
+            alive = [storage for reference in storages if (storage := reference()) is not None]
+            few = 16 * family.n_routed_experts if tensor == "routing" else 0
+            assert all(storage.nbytes() <= few for storage in alive), tensor
     assert sum(entry.host_bytes for entry in store.entries()) == before - head
     noting.store.drop()
 
