@@ -18,18 +18,22 @@ from k2train.schedule.spec import ScheduleSpec
 
 
 def layer_costs(num_virtual_stages: int, layers: int) -> Costs:
-    """MoE layers in milliseconds: attention 3, experts 5, each all-to-all 1.5; backward 1.2 times forward; a hop 1."""
+    """MoE layers in milliseconds: attention 3, experts 5, each all-to-all 1.5, the route 0.3 and nothing in the backward;
+    backward 1.2 times forward; a hop 1."""
 
-    def phases(scale: float, *names: str) -> tuple[Phase, ...]:
-        seconds = {"attention": 3e-3 * scale, "experts": 5e-3 * scale}
+    def phases(scale: float, route: float, *names: str) -> tuple[Phase, ...]:
+        compute = {"attention": 3e-3 * scale, "experts": 5e-3 * scale}
+        exchange = {"dispatch": 1.5e-3, "combine": 1.5e-3, "route": route}
         return tuple(
-            Phase(name, Stream.COMPUTE, seconds[name]) if name in seconds else Phase(name, Stream.EP, 1.5e-3)
+            Phase(name, Stream.COMPUTE, compute[name])
+            if name in compute
+            else Phase(name, Stream.EP, exchange[name])
             for name in names
         )
 
     one = VirtualStageCosts(
-        phases(1.0, "attention", "dispatch", "experts", "combine") * layers,
-        phases(1.2, "combine", "experts", "dispatch", "attention") * layers,
+        phases(1.0, 0.3e-3, "attention", "route", "dispatch", "experts", "combine") * layers,
+        phases(1.2, 0.0, "combine", "experts", "dispatch", "route", "attention") * layers,
         weight_grad_seconds=7e-3 * layers,
         send_forward_seconds=1e-3,
         send_backward_seconds=1e-3,
