@@ -13,7 +13,7 @@ Letters: T tokens, I input and O output features, N rows.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Protocol
 
 import torch
@@ -156,13 +156,18 @@ class WeightGradQueue:
 
     def num_bytes(self, key: Key | None = None) -> int:
         """Bytes of the storages the queue keeps alive, each counted once; of one key, or of all."""
-        keys = self._entries if key is None else (key,)
-        storages = {}
-        for entry in (entry for one in keys for entry in self._entries.get(one, ())):
-            for tensor in entry.tensors:
-                storage = tensor.untyped_storage()
-                storages[id(storage)] = storage.nbytes()
+        storages = {id(storage): storage.nbytes() for storage in map(_storage, self.tensors(key))}
         return sum(storages.values())
+
+    def tensors(self, key: Key | None = None) -> Iterator[torch.Tensor]:
+        """What it keeps alive; of one key, or of all. A tensor may come more than once."""
+        for one in list(self._entries) if key is None else [key]:
+            for entry in self._entries.get(one, ()):
+                yield from entry.tensors
+
+
+def _storage(tensor: torch.Tensor) -> torch.UntypedStorage:
+    return tensor.untyped_storage()
 
 
 class WeightGradSlot(Protocol):

@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import collections
 import dataclasses
+from collections.abc import Iterator
 
 import torch
 
@@ -66,6 +67,11 @@ class PipelineTransport:
         for under_way in self._under_way.values():
             while under_way:
                 self._wait_for_oldest(under_way)
+
+    def tensors(self) -> Iterator[torch.Tensor]:
+        """What is kept because it may not have left."""
+        for under_way in self._under_way.values():
+            yield from (tensor for _, tensor in under_way)
 
     def abandon(self) -> None:
         """Let go of what an interrupted step has sent, without waiting for it."""

@@ -25,6 +25,15 @@ def rehearsal_document(rehearsal: Rehearsal) -> dict[str, Any]:
         "update_peak": _peak(rehearsal.update_peak),
         "left": _lines(summary.left_by_line(rehearsal)),
         "left_bytes": sum(living.birth.num_bytes for living in rehearsal.left),
+        "audits": [
+            {
+                "after": audit.after,
+                "stored": audit.stored,
+                "alive": audit.alive,
+                "nobodys": audit.nobodys_bytes,
+            }
+            for audit in rehearsal.auditor.audits
+        ],
         "allocator": {name: dataclasses.asdict(peaks) for name, peaks in summary.reserved(rehearsal).items()},
         "seconds": [dataclasses.asdict(row) for row in summary.seconds_beside(rehearsal)],
         "seconds_by_phase": places,

@@ -20,6 +20,7 @@ from k2train.data.corpus import Corpus
 from k2train.device.rehearsed import RehearsedDevice
 from k2train.parallel.groups import build_groups
 from k2train.planner.plan import Plan, build_plan
+from k2train.rehearsal.accounts import Auditor
 from k2train.rehearsal.numbers import Numbers
 from k2train.rehearsal.observer import Living, Observer, Peak
 from k2train.rehearsal.phases import WatchedModel
@@ -33,6 +34,8 @@ from k2train.trainer.dry_run import dry_run
 from k2train.trainer.garbage import GarbageControl
 from k2train.trainer.step import train_step
 
+AUDIT_INTERVAL = 8
+"""An audit looks at every storage, which takes as long as an action."""
 DEVICE = torch.device("cuda", 0)
 
 
@@ -46,6 +49,7 @@ class Rehearsal:
     rank: int
     observer: Observer
     counts: Counts
+    auditor: Auditor
     states_bytes: int
     pipeline_peak: Peak
     update_peak: Peak
@@ -59,14 +63,19 @@ class Rehearsal:
 class Recording:
     """Implements runtime.recorder.Watcher: tells the observer of every step, and keeps the peak of the action list."""
 
-    def __init__(self, observer: Observer) -> None:
-        self._observer = observer
+    def __init__(self, observer: Observer, auditor: Auditor) -> None:
+        self._observer, self._auditor = observer, auditor
         self.pipeline_peak = Peak()
         self.pipeline_ended = 0.0
 
     def watch(self, steps: Iterable[Step]) -> Iterator[Step]:
         self._observer.forget_peak()
-        yield from self._observer.watch(steps, kind_of_step)
+        last = None
+        for step in self._observer.watch(steps, kind_of_step):
+            if last is not None:
+                self._auditor.after(str(last))
+            yield step
+            last = step
         self.pipeline_peak, self.pipeline_ended = self._observer.peak, time.perf_counter()
         self._observer.forget_peak()
 
@@ -117,13 +126,14 @@ def rehearse(config: Config) -> Rehearsal:
         start = observer.mark()
         observer.forget_work()
         counts.clear()
-        recording = Recording(observer)
+        auditor = Auditor(run, observer, AUDIT_INTERVAL)
+        recording = Recording(observer, auditor)
         with observer.at("update"):
             train_step(run, 0, recording)
             run.optimizer.finish_gather()
         left = tuple(living for living in observer.alive if living.birth.serial >= start)
     return Rehearsal(
-        config, plan, section.stage, rank, observer, counts, states, recording.pipeline_peak, observer.peak, left,
+        config, plan, section.stage, rank, observer, counts, auditor, states, recording.pipeline_peak, observer.peak, left,
         build_seconds=built - started,
         step_seconds=recording.pipeline_ended - built,
         update_seconds=time.perf_counter() - recording.pipeline_ended,

@@ -21,6 +21,7 @@ def rehearsal_tables(rehearsal: Rehearsal) -> list[RenderableType]:
         memory_table(rehearsal),
         lines_table(f"Alive at the peak, in {place_of_peak(rehearsal)}", summary.peak_by_line(rehearsal.pipeline_peak)),
         left_table(rehearsal),
+        accounts_line(rehearsal),
         allocator_table(rehearsal),
         seconds_table(rehearsal),
         costly_table(rehearsal),
@@ -79,6 +80,25 @@ def left_table(rehearsal: Rehearsal) -> RenderableType:
         return "Nothing that the step has made is alive at its end.\n"
     return lines_table(
         f"Made by the step and alive at its end: {total / 1e9:.3f} GB", summary.left_by_line(rehearsal)
+    )
+
+
+def accounts_line(rehearsal: Rehearsal) -> str:
+    """The program's books against living storages."""
+    auditor = rehearsal.auditor
+    wrong, worst = list(auditor.disagreements()), auditor.worst()
+    if worst is None:
+        return "No action was audited.\n"
+    told = (
+        "the store says what its storages are"
+        if not wrong
+        else (
+            f"the store says {wrong[0].stored:,} bytes and its storages have {wrong[0].alive:,} after {wrong[0].after}"
+        )
+    )
+    return (
+        f"Audited after {len(auditor.audits)} actions: {told};\nin nobody's books at most "
+        f"{worst.nobodys_bytes / 1e6:.1f} MB, after {worst.after}.\n"
     )
 
 

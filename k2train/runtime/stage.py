@@ -30,7 +30,10 @@ from k2train.schedule.overlap import pair_order
 
 
 class Arrival(Protocol):
-    """A message that may still be under way."""
+    """A message that may still be under way, and the memory it comes into."""
+
+    @property
+    def tensor(self) -> torch.Tensor: ...
 
     def wait(self) -> torch.Tensor: ...
 
@@ -46,6 +49,10 @@ class Transport(Protocol):
 
     def finish(self) -> None:
         """Wait until everything sent has left."""
+        ...
+
+    def tensors(self) -> Iterator[torch.Tensor]:
+        """What is kept because it may not have left."""
         ...
 
     def abandon(self) -> None:
@@ -142,6 +149,17 @@ class PipelineStage:
         """Take up the inputs of a pass; `finish_step` or `abandon_step` ends it."""
         self._step = step
         self._weight_gradients.clear()
+
+    def tensors(self) -> Iterator[torch.Tensor]:
+        """What is under way between two actions: messages, and what weight gradients wait for; for whoever counts storages.
+        What phases have saved is the store's."""
+        for messages in (self._inputs, self._outputs, self._arrived_gradients, self._gradients):
+            for message in messages.values():
+                held = message.tensors if isinstance(message, Results) else (message.tensor,)
+                yield from (tensor for tensor in held if tensor is not None)
+        yield from self.queue.tensors()
+        if self.transport is not None:
+            yield from self.transport.tensors()
 
     def finish_step(self) -> None:
         """Wait for the sends and prove that nothing is left under way."""

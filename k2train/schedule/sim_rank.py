@@ -126,17 +126,20 @@ class Rank:
         costs = self._shared.costs[virtual_stage]
         cell = virtual_stage * self._width + microbatch
         saved = costs.activation_bytes + costs.offload_bytes
+        # The allocator goes by the order of issue: what the compute step before it needed is free for this one, also where
+        # this one's first all-to-all begins under it.
+        taken = max(start, self._last_start)
         if kind is Kind.F:
             self._shared.forward_start[cell] = start
             self._shared.forward_done[cell] = done
-            self.device.add(start, saved + costs.forward_transient_bytes)
+            self.device.add(taken, saved + costs.forward_transient_bytes)
             self.device.add(done, -costs.forward_transient_bytes)
         elif kind is Kind.W:
             self.device.add(done, -costs.weight_queue_bytes)
         else:
             self._shared.backward_done[cell] = done
             queued = costs.weight_queue_bytes if kind is Kind.I else 0
-            self.device.add(start, costs.backward_transient_bytes)
+            self.device.add(taken, costs.backward_transient_bytes)
             self.device.add(done, queued - saved - costs.backward_transient_bytes)
 
     def _send_forward(self, action: Action) -> None:

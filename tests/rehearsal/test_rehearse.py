@@ -49,9 +49,11 @@ def test_no_product_of_k2_is_fp32_by_fp32(k2):
     assert set(k2["flops_by_dtype"]) == {"bfloat16"}
 
 
-def test_the_host_waits_once_a_layer_for_its_route_and_otherwise_only_in_the_update(k2):
+def test_the_host_waits_for_each_route_for_steps_long_issued_and_otherwise_only_in_the_update(k2):
+    """Of a microbatch F, I and W are compute steps on each of two virtual stages; the dry run's are among those waited for."""
     waits = {(wait["for"], wait["line"].split(":")[0]): wait["times"] for wait in k2["host_waits"]}
     assert waits.pop(("route", "parallel/relay_dispatcher.py")) == LAYERS * MICROBATCHES
+    assert waits.pop(("event of main", "runtime/pace.py")) <= 2 * 3 * MICROBATCHES
     assert {file for _, file in waits} <= {"optim/residence.py", "optim/optimizer.py"}
 
 
@@ -60,6 +62,14 @@ def test_a_layer_exchanges_its_tokens_in_four_parts_twice_each_way(k2):
     for half in "FI":
         for hop in ("rail", "relay"):
             assert calls[half, hop, "all_to_all"] == LAYERS * MICROBATCHES * 2 * 4
+
+
+def test_after_every_offload_k2s_storages_are_what_the_store_says_and_nobody_keeps_another(k2):
+    assert k2["audits"]
+    for audit in k2["audits"]:
+        assert audit["stored"] == audit["alive"]
+        # Route counts, statistics and the batch of token ids.
+        assert audit["nobodys"] < 2e6
 
 
 def test_a_step_of_k2_leaves_a_few_megabytes_of_tables_and_counts(k2):

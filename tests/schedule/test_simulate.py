@@ -297,6 +297,21 @@ def test_memory_over_time_by_hand() -> None:
     assert at == {0: 113, 2: 115, 4: 20, 5: 113, 7: 115, 9: 20, 10: 0}
 
 
+def test_a_backward_whose_all_to_all_starts_early_takes_its_memory_when_the_step_before_has_ended() -> None:
+    """GPipe, F0 F1 I0 W0 I1 W1: I1's combine runs under W0, and W0's queue of 20 is free before I1's 5 are taken, as the
+    allocator sees the order of issue."""
+    one = VirtualStageCosts(
+        (Phase("f", Stream.COMPUTE, 2),),
+        (Phase("c", Stream.EP, 1), Phase("b", Stream.COMPUTE, 2)),
+        4,
+        backward_transient_bytes=5,
+        weight_queue_bytes=20,
+    )
+    schedule = build_schedule(ScheduleSpec(1, 2, "gpipe", split_weight_grad=True))
+    _, level = simulate(schedule, Costs((one,))).memory[0]
+    assert int(level.max()) == 20
+
+
 def test_nothing_is_left_in_memory_and_peaks_are_those_of_the_chunks_in_flight(specs: Specs) -> None:
     one = VirtualStageCosts(
         (Phase("f", Stream.COMPUTE, 1),), (Phase("b", Stream.COMPUTE, 1),), 1, activation_bytes=7
