@@ -311,7 +311,7 @@ def embedding_grad_kernels(w: Workload) -> int:
 
 
 def head_ops(w: Workload, num_chunks: int = 1, num_owners: int = 1) -> tuple[Op, Op, Op]:
-    """Final norm, logits, and the loss, which passes over FP32 logits three times (maximum, sum, gradient).
+    """Final norm, logits, and the loss: largest logit, softmax in the type of sums, its largest, scaled, and cast back.
 
     num_chunks: times the head's weight is read, and its gradient sum updated. num_owners: ranks that the weight's rows are
     cut among; the gradient of each one's rows is a product of its own.
@@ -325,5 +325,6 @@ def head_ops(w: Workload, num_chunks: int = 1, num_owners: int = 1) -> tuple[Op,
         weight_elements=num_chunks * logits.weight_elements,
         weight_kernels=num_chunks * num_owners,
     )
-    loss = Op("loss", "elementwise", 3 * 4.0 * tokens * vocab)
+    bytes_of_logit = 3.0 * w.element_bytes + 5.0 * accumulation_bytes(w.dtype)
+    loss = Op("loss", "elementwise", bytes_of_logit * tokens * vocab)
     return norm(w, "final_norm", hidden), logits, loss

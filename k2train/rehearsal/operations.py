@@ -26,6 +26,7 @@ _ALLOCATING = {
 _FILLING = {
     "zeros", "zeros_like", "new_zeros", "zero_", "ones", "ones_like", "full", "full_like", "new_full", "fill_", "arange",
 }  # fmt: skip
+_SCATTERING = {"index_add_", "scatter_add_", "scatter_"}
 _FORMULAS = {str(packet).rsplit(".", 1)[-1]: formula for packet, formula in flop_registry.items()}
 _GATHERING = {"index_select", "embedding", "gather", "index"}
 
@@ -93,8 +94,8 @@ def _moved(name: str, inputs: Sequence[torch.Tensor], outputs: Sequence[torch.Te
     if name in ("attention_best_blocks", "attention_other_blocks"):
         # Queries and keys are read where a head's logits may pass the limit; a rehearsal's never do.
         return _bytes(inputs[2:])
-    if name == "index_add_":
-        # The rows that are added are read, and their targets read and written.
+    if name in _SCATTERING:
+        # What is added is read, and its targets are read and written.
         return 3.0 * _bytes(inputs[-1:])
     return _bytes([*inputs, *(t for t in outputs if not any(t is other for other in inputs))])
 

@@ -78,14 +78,13 @@ def test_k2_needs_host_resident_states_less_as_the_cluster_grows(k2):
 
 
 def test_pipeline_messages_of_k2_are_exposed_in_warmup_and_cooldown_only(k2, k2_per_expert):
-    """With quick all-to-alls a stage meets one late message where the steady phase begins: less than W, 13.4 ms, in all."""
+    """A stage meets one late message where the steady phase begins: less than W, 13.4 ms, in all."""
     for plan in (k2, k2_per_expert):
         assert plan.busiest.warmup.pp > 0.0
         assert plan.busiest.waits.copy == 0.0
-    assert k2_per_expert.busiest.steady.pp == 0.0
-    late = k2.busiest.steady.pp
-    assert late < k2.assembly.costs.virtual_stages[1].weight_grad_seconds
-    assert late < 1e-3 * k2.simulation.makespan_seconds
+        late = plan.busiest.steady.pp
+        assert late < plan.assembly.costs.virtual_stages[1].weight_grad_seconds
+        assert late < 1e-3 * plan.simulation.makespan_seconds
 
 
 def test_the_all_to_all_of_k2_hides_if_tokens_cross_once_per_node_and_not_once_per_expert(k2, k2_per_expert):
