@@ -29,7 +29,7 @@ def run(args: list[str]) -> int:
     if any(word in ("-h", "--help") for word in args):
         print(render_help(Config, "Run one rank's step without a device.", USAGE))
         return 0
-    config = with_microbatches(load_config(args))
+    config = as_rehearsed(load_config(args))
     check_section(config)
     load_stub()
     # Only now, behind the stub, may torch be imported.
@@ -51,9 +51,15 @@ def run(args: list[str]) -> int:
     return 0
 
 
-def with_microbatches(config: Config) -> Config:
-    """The config with a batch of `rehearse.microbatches` for every data-parallel rank."""
-    count, layout, train = config.rehearse.microbatches, config.layout, config.train
+def as_rehearsed(config: Config) -> Config:
+    """The config on a GPU, with a batch of `rehearse.microbatches` for every data-parallel rank."""
+    if config.train.device == "cpu":
+        raise ConfigError(
+            "train.device", "cpu", "a rehearsal is of a GPU", "leave it out, or set train.device=cuda"
+        )
+    train = dataclasses.replace(config.train, device="cuda")
+    config = dataclasses.replace(config, train=train)
+    count, layout = config.rehearse.microbatches, config.layout
     if count is None:
         return config
     ranks = build_layout(layout, config.cluster, config.model, train.seq_len).dp

@@ -1,8 +1,8 @@
 """The protocol of a device: streams that run in order, events between them, pinned memory, reads by the host.
 
 What is issued to one stream runs in the order it was issued in. Streams run beside each other unless one waits
-for an event of another. The host waits only in `Event.wait_host`, `Stream.wait_host`, `Reading.wait` and
-`Device.read`, so that every host wait of a step can be counted, and named by its line.
+for an event of another. The host waits only in `Event.wait_host`, `Stream.wait_host`, `Reading.wait`,
+`Device.read` and `Device.synchronize`, so that every host wait of a step can be counted, and named by its line.
 """
 
 from __future__ import annotations

@@ -36,7 +36,7 @@ class RehearsedEvent(Event):
 
 
 class RehearsedStream(Stream):
-    """A queue that runs nothing. late: tensors it may still be reading when their last reference goes."""
+    """A queue that runs nothing."""
 
     def __init__(self, device: RehearsedDevice, name: str) -> None:
         self.name, self._device = name, device

@@ -30,7 +30,7 @@ class Results:
     ready: Event | None = None
 
     def on(self, stream: Stream) -> tuple[Any, ...]:
-        """The tensors, which `stream` may use from here on."""
+        """The tensors, which `stream` may use from here on: the current one, unless they say when they are ready."""
         stream.wait(self.ready)
         stream.uses(*(tensor for tensor in self.tensors if tensor is not None))
         return self.tensors

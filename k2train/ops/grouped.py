@@ -18,29 +18,36 @@ from k2train.ops.dtypes import accumulation_dtype
 from k2train.ops.weight_grad import GradientSink, WeightGradSlot, add_product_into
 
 _GROUPED_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+_CUDA_GROUPED_DTYPES = (torch.bfloat16,)
 _ALIGNMENT_BYTES = 16
 
 
-def grouped_mm(x_MI: torch.Tensor, weight_LIO: torch.Tensor, offsets_L: torch.Tensor) -> torch.Tensor:
-    """Rows offsets[e-1]:offsets[e] of x times weight[e] (M, O); rows past the last offset are left undefined."""
+def grouped_mm(
+    x_MI: torch.Tensor, weight_LIO: torch.Tensor, offsets_L: torch.Tensor, rows_L: Sequence[int] | None = None
+) -> torch.Tensor:
+    """Rows offsets[e-1]:offsets[e] of x times weight[e] (M, O); rows past the last offset are left undefined.
+
+    rows_L: each expert's number of rows, where the host knows them.
+    """
     if _fast(x_MI, weight_LIO):
         return F.grouped_mm(x_MI, weight_LIO, offs=offsets_L)
-    return grouped_mm_reference(x_MI, weight_LIO, offsets_L)
+    return grouped_mm_reference(x_MI, weight_LIO, offsets_L, rows_L)
 
 
 def grouped_mm_reference(
-    x_MI: torch.Tensor, weight_LIO: torch.Tensor, offsets_L: torch.Tensor
+    x_MI: torch.Tensor, weight_LIO: torch.Tensor, offsets_L: torch.Tensor, rows_L: Sequence[int] | None = None
 ) -> torch.Tensor:
-    """The same as a loop over experts, for every type and width. Reads the offsets on the host."""
+    """The same as a loop over experts, for every type and width. Reads the offsets on the host where rows_L is None."""
     y_MO = x_MI.new_zeros(x_MI.shape[0], weight_LIO.shape[2])
-    for expert, (start, end) in enumerate(_ranges(offsets_L)):
+    for expert, (start, end) in enumerate(_ranges(offsets_L) if rows_L is None else _ranges_of(rows_L)):
         if end > start:
             torch.mm(x_MI[start:end], weight_LIO[expert], out=y_MO[start:end])
     return y_MO
 
 
 def _fast(x_MI: torch.Tensor, weight_LIO: torch.Tensor) -> bool:
-    """Whether grouped_mm takes these. The weight is a parameter or its transpose, so its widths are its strides."""
+    """Whether grouped_mm takes these: on CUDA 16 bits alone. The weight is a parameter or its transpose, so its widths are
+    its strides."""
     size = x_MI.element_size()
     widths_fit = all(width * size % _ALIGNMENT_BYTES == 0 for width in weight_LIO.shape[1:])
     return widths_fit and _aligned(x_MI) and _begins_aligned(weight_LIO)
@@ -54,7 +61,7 @@ def _begins_aligned(t: torch.Tensor) -> bool:
 def _aligned(x_MI: torch.Tensor) -> bool:
     row_bytes = x_MI.shape[1] * x_MI.element_size()
     return (
-        x_MI.dtype in _GROUPED_DTYPES
+        x_MI.dtype in (_GROUPED_DTYPES if x_MI.device.type == "cpu" else _CUDA_GROUPED_DTYPES)
         and x_MI.device.type in ("cpu", "cuda")
         and x_MI.is_contiguous()
         and row_bytes % _ALIGNMENT_BYTES == 0
@@ -143,7 +150,7 @@ class _GroupedLinear(torch.autograd.Function):
     ) -> torch.Tensor:
         ctx.save_for_backward(x_MI, offsets_L)
         ctx.weight, ctx.slot, ctx.rows = weight_LOI, slot, rows
-        return grouped_mm(x_MI, weight_LOI.transpose(1, 2), offsets_L)
+        return grouped_mm(x_MI, weight_LOI.transpose(1, 2), offsets_L, rows)
 
     @staticmethod
     def backward(ctx: Any, *grads: torch.Tensor) -> Any:
@@ -154,5 +161,6 @@ class _GroupedLinear(torch.autograd.Function):
             ctx.slot.put(GroupedWeightGrad(ctx.weight, x_MI, dy_MO, offsets_L, ctx.rows))
         elif ctx.needs_input_grad[1]:
             dw_LOI = grouped_weight_grad(dy_MO, x_MI, offsets_L).to(ctx.weight.dtype)
-        dx_MI = grouped_mm(dy_MO, ctx.weight, offsets_L) if ctx.needs_input_grad[0] else None
+        needed = ctx.needs_input_grad[0]
+        dx_MI = grouped_mm(dy_MO, ctx.weight, offsets_L, ctx.rows) if needed else None
         return dx_MI, dw_LOI, None, None, None

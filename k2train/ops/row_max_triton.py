@@ -6,7 +6,9 @@ logits, and most blocks need no product:
 - `best_blocks` bounds every block. A head whose bounds are all at most `exact_above` is done: what is returned for it is
   its largest log-sum-exp, an upper bound. Of any other head it computes the logits of the block with the largest bound.
 - `other_blocks` then takes every other block of those heads, and leaves at once where the bound says that the block
-  holds nothing larger than what is known by then. What is left in the end is the exact maximum.
+  holds nothing larger than what is known by then, or nothing above `exact_above`. What is left in the end is the exact
+  maximum where that is above `exact_above`; elsewhere a skipped block may hold a larger logit, so the largest of their
+  bounds is returned.
 
 Which blocks are computed depends on the order in which programs happen to run; the maximum does not. The host waits for
 nothing. How many blocks that is depends on the data: where a row attends to one key its bound is tight and a block or
@@ -17,6 +19,8 @@ Needs triton (the `gpu` extra). Letters as in `attention_kernels`.
 """
 
 from __future__ import annotations
+
+import math
 
 import torch
 import triton
@@ -40,7 +44,7 @@ def largest_logits(
 ) -> torch.Tensor:
     """Each head's largest scaled logit over the batch (H,), FP32, where it is above `exact_above`.
 
-    For a head whose largest log-sum-exp is not above `exact_above`, that log-sum-exp: an upper bound of its logits.
+    For any other head an upper bound of its logits that is not above `exact_above` either.
     q, k: features together in memory, whatever the other strides. lse_BHS: natural logarithms, contiguous, FP32.
     """
     batch, heads, length, _ = q_BHSK.shape
@@ -48,7 +52,14 @@ def largest_logits(
     maxima_H = q_BHSK.new_empty(heads, dtype=torch.float32)
     attention_best_blocks(q_BHSK, k_BHSK, lse_BHS, bounds_BHM, maxima_H, scale, exact_above)
     attention_other_blocks(q_BHSK, k_BHSK, bounds_BHM, maxima_H, scale, exact_above)
-    return maxima_H
+    return maxima_H if exact_above == -math.inf else _with_skipped(maxima_H, bounds_BHM, exact_above)
+
+
+def _with_skipped(maxima_H: torch.Tensor, bounds_BHM: torch.Tensor, exact_above: float) -> torch.Tensor:
+    """Where nothing above `exact_above` was found, the bound of what was skipped, which is not above it."""
+    bound_H = bounds_BHM.amax((0, 2))
+    raised_H = torch.where(bound_H > maxima_H, bound_H + SLACK.value * (bound_H.abs() + 1.0), maxima_H)
+    return torch.where(maxima_H <= exact_above, raised_H.clamp(max=exact_above).maximum(maxima_H), maxima_H)
 
 
 def strides(x_BHSK: torch.Tensor) -> tuple[int, int, int]:

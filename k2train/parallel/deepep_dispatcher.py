@@ -63,10 +63,17 @@ class DeepEPRoute:
     """
 
     def __init__(self, experts_TK: torch.Tensor, layout: Layout, saved: SavedActivations) -> None:
-        self.experts_TK, self.layout, self._saved = experts_TK, layout, saved
+        self.num_choices, self._saved = experts_TK.shape[1], saved
+        self._told: tuple[torch.Tensor, Layout] | None = (experts_TK, layout)
         self._rows_of_experts: tuple[int, ...] | None = None
         self._offsets: torch.Tensor | None = None
         self.tables: RouteTables | None = None
+
+    @property
+    def told(self) -> tuple[torch.Tensor, Layout]:
+        """The choices (T, K) and their layout, for the first dispatch."""
+        assert self._told is not None, "dispatched before"
+        return self._told
 
     @property
     def offsets(self) -> torch.Tensor:
@@ -82,6 +89,7 @@ class DeepEPRoute:
         self, local_RK: torch.Tensor, rows_of_experts: Sequence[int], handle: Sequence[torch.Tensor]
     ) -> None:
         """Take up what the first dispatch returned. local_RK: each row's local experts, -1 for other ranks'."""
+        self._told = None  # no other dispatch is told the choices
         self._rows_of_experts = tuple(rows_of_experts)
         choice_M = choices_by_expert(local_RK, local_RK >= 0, sum(rows_of_experts))
         next_L = torch.arange(1, len(rows_of_experts) + 1, dtype=local_RK.dtype, device=local_RK.device)
@@ -146,7 +154,7 @@ class DeepEPDispatcher:
 
         def again(x_TD: torch.Tensor) -> Tensors:
             rows_RD, *_ = self.buffer.dispatch(x_TD.contiguous(), handle=handle)
-            return (rows_RD.index_select(0, experts.rows(route.experts_TK.shape[1])),)
+            return (rows_RD.index_select(0, experts.rows(route.num_choices)),)
 
         return self.side.start(again, (x_TD,), ready)
 
@@ -161,7 +169,7 @@ class DeepEPDispatcher:
         assert isinstance(route, DeepEPRoute)
         assert route.tables is not None, "a route begins with a dispatch"
         experts, handle = route.split_tables(self.side.tables(route.tables))
-        num_choices = route.experts_TK.shape[1]
+        num_choices = route.num_choices
 
         def move(*inputs: torch.Tensor) -> Tensors:
             sums_RD = sum_copies(rows_MD, experts.order, experts.first)
@@ -178,10 +186,10 @@ def _first(buffer: ExpertBuffer, route: DeepEPRoute) -> Any:
     """The dispatch that makes a route's handle."""
 
     def move(x_TD: torch.Tensor, weights_TK: torch.Tensor) -> Tensors:
-        per_rank, per_rdma_rank, per_expert, is_in_rank = route.layout
+        experts_TK, (per_rank, per_rdma_rank, per_expert, is_in_rank) = route.told
         rows_RD, local_RK, weights_RK, rows_of_experts, handle, _ = buffer.dispatch(
             x_TD.contiguous(),
-            topk_idx=route.experts_TK,
+            topk_idx=experts_TK,
             topk_weights=weights_TK.to(torch.float32).contiguous(),
             num_tokens_per_rank=per_rank,
             num_tokens_per_rdma_rank=per_rdma_rank,
@@ -192,7 +200,7 @@ def _first(buffer: ExpertBuffer, route: DeepEPRoute) -> Any:
         assert route.tables is not None
         experts, _ = route.split_tables(tuple(route.tables))
         weights_M = weights_RK.reshape(-1).index_select(0, experts.place)
-        return rows_RD.index_select(0, experts.rows(route.experts_TK.shape[1])), weights_M
+        return rows_RD.index_select(0, experts.rows(route.num_choices)), weights_M
 
     return move
 

@@ -7,7 +7,8 @@ channel of its own (`channels.py`). Receives are posted where the action list sa
 A sent tensor is kept until its message has left. On a GPU the host runs ahead of the device, as far as it likes: a send
 that the host has issued may be hundreds of microbatches away from leaving, and its tensor would be kept as long. So no
 more than `Channels.max_sends` messages to one stage are under way. The next send first waits for the oldest, and on CUDA
-that wait is the stream's: the host goes on, and the memory is free for whatever the stream does next. Where the
+that wait is the stream's that messages leave from: the host goes on, and the memory comes back when that stream has passed
+it. Where the
 schedule's steps take equally long the wait never finds a message that has not left (`Messages.max_sends`).
 """
 

@@ -86,6 +86,21 @@ def test_interpreted_heads_whose_log_sums_are_small_report_an_upper_bound_and_th
 
 
 @needs_triton
+@pytest.mark.parametrize("above", [99.5, 100.0])
+def test_interpreted_heads_with_a_large_log_sum_and_no_large_logit_report_an_upper_bound(above, kernels):
+    """Rows of the first block have logits of 95 and log sums of 100.5, those of the second 98.5 each: the first block is
+    looked into and holds nothing above 99.5, the second is skipped and must count all the same."""
+    q, k = torch.zeros(1, 1, 256, 16), torch.zeros(1, 1, 256, 16)
+    q[..., 0], k[..., 0] = 1.0, 95.0
+    k[:, :, 200, 0] = 98.5
+    lse = torch.full((1, 1, 256), 100.5)
+    lse[:, :, 128:] = 98.5
+    (got,) = kernels.largest_logits(q, k, lse, 1.0, above).tolist()
+    assert 98.5 <= got <= above
+    torch.testing.assert_close(kernels.largest_logits(q, k, lse, 1.0, -math.inf).item(), 98.5)
+
+
+@needs_triton
 def test_interpreted_blocks_that_cannot_hold_the_maximum_are_not_computed(kernels):
     """Log sums that lie: if the kernels looked where they say that nothing is, they would find more."""
     q, k = inputs(700, 16, batch=1, heads=1)
