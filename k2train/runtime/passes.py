@@ -4,7 +4,7 @@ A pause comes after each compute phase and between the start and the finish of e
 one generator to its end is a plain forward or backward; driving two in the order of `schedule.pair_order` is a
 PAIR, in which one's all-to-all is under way while the other computes (K2 report, Figure 7).
 
-The host waits for the device in one place of a forward, the finish of a MoE layer's route. In a pair the other
+Within a forward the host waits for the device in one place, the finish of a MoE layer's route. In a pair the other
 half's next compute phase has been issued by then; a plain forward has nothing to issue in between.
 """
 
