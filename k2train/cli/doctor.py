@@ -45,7 +45,7 @@ REQUIRED = (
 )
 OPTIONAL = (
     Package("triton", "attention, SwiGLU, norms and FP8 storage on CUDA; without it, plain torch", "gpu"),
-    Package("transformer-engine", "attention with ops.backend=te", "gpu"),
+    Package("transformer-engine", "attention and experts' products with ops.backend=te", "gpu"),
     Package("deepspeed", "optim.host_adam=deepspeed: AdamW on states in host memory", "deepspeed"),
     Package("wandb", "Weights & Biases metrics", "wandb"),
     Package("hydra-submitit-launcher", "sweeps on Slurm", "slurm"),

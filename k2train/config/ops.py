@@ -18,12 +18,12 @@ HOPPER = (9, 0)
 
 @dataclasses.dataclass(frozen=True)
 class OpsConfig:
-    """`ops`: whose kernels compute attention on a GPU."""
+    """`ops`: whose kernels compute attention on a GPU, and with te the experts' products."""
 
     backend: Backend = key(
         "auto takes cuDNN's attention where it can, else this program's Triton kernels, else stock operations; torch takes "
         "no Triton for attention; triton has sums in a fixed order, so that two runs give the same bits; te is Transformer "
-        "Engine, which must be installed",
+        "Engine for attention and for the experts' products, which must be installed",
         default="auto",
     )
     exact_max_logits: bool = key(

@@ -12,7 +12,7 @@ import torch
 
 from k2train.model.pieces import Allocator, Piece, gate_up_pieces
 from k2train.model.saved import SavedActivations
-from k2train.ops.grouped import grouped_linear
+from k2train.ops.grouped import GroupedProduct, grouped_linear
 from k2train.ops.linear import linear
 from k2train.ops.swiglu import swiglu, weighted_swiglu
 from k2train.ops.weight_grad import WeightGradSlot
@@ -46,9 +46,15 @@ class RoutedExperts:
     """The local experts of one layer, as grouped products over rows sorted by expert."""
 
     def __init__(
-        self, prefix: str, expert_ids: Sequence[int], hidden: int, width: int, allocator: Allocator
+        self,
+        prefix: str,
+        expert_ids: Sequence[int],
+        hidden: int,
+        width: int,
+        product: GroupedProduct,
+        allocator: Allocator,
     ) -> None:
-        self.prefix, self.expert_ids = prefix, tuple(expert_ids)
+        self.prefix, self.expert_ids, self.product = prefix, tuple(expert_ids), product
         self.gate_up = allocator.parameter(len(expert_ids), 2 * width, hidden)
         self.down = allocator.parameter(len(expert_ids), hidden, width)
 
@@ -75,8 +81,8 @@ class RoutedExperts:
         """
 
         def up(rows_MD: torch.Tensor, offsets_L: torch.Tensor) -> torch.Tensor:
-            return grouped_linear(rows_MD, self.gate_up, offsets_L, slot, rows_of_experts)
+            return grouped_linear(rows_MD, self.gate_up, offsets_L, slot, rows_of_experts, self.product)
 
         gate_up_MF2 = saved.make("swiglu_input", up, rows_MD, offsets_L)
         hidden_MF = saved.make("swiglu_output", weighted_swiglu, gate_up_MF2, weights_M)
-        return grouped_linear(hidden_MF, self.down, offsets_L, slot, rows_of_experts)
+        return grouped_linear(hidden_MF, self.down, offsets_L, slot, rows_of_experts, self.product)

@@ -173,11 +173,18 @@ class ExpertsPhase(ComputePhase):
     layer: int
 
     def __init__(
-        self, model: ModelConfig, layer: int, local_experts: Sequence[int], allocator: Allocator
+        self,
+        model: ModelConfig,
+        layer: int,
+        local_experts: Sequence[int],
+        backend: OpsBackend,
+        allocator: Allocator,
     ) -> None:
         super().__init__(f"layer{layer}.experts", layer)
         prefix, width = f"model.layers.{layer}.mlp", model.moe_intermediate_size
-        self.routed = RoutedExperts(f"{prefix}.experts", local_experts, model.hidden_size, width, allocator)
+        self.routed = RoutedExperts(
+            f"{prefix}.experts", local_experts, model.hidden_size, width, backend.grouped, allocator
+        )
         self.shared = None
         if model.n_shared_experts:
             width *= model.n_shared_experts

@@ -79,7 +79,7 @@ def build_model(
 ) -> Model:
     """The phases of `part` with empty parameters; `Model.initialise` or a checkpoint fills them.
 
-    backend: whose kernels compute; None for stock attention.
+    backend: whose kernels compute; None for stock operations.
     """
     backend = backend or OpsBackend()
     allocator = Allocator(dtype, torch.device(device))
@@ -92,7 +92,7 @@ def build_model(
                 RoutedAttentionPhase(config, layer, rotary, scratch, backend, allocator),
                 RoutePhase(layer, exchange),
                 DispatchPhase(layer, exchange),
-                ExpertsPhase(config, layer, part.local_experts, allocator),
+                ExpertsPhase(config, layer, part.local_experts, backend, allocator),
                 CombinePhase(layer, exchange),
             ]
         else:

@@ -4,7 +4,7 @@
     weight_grad    WeightGradQueue, WeightGradSlot, GradientSink, RowRun, PlainGradients, add_product
     bf16_products  products of BF16 with FP32 results, added to sums in place: what weight gradients take on CUDA
     linear         linear: y = x W^T with the weight gradient queued
-    grouped        grouped_linear, grouped_mm: the experts' products
+    grouped        grouped_linear, grouped_mm, GroupedProduct: the experts' products; te_grouped has Transformer Engine's
     attention      causal_attention: output and per-head max logit; attention_tiles, attention_triton (kernels in
                    attention_kernels), attention_cudnn and te_attention are the ways to compute it
     backend        OpsBackend, choose_backend: which way a run takes

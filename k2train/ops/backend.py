@@ -22,8 +22,10 @@ from k2train.config.sections import Dtype
 from k2train.device.build import compute_capability
 from k2train.ops.attention_cudnn import cudnn_takes
 from k2train.ops.dtypes import DTYPES
+from k2train.ops.grouped import GroupedProduct, grouped_mm
 from k2train.ops.rotary import softmax_scale
 from k2train.ops.te_attention import TeAttention, build_te_attention
+from k2train.ops.te_grouped import build_te_grouped
 
 # Positions of the tensors that cuDNN is asked about: it refuses one alone, and no other number matters to it.
 _PROBE_LENGTH = 128
@@ -34,12 +36,14 @@ class OpsBackend:
     """The choice. attention: whose kernel. exact_above: beside cuDNN's, the logit up to which an upper bound will do.
 
     triton: whether the largest logits beside cuDNN's attention may be Triton's. te: there with attention "te" alone.
+    grouped: whose kernels compute the experts' two products y and dx.
     """
 
     attention: AttentionKernel = "tiles"
     exact_above: float = -math.inf
     triton: bool = False
     te: TeAttention | None = None
+    grouped: GroupedProduct = grouped_mm
 
     @property
     def heads_inside(self) -> bool:
@@ -62,12 +66,12 @@ def choose_backend(
     """
     kernel = attention_kernel(ops.backend, _site(model, dtype, device))
     triton = ops.backend != "torch" and _installed("triton")
-    te = None
-    if kernel == "te":
-        te = build_te_attention(
-            model.num_attention_heads, model.qk_head_dim, model.v_head_dim, softmax_scale(model)
-        )
-    return OpsBackend(kernel, exact_above(ops, tau), triton, te)
+    if kernel != "te":
+        return OpsBackend(kernel, exact_above(ops, tau), triton)
+    te = build_te_attention(
+        model.num_attention_heads, model.qk_head_dim, model.v_head_dim, softmax_scale(model)
+    )
+    return OpsBackend(kernel, exact_above(ops, tau), triton, te, build_te_grouped())
 
 
 def _site(model: ModelConfig, dtype: Dtype, device: torch.device) -> AttentionSite:

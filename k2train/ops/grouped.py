@@ -9,7 +9,7 @@ from __future__ import annotations
 import dataclasses
 import itertools
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 import torch.nn.functional as F
@@ -20,6 +20,20 @@ from k2train.ops.weight_grad import GradientSink, WeightGradSlot, add_product_in
 _GROUPED_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 _CUDA_GROUPED_DTYPES = (torch.bfloat16,)
 _ALIGNMENT_BYTES = 16
+
+
+class GroupedProduct(Protocol):
+    """Whose kernels multiply: `grouped_mm`, or `te_grouped.TeGroupedMM`."""
+
+    def __call__(
+        self,
+        x_MI: torch.Tensor,
+        weight_LIO: torch.Tensor,
+        offsets_L: torch.Tensor,
+        rows_L: Sequence[int] | None = None,
+    ) -> torch.Tensor:
+        """Shapes as `grouped_mm`'s."""
+        ...
 
 
 def grouped_mm(
@@ -126,14 +140,16 @@ def grouped_linear(
     offsets_L: torch.Tensor,
     slot: WeightGradSlot | None = None,
     rows: tuple[int, ...] | None = None,
+    product: GroupedProduct = grouped_mm,
 ) -> torch.Tensor:
     """x W_e^T (M, O) for rows sorted by expert; offsets_L int32 are the row after each expert's last.
 
     Rows past the last offset come out undefined and get an undefined gradient: a padded buffer must mask them.
     With a slot the weight gradient goes there, and the weight's own gradient is None. rows: how many rows each expert has,
     where the host knows; the weight gradient must otherwise wait for the device to learn it.
+    product: whose kernels compute y and the gradient of x.
     """
-    return _GroupedLinear.apply(x_MI, weight_LOI, offsets_L, slot, rows)
+    return _GroupedLinear.apply(x_MI, weight_LOI, offsets_L, slot, rows, product)
 
 
 class _GroupedLinear(torch.autograd.Function):
@@ -147,10 +163,11 @@ class _GroupedLinear(torch.autograd.Function):
         offsets_L: torch.Tensor,
         slot: WeightGradSlot | None,
         rows: tuple[int, ...] | None,
+        product: GroupedProduct,
     ) -> torch.Tensor:
         ctx.save_for_backward(x_MI, offsets_L)
-        ctx.weight, ctx.slot, ctx.rows = weight_LOI, slot, rows
-        return grouped_mm(x_MI, weight_LOI.transpose(1, 2), offsets_L, rows)
+        ctx.weight, ctx.slot, ctx.rows, ctx.product = weight_LOI, slot, rows, product
+        return product(x_MI, weight_LOI.transpose(1, 2), offsets_L, rows)
 
     @staticmethod
     def backward(ctx: Any, *grads: torch.Tensor) -> Any:
@@ -162,5 +179,5 @@ class _GroupedLinear(torch.autograd.Function):
         elif ctx.needs_input_grad[1]:
             dw_LOI = grouped_weight_grad(dy_MO, x_MI, offsets_L).to(ctx.weight.dtype)
         needed = ctx.needs_input_grad[0]
-        dx_MI = grouped_mm(dy_MO, ctx.weight, offsets_L, ctx.rows) if needed else None
-        return dx_MI, dw_LOI, None, None, None
+        dx_MI = ctx.product(dy_MO, ctx.weight, offsets_L, ctx.rows) if needed else None
+        return dx_MI, dw_LOI, None, None, None, None
