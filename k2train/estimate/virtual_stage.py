@@ -37,6 +37,8 @@ class VirtualStageEstimate:
     """Of all its layers."""
     forward_transient_bytes: int
     backward_transient_bytes: int
+    put_off_transient_bytes: int
+    """The same where weight gradients are put off: what waits of layers that are done is there as well."""
     weight_queue_bytes: int
     forward_flops: float
     recompute_flops: float
@@ -70,6 +72,7 @@ class Estimator:
             saved=saved,
             forward_transient_bytes=max((part.forward_transient_bytes for part in parts), default=0),
             backward_transient_bytes=max((part.backward_transient_bytes for part in parts), default=0),
+            put_off_transient_bytes=put_off_transient(parts),
             weight_queue_bytes=sum(part.weight_queue_bytes for part in parts),
             forward_flops=sum(part.forward_flops for part in parts),
             recompute_flops=sum(part.recompute_flops for part in parts),
@@ -83,6 +86,18 @@ class Estimator:
         parts = [self.embedding] if piece.embedding else []
         parts += [self.layer(layer) for layer in piece.layers]
         return [*parts, self.head] if piece.head else parts
+
+
+def put_off_transient(parts: Sequence[LayerCosts]) -> int:
+    """The most that an input gradient takes beside what the forward saved, with weight gradients put off.
+
+    Layers go from the last to the first. One that is done has let go of what it saved and left its products' factors.
+    """
+    most = left = 0
+    for part in reversed(parts):
+        most = max(most, left + part.backward_transient_bytes)
+        left += part.weight_queue_bytes - sum(tensor.stored_bytes for tensor in part.saved)
+    return most
 
 
 def build_estimator(

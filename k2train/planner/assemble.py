@@ -57,7 +57,9 @@ def assemble(config: Config) -> Assembly:
     pieces = tuple(layout.virtual_stages[part] for part in schedule.model_part)
     by_piece = {piece: estimator.virtual_stage(piece) for piece in set(pieces)}
     estimates = tuple(by_piece[piece] for piece in pieces)
-    costs = Costs(tuple(virtual_stage_costs(estimate) for estimate in estimates))
+    costs = Costs(
+        tuple(virtual_stage_costs(estimate, config.schedule.split_weight_grad) for estimate in estimates)
+    )
     return Assembly(layout, schedule, estimator, pieces, estimates, costs)
 
 
@@ -87,8 +89,11 @@ def _fitted(config: Config, layout: Layout, schedule: Schedule) -> Layout:
     return build_layout(section, config.cluster, config.model, config.train.seq_len, placement)
 
 
-def virtual_stage_costs(estimate: VirtualStageEstimate) -> VirtualStageCosts:
-    """The estimate in the words of the schedule room. A stage without layers passes its input on in no time."""
+def virtual_stage_costs(estimate: VirtualStageEstimate, put_off: bool) -> VirtualStageCosts:
+    """The estimate in the words of the schedule room. A stage without layers passes its input on in no time.
+
+    put_off: whether weight gradients are.
+    """
     return VirtualStageCosts(
         forward=_phases(estimate.forward),
         backward_input=_phases(estimate.backward_input),
@@ -100,7 +105,9 @@ def virtual_stage_costs(estimate: VirtualStageEstimate) -> VirtualStageCosts:
         offload_bytes=estimate.offload_bytes,
         activation_bytes=estimate.device_bytes,
         forward_transient_bytes=estimate.forward_transient_bytes,
-        backward_transient_bytes=estimate.backward_transient_bytes,
+        backward_transient_bytes=estimate.put_off_transient_bytes
+        if put_off
+        else estimate.backward_transient_bytes,
         weight_queue_bytes=estimate.weight_queue_bytes,
     )
 

@@ -62,3 +62,15 @@ def test_offloaded_bytes_take_bus_time(make_estimator, policies, train):
 def test_impossible_policies_are_refused(make_estimator, policies):
     with pytest.raises(ConfigError):
         make_estimator(policies(expert_input="recompute"))
+
+
+@pytest.mark.parametrize("layers", [1, 2, 5])
+def test_put_off_weight_gradients_pile_up_layer_after_layer(make_estimator, layers):
+    """A layer that is done has left its queue and let go of what it saved; the one at work has its buffers beside that."""
+    estimator = make_estimator()
+    moe, piece = estimator.moe, VirtualStage(1, 1 + layers)
+    grows = moe.weight_queue_bytes - sum(tensor.stored_bytes for tensor in moe.saved)
+    want = moe.backward_transient_bytes + (layers - 1) * max(grows, 0)
+    whole = estimator.virtual_stage(piece)
+    assert whole.put_off_transient_bytes == want
+    assert whole.backward_transient_bytes == moe.backward_transient_bytes
