@@ -38,9 +38,8 @@ class Numbers:
 
     def __init__(self, config: Config, layout: Layout, ep_rank: int, skew: float) -> None:
         self._layout, self._ep_rank = layout, ep_rank
-        draws = [
-            draw_choices(config, layout.ep, skew, seed) for seed in range(NUM_DRAWS if layout.ep > 1 else 0)
-        ]
+        num_draws = NUM_DRAWS if config.model.num_moe_layers else 0
+        draws = [draw_choices(config, layout.ep, skew, seed) for seed in range(num_draws)]
         self._routes: Iterator[list[float]] = itertools.cycle([self._count(choices) for choices in draws])
 
     def answer(self, what: str, count: int) -> list[float]:
