@@ -89,7 +89,6 @@ class RehearsedDevice(Device):
         self._torch_device, self._answers = torch_device, answers
         self._issuing = [RehearsedStream(self, "main")]
         self.host_waits: collections.Counter[tuple[str, str]] = collections.Counter()
-        self.pinned_bytes = 0
         self.on_use: Callable[[torch.Tensor, str], None] = lambda tensor, stream: None
         self.clock: Callable[[], int] = lambda: 0
         self.on_host_wait: Callable[[str, int], None] = lambda what, moment: None
@@ -106,7 +105,6 @@ class RehearsedDevice(Device):
         return RehearsedStream(self, name)
 
     def pages(self, num_bytes: int) -> HostPages:
-        self.pinned_bytes += num_bytes
         return _Pages(num_bytes)
 
     def start_read(self, tensor: torch.Tensor, what: str) -> RehearsedReading:

@@ -156,7 +156,8 @@ class WeightGradQueue:
 
     def num_bytes(self, key: Key | None = None) -> int:
         """Bytes of the storages the queue keeps alive, each counted once; of one key, or of all."""
-        storages = {id(storage): storage.nbytes() for storage in map(_storage, self.tensors(key))}
+        kept = (tensor.untyped_storage() for tensor in self.tensors(key))
+        storages = {id(storage): storage.nbytes() for storage in kept}
         return sum(storages.values())
 
     def tensors(self, key: Key | None = None) -> Iterator[torch.Tensor]:
@@ -164,10 +165,6 @@ class WeightGradQueue:
         for one in list(self._entries) if key is None else [key]:
             for entry in self._entries.get(one, ()):
                 yield from entry.tensors
-
-
-def _storage(tensor: torch.Tensor) -> torch.UntypedStorage:
-    return tensor.untyped_storage()
 
 
 class WeightGradSlot(Protocol):
