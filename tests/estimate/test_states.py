@@ -81,8 +81,8 @@ def test_host_states_of_muon_cross_the_bus_and_of_adamw_only_gradients_do(model,
     slow = dataclasses.replace(cluster, host_link_bytes_per_second=1e6, host_link_efficiency=1.0)
     layout, optim = make_layout(), optim_of(name, states="host")
     states = states_of(model, layout, 0, optim)
-    assert (states.muon_elements > 0) == (name == "muonclip")
-    crossed = 12 * states.muon_elements + 8 * states.adamw_elements
+    assert (states.whole_elements > 0) == (name == "muonclip")
+    crossed = 12 * states.whole_elements + 8 * states.row_elements
     update = update_seconds(states, layout, optim, Machine(slow, "bfloat16")).update
     assert update == pytest.approx(crossed / 1e6)
 
@@ -93,7 +93,7 @@ def test_host_states_wait_for_the_host_where_it_is_slowest(model, make_layout, c
     layout, optim = make_layout(), optim_of("adamw", states="host")
     states = states_of(model, layout, 0, optim)
     update = update_seconds(states, layout, optim, Machine(slow, "bfloat16")).update
-    assert update == pytest.approx(states.adamw_elements * (28 / 1e6 + 4 / 2e10))
+    assert update == pytest.approx(states.row_elements * (28 / 1e6 + 4 / 2e10))
 
 
 def test_mfu_is_one_when_devices_do_nothing_but_useful_work(model):

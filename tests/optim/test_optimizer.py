@@ -238,7 +238,7 @@ def test_the_ownership_table_names_every_trained_tensor_once(one_rank) -> None:
     assert set(rows) == {spec.name for spec in rank.catalogue.values() if spec.trained}
     for name, row in rows.items():
         spec = rank.catalogue[name]
-        assert row.method == ("muon" if spec.role == "matrix" else "adamw")
+        assert row.rule.name == ("muon" if spec.role == "matrix" else "adamw")
         assert (row.shape, row.num_elements) == (spec.shape, spec.num_elements)
         assert row.replication == ("edp" if spec.expert is not None else "dp")
 
