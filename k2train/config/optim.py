@@ -53,8 +53,10 @@ class OptimConfig:
     weight_decay: float = key(
         "decoupled weight decay of every parameter with two dimensions", default=0.1, minimum=0
     )
-    momentum: float = key("Muon's momentum", default=0.95, minimum=0, maximum=1)
-    nesterov: bool = key("look one momentum step ahead (Moonlight does)", default=True)
+    momentum: float = key("momentum, for a rule that has one", default=0.95, minimum=0, maximum=1)
+    nesterov: bool = key(
+        "look one momentum step ahead (Moonlight does), for a rule with momentum", default=True
+    )
     newton_schulz_steps: int = key(
         "iterations of Muon's orthogonalisation", unit="iterations", default=5, minimum=1, maximum=100
     )

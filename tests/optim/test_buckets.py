@@ -15,7 +15,7 @@ from k2train.optim.buckets import SHORT_RUN_ELEMENTS, Bucket, GradBuffers
 from k2train.optim.shares import plan_buckets
 from k2train.parallel.communicator import World
 from k2train.parallel.threads import run_threads
-from k2train.update_rules.chosen import chosen_rules
+from k2train.update_rules.chosen import all_rules, chosen_rules
 
 OWNERS = 3
 ADAMW = chosen_rules(load_config(["optim.name=adamw"]).optim)
@@ -89,7 +89,7 @@ def test_rows_are_added_where_they_lie_whoever_owns_them(rows: int, width: int) 
 
 
 @pytest.mark.parametrize("owners", [1, 3, 16, 64])
-@pytest.mark.parametrize("name", ["muonclip", "adamw"])
+@pytest.mark.parametrize("name", [named.name for named in all_rules()])
 def test_the_runs_of_k2s_parameters_are_whole_rows_and_cover_each_once(owners: int, name: str) -> None:
     """Real shapes on tensors without memory: an embedding, the dense layer, a MoE layer of 24 experts, the head.
 

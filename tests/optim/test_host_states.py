@@ -20,6 +20,7 @@ from k2train.optim.adam import DeepSpeedAdamW, check_host_adam
 from k2train.optim.residence import OnHost
 from k2train.optim.states import by_rule, matrix_batches
 from k2train.parallel.testing import run_distributed_test
+from k2train.update_rules.chosen import all_rules
 from k2train.update_rules.rules.adamw import AdamW
 
 STEPS = 4
@@ -65,7 +66,7 @@ def moved(optim: OptimConfig, **changes: object) -> OptimConfig:
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32, torch.float64])
-@pytest.mark.parametrize("name", ["muonclip", "adamw"])
+@pytest.mark.parametrize("name", [named.name for named in all_rules()])
 def test_one_rank_trains_the_same_bits(one_rank, optim_config, name, dtype) -> None:
     optim = dataclasses.replace(optim_config, name=name, newton_schulz_dtype="bfloat16")
     device = train(one_rank(optim=optim, dtype=dtype))
@@ -74,7 +75,7 @@ def test_one_rank_trains_the_same_bits(one_rank, optim_config, name, dtype) -> N
     assert device.results[0].clipped_heads == (6 if name == "muonclip" else 0)
 
 
-@pytest.mark.parametrize("name", ["muonclip", "adamw"])
+@pytest.mark.parametrize("name", [named.name for named in all_rules()])
 @pytest.mark.parametrize(
     ("edp", "ep", "backend"), [(2, 2, "threads"), (3, 1, "threads"), (2, 1, "processes")]
 )
@@ -89,7 +90,7 @@ def test_every_rank_of_a_layout_trains_the_same_bits(make_rank, optim_config, na
         assert_same_bits(mine, expected)
 
 
-@pytest.mark.parametrize("name", ["muonclip", "adamw"])
+@pytest.mark.parametrize("name", [named.name for named in all_rules()])
 @pytest.mark.parametrize(("first", "second"), [("device", "host"), ("host", "device")])
 def test_states_of_one_mode_load_into_the_other(one_rank, optim_config, name, first, second) -> None:
     optim = dataclasses.replace(optim_config, name=name)
@@ -122,7 +123,7 @@ def test_a_non_finite_gradient_leaves_host_states_alone(one_rank, optim_config) 
     assert all(torch.equal(rank.weights()[name], tensor) for name, tensor in before.weights.items())
 
 
-@pytest.mark.parametrize("name", ["muonclip", "adamw"])
+@pytest.mark.parametrize("name", [named.name for named in all_rules()])
 @pytest.mark.parametrize("layers", [3, 6])
 def test_host_states_hold_only_their_slots_on_the_device(
     one_rank, optim_config, model_config, name, layers

@@ -14,6 +14,7 @@ from k2train.model.pieces import Piece
 from k2train.optim.build import build_optimizer
 from k2train.parallel.groups import build_groups
 from k2train.parallel.threads import run_threads
+from k2train.update_rules.chosen import all_rules
 
 LOW = {layer: torch.zeros(3) for layer in range(3)}
 
@@ -104,7 +105,7 @@ def test_small_updates_add_up_in_the_masters_of_a_bfloat16_model(one_rank) -> No
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
-@pytest.mark.parametrize("name", ["muonclip", "adamw"])
+@pytest.mark.parametrize("name", [named.name for named in all_rules()])
 def test_a_resumed_run_is_bit_equal(one_rank, optim_config, name, dtype) -> None:
     optim = dataclasses.replace(optim_config, name=name, newton_schulz_dtype="bfloat16")
     high = {layer: torch.tensor([50.0, 130.0, 400.0]) for layer in range(3)}
