@@ -184,16 +184,6 @@ class GradBuffers:
         for bucket in self.buckets:
             bucket.flat.zero_()
 
-    def gradient(self, name: str) -> torch.Tensor:
-        """This rank's sum for a named tensor, before the reduce-scatter. For tests and reports."""
-        shares = [
-            (share, bucket) for bucket in self.buckets for share in bucket.plan.shares if share.name == name
-        ]
-        assert shares, f"no gradient buffer for {name}"
-        return torch.cat(
-            [share.in_bucket(bucket.flat) for share, bucket in sorted(shares, key=lambda s: s[0].start)]
-        )
-
 
 def _runs_by_parameter(shares: Iterable[Share]) -> dict[torch.Tensor, list[_Run]]:
     runs: dict[torch.Tensor, list[_Run]] = {}

@@ -68,7 +68,6 @@ class LrSchedule:
             if end > position:
                 self._stretches.append(_Stretch(phase.kind, position, end, rate, phase.to))
             position, rate = end, phase.to
-        self.num_steps = position
         self._last = rate
 
     def at(self, step: int) -> float:

@@ -37,7 +37,7 @@ def pair_of(rows: int, width: int) -> tuple[list[Piece], dict[str, TensorSpec]]:
 
 
 @pytest.mark.parametrize("rows", [5, OWNERS * SHORT_RUN_ELEMENTS])
-def test_every_entry_comes_back_as_the_sum_over_ranks_and_additions(rows: int) -> None:
+def test_every_entry_comes_back_as_the_sum_over_ranks_and_additions(rows: int, gradient_of) -> None:
     """Whole numbers below 2**24, so FP32 sums are exact in any order."""
 
     def run(world: World) -> None:
@@ -52,7 +52,9 @@ def test_every_entry_comes_back_as_the_sum_over_ranks_and_additions(rows: int) -
             assert len(bucket.runs[piece.parameter]) == OWNERS
             for times in (1, 2):
                 buffers.add(piece.parameter, values[piece.name] * times)
-            torch.testing.assert_close(buffers.gradient(piece.name), 3 * values[piece.name], rtol=0, atol=0)
+            torch.testing.assert_close(
+                gradient_of(buffers, piece.name), 3 * values[piece.name], rtol=0, atol=0
+            )
         bucket.start_reduce()
         bucket.finish_reduce()
         bucket.start_gather(bucket.own_gradient.clone())
@@ -70,7 +72,7 @@ def filled(bucket: Bucket) -> None:
 
 @pytest.mark.parametrize("rows", [5, 7, OWNERS * SHORT_RUN_ELEMENTS])
 @pytest.mark.parametrize("width", [1, 2, 9])
-def test_rows_are_added_where_they_lie_whoever_owns_them(rows: int, width: int) -> None:
+def test_rows_are_added_where_they_lie_whoever_owns_them(rows: int, width: int, gradient_of) -> None:
     """Whole numbers, so FP32 sums are exact in any order. A row that comes twice is added twice."""
     pieces, catalogue = pair_of(rows, width)
     (plan,) = plan_buckets([pieces], catalogue, ADAMW, {"dp": OWNERS, "edp": 1})
@@ -78,14 +80,14 @@ def test_rows_are_added_where_they_lie_whoever_owns_them(rows: int, width: int) 
     filled(bucket)
     buffers = GradBuffers([bucket])
     for piece in pieces:
-        before = {other.name: buffers.gradient(other.name) for other in pieces}
+        before = {other.name: gradient_of(buffers, other.name) for other in pieces}
         index, columns = torch.tensor([4, 0, 4, 3]), width // 2 + 1
         values = torch.arange(4.0 * columns).view(4, columns)
         buffers.add_rows(piece.parameter, index, values, width - columns)
         expected = before | {piece.name: before[piece.name].clone()}
         expected[piece.name][:, width - columns :].index_add_(0, index, values)
         for other in pieces:
-            assert torch.equal(buffers.gradient(other.name), expected[other.name])
+            assert torch.equal(gradient_of(buffers, other.name), expected[other.name])
 
 
 @pytest.mark.parametrize("owners", [1, 3, 16, 64])

@@ -158,7 +158,7 @@ def rank_norm(rank) -> float:
     return total
 
 
-def test_buckets_sum_fused_gradients_tensor_by_tensor(one_rank) -> None:
+def test_buckets_sum_fused_gradients_tensor_by_tensor(one_rank, gradient_of) -> None:
     """Three microbatches of bfloat16 gradients for every parameter, fused ones too, end in FP32 under each tensor's name."""
     rank = one_rank(dtype=torch.bfloat16)
     expected: dict[str, torch.Tensor] = {}
@@ -170,12 +170,12 @@ def test_buckets_sum_fused_gradients_tensor_by_tensor(one_rank) -> None:
             for piece in pieces:
                 expected[piece.name] = expected.get(piece.name, 0) + piece.view(gradient).float()
     for name, total in expected.items():
-        got = rank.optimizer.gradients.gradient(name)
+        got = gradient_of(rank.optimizer.gradients, name)
         assert got.dtype == torch.float32
         assert torch.equal(got, total), name
 
 
-def test_what_is_added_to_the_runs_of_a_parameter_is_its_gradient(one_rank) -> None:
+def test_what_is_added_to_the_runs_of_a_parameter_is_its_gradient(one_rank, gradient_of) -> None:
     """One owner: a matrix is one run, and a stack of matrices one for each."""
     rank = one_rank()
     gradients = rank.optimizer.gradients
@@ -189,7 +189,7 @@ def test_what_is_added_to_the_runs_of_a_parameter_is_its_gradient(one_rank) -> N
             for run in runs:
                 run.buffer.add_(matrices[run.matrix, run.first : run.last])
         for piece in pieces:
-            assert torch.equal(gradients.gradient(piece.name), piece.tensor)
+            assert torch.equal(gradient_of(gradients, piece.name), piece.tensor)
 
 
 @pytest.mark.parametrize("latent", [14, None])

@@ -6,6 +6,8 @@ import pytest
 import torch
 
 from k2train.config.compose import load_config
+from k2train.config.errors import ConfigError
+from k2train.optim.adam import check_host_adam
 from k2train.planner.plan import build_plan
 from k2train.update_rules.rules.sgd import Sgd
 
@@ -51,3 +53,9 @@ def test_the_plan_of_k2_by_sgd_keeps_two_numbers_of_a_parameter_and_multiplies_n
         for ours, theirs in zip(sgd.states, adamw.states, strict=True)
     )
     assert all(a.update < b.update for a, b in zip(sgd.updates, adamw.updates, strict=True))
+
+
+def test_deepspeeds_adamw_is_refused_where_nothing_is_updated_by_adamw() -> None:
+    optim = load_config(["optim.name=sgd", "optim.states=host", "optim.host_adam=deepspeed"]).optim
+    with pytest.raises(ConfigError, match=r"optim\.host_adam=deepspeed: updates AdamW's parameters"):
+        check_host_adam(optim, torch.float32)
