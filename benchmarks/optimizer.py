@@ -33,14 +33,18 @@ from k2train.device.build import build_device
 from k2train.layout.tensors import model_tensors
 from k2train.model.model import build_model
 from k2train.model.pieces import whole_model
-from k2train.optim.adam import AdamRule, AdamStates, DeepSpeedAdamW, TorchAdamW
+from k2train.optim.adam import DeepSpeedAdamW
 from k2train.optim.build import build_optimizer
 from k2train.optim.optimizer import Optimizer
 from k2train.parallel.groups import single_rank_groups
 from k2train.parallel.threads import run_threads
+from k2train.update_rules.rules.adamw import AdamW
 
-RULE = AdamRule(0.9, 0.95, 1e-8, 0.1)
+RULE = AdamW(0.9, 0.95, 1e-8, 0.1)
 Step = Callable[[], None]
+# Master and both moments, flat.
+States = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
+Kernel = Callable[[States, torch.Tensor, int], None]
 # 28 M parameters, three quarters of them in the experts of three layers.
 MODEL = ModelConfig(
     vocab_size=4096, hidden_size=384, num_hidden_layers=4, first_k_dense_replace=1, intermediate_size=1024,
@@ -70,29 +74,27 @@ def main() -> None:
 
 def adamw_sides(num_elements: int) -> dict[str, Step]:
     """Each implementation on states of its own, equal in value; one update of each is compared."""
-    kernels: dict[str, Callable[[AdamStates, torch.Tensor, int], None]] = {"torch fused": fused}
+    kernels: dict[str, Kernel] = {"torch fused": fused}
     if importlib.util.find_spec("deepspeed") is not None:
         deepspeed = DeepSpeedAdamW(RULE)
         kernels["DeepSpeedCPUAdam"] = lambda states, gradient, n: deepspeed.update(
-            states, gradient, 1e-3, True, n
+            states[0], states[1:], gradient, 1e-3, True, n
         )
     kernels["torch foreach"] = foreach
     gradient = torch.randn(num_elements, generator=torch.Generator().manual_seed(1))
     states = {name: new_states(num_elements) for name in kernels}
     for name, kernel in kernels.items():
         kernel(states[name], gradient, 0)
-        torch.testing.assert_close(states[name].master, states["torch fused"].master, rtol=1e-5, atol=1e-6)
+        torch.testing.assert_close(states[name][0], states["torch fused"][0], rtol=1e-5, atol=1e-6)
     return {name: repeated(kernel, states[name], gradient) for name, kernel in kernels.items()}
 
 
-def new_states(num_elements: int) -> AdamStates:
+def new_states(num_elements: int) -> States:
     master = torch.randn(num_elements, generator=torch.Generator().manual_seed(0))
-    return AdamStates(master, torch.zeros(num_elements), torch.zeros(num_elements))
+    return master, torch.zeros(num_elements), torch.zeros(num_elements)
 
 
-def repeated(
-    kernel: Callable[[AdamStates, torch.Tensor, int], None], states: AdamStates, gradient: torch.Tensor
-) -> Step:
+def repeated(kernel: Kernel, states: States, gradient: torch.Tensor) -> Step:
     """The kernel with its number of updates counted on."""
     done = [1]
 
@@ -103,14 +105,28 @@ def repeated(
     return step
 
 
-def fused(states: AdamStates, gradient: torch.Tensor, num_updates: int) -> None:
-    TorchAdamW(RULE).update(states, gradient, 1e-3, True, num_updates)
+def fused(states: States, gradient: torch.Tensor, num_updates: int) -> None:
+    RULE.update(states[0], states[1:], gradient, 1e-3, True, num_updates)
 
 
-def foreach(states: AdamStates, gradient: torch.Tensor, num_updates: int) -> None:
-    adamw([states.master], [gradient], [states.exp_avg], [states.exp_avg_sq], [], [torch.tensor(float(num_updates))],
-          foreach=True, amsgrad=False, beta1=RULE.beta1, beta2=RULE.beta2, lr=1e-3, weight_decay=RULE.weight_decay,
-          eps=RULE.eps, maximize=False)  # fmt: skip
+def foreach(states: States, gradient: torch.Tensor, num_updates: int) -> None:
+    master, exp_avg, exp_avg_sq = states
+    adamw(
+        [master],
+        [gradient],
+        [exp_avg],
+        [exp_avg_sq],
+        [],
+        [torch.tensor(float(num_updates))],
+        foreach=True,
+        amsgrad=False,
+        beta1=RULE.beta1,
+        beta2=RULE.beta2,
+        lr=1e-3,
+        weight_decay=RULE.weight_decay,
+        eps=RULE.eps,
+        maximize=False,
+    )
 
 
 def muon_sides(device: torch.device) -> dict[str, Step]:

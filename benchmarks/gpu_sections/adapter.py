@@ -31,7 +31,6 @@ from k2train.ops.cross_entropy import linear_cross_entropy
 from k2train.ops.grouped import grouped_linear
 from k2train.ops.kernels import gpu_kernels
 from k2train.ops.weight_grad import AtOnce, PlainGradients, WeightGradQueue, add_product_into
-from k2train.optim.muon import newton_schulz
 from k2train.parallel.groups import build_groups
 from k2train.runtime.executor import run_actions
 from k2train.runtime.stage import PipelineStage, StepInputs
@@ -39,6 +38,7 @@ from k2train.trainer.activations import build_activations, host_traffic
 from k2train.trainer.build import Run, build_layouts, build_routes, build_run
 from k2train.trainer.step import StepMetrics, train_step
 from k2train.trainer.worlds import run_world
+from k2train.update_rules.rules.muon import newton_schulz
 
 Attend = Callable[[torch.Tensor, torch.Tensor, torch.Tensor, float], torch.Tensor]
 

@@ -31,6 +31,7 @@ from k2train.config.convert import to_dict
 from k2train.config.errors import ConfigError
 from k2train.model.pieces import Piece
 from k2train.trainer.build import Run
+from k2train.update_rules.rule import MASTER
 
 
 def save(run: Run, run_dir: Path, steps_done: int) -> Path:
@@ -97,7 +98,7 @@ def start_from(run: Run, directory: Path) -> None:
 
     def lookup(name: str, start: int, stop: int) -> torch.Tensor:
         kind, _, tensor = name.partition("/")
-        if kind != "master":
+        if kind != MASTER:
             return torch.zeros(())
         return checkpoint.load(name if name in checkpoint else f"model/{tensor}", (start, stop))
 
