@@ -144,9 +144,13 @@ class EpochReader:
 def _without_cache_warning() -> Iterator[None]:
     """GPTDataset warns when it builds without a cache directory of its own, which is what is asked of it here."""
     logger = logging.getLogger("megatron.core.datasets.gpt_dataset")
-    level = logger.level
-    logger.setLevel(logging.ERROR)
+
+    def errors_only(record: logging.LogRecord) -> bool:
+        return record.levelno >= logging.ERROR
+
+    # A filter of its own for each call: training and evaluation may both be here, in two threads.
+    logger.addFilter(errors_only)
     try:
         yield
     finally:
-        logger.setLevel(level)
+        logger.removeFilter(errors_only)

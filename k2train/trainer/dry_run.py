@@ -18,9 +18,11 @@ import torch
 from k2train.activations.store import ActivationStore, MicrobatchStore
 from k2train.model.context import MicrobatchContext, Statistics
 from k2train.model.dispatcher import Results
+from k2train.model.loss import CrossEntropy
 from k2train.model.phase import Grads, Tensors
 from k2train.ops.dtypes import DTYPES
 from k2train.runtime.passes import backward_steps, finish, forward_steps
+from k2train.trainer.batch import Microbatches
 from k2train.trainer.build import Run
 from k2train.trainer.step import step_inputs
 
@@ -36,10 +38,12 @@ def dry_run(run: Run) -> None:
     train = run.config.train
     shape = (train.microbatch_size, train.seq_len + 1)
     batch = run.device.upload(torch.randint(run.config.model.vocab_size, shape, generator=generator))
+    tokens = batch[:, :-1]
+    made_up = Microbatches([tokens], [CrossEntropy(batch[:, 1:], 1.0 / train.global_batch_tokens)])
     for virtual_stage in run.models:
-        inputs = step_inputs(run, batch, Statistics())
+        inputs = step_inputs(run, made_up, Statistics())
         context = inputs.make_context(virtual_stage, 0)
-        outputs, records = _forward(run, virtual_stage, inputs.tokens(0), context, generator)
+        outputs, records = _forward(run, virtual_stage, tokens, context, generator)
         _through_host(run.activations, virtual_stage, context)
         _backward(run, virtual_stage, outputs, context, records)
     run.optimizer.gradients.zero()

@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from k2train.model.context import MicrobatchContext, Statistics
+from k2train.model.loss import CrossEntropy
 from k2train.model.model import forward_backward, forward_loss
 from k2train.model.routing import choose_experts, load_violation, update_correction_bias
 from k2train.ops.attention import causal_attention_reference
@@ -19,7 +20,7 @@ def tokens_of(config, sequences, length, seed=0):
 
 
 def evaluate(model, tokens, targets, **options) -> MicrobatchContext:
-    context = MicrobatchContext(num_sequences=tokens.shape[0], targets=targets, **options)
+    context = MicrobatchContext(num_sequences=tokens.shape[0], loss=CrossEntropy(targets), **options)
     forward_loss(model, tokens, context)
     return context
 
@@ -64,7 +65,7 @@ def test_the_balance_loss_changes_gradients_but_not_the_reported_loss(families, 
     tokens, targets = tokens_of(config, 3, 9)
     contexts = []
     for scale in (0.0, 0.5):
-        context = MicrobatchContext(3, PlainGradients(), targets=targets, balance_loss_scale=scale)
+        context = MicrobatchContext(3, PlainGradients(), loss=CrossEntropy(targets), balance_loss_scale=scale)
         forward_backward(model, tokens, context)
         contexts.append(context)
     without, with_loss = contexts

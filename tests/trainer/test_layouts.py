@@ -28,6 +28,7 @@ from k2train.schedule.actions import Pair
 from k2train.schedule.channels import ChannelForm
 from k2train.schedule.messages import plan_messages
 from k2train.telemetry.metrics import read_metrics
+from k2train.trainer.batch import read_batch
 from k2train.trainer.build import Run, build_layouts, build_run, open_corpus
 from k2train.trainer.evaluate import evaluate
 from k2train.trainer.saving import bias_pieces
@@ -95,7 +96,7 @@ def train_layout(
 
     def run_rank(run: Run) -> Part:
         prepare(run)
-        metrics = [train_step(run, index) for index in range(config.train.steps)]
+        metrics = [train_step(run, read_batch(run, index)) for index in range(config.train.steps)]
         evaluation = evaluate(run, EVAL_TOKENS)
         assert evaluation is not None
         states = [(state.name, state.start, state.tensor.clone()) for state in run.optimizer.state()]
@@ -238,7 +239,8 @@ def test_with_both_directions_in_one_queue_the_same_steps_stand_still_and_are_re
         groups = build_groups(made.grid, world)
         channels = make_channels(messages, range(made.pp), world)
         groups = dataclasses.replace(groups, channels=channels)
-        train_step(build_run(config, made, schedule, corpus, groups, build_device(world.device)), 0)
+        run = build_run(config, made, schedule, corpus, groups, build_device(world.device))
+        train_step(run, read_batch(run, 0))
 
     with pytest.raises(
         DeadlockError, match=r"rank \d waits in (send|recv) .* of group pipeline messages"
