@@ -1,7 +1,8 @@
 """Items read by a background thread before they are asked for, in order.
 
 One thread reads one item after the other, never more than `ahead` of them before they are taken. So
-the wait for a disk passes beside the step, memory stays bounded, and the order is that of the indices.
+the wait for a disk passes beside the step, memory stays bounded, and the order is that of the
+indices.
 """
 
 from __future__ import annotations

@@ -1,4 +1,5 @@
-"""What a phase may touch besides its inputs: one MicrobatchContext for each (virtual stage, microbatch).
+"""What a phase may touch besides its inputs: one MicrobatchContext for each (virtual stage,
+microbatch).
 
 Letters: H attention heads, E experts.
 """
@@ -60,8 +61,8 @@ class MicrobatchContext:
         backward.
     key: (virtual_stage, microbatch), the queue's key.
     loss: the microbatch's part of the objective (model.loss), needed where the head is.
-    balance_loss_scale: factor on the mean over the microbatch's sequences of the balance loss, summed
-        over layers; alpha / microbatches of the global batch for a mean. 0 switches it off.
+    balance_loss_scale: factor on the mean over the microbatch's sequences of the balance loss,
+        summed over layers; alpha / microbatches of the global batch for a mean. 0 switches it off.
     routes: the row exchange of each MoE layer, from its route phase until the backward of its
         dispatch.
     saved: what becomes of the tensors that phases keep for the backward; the default leaves them to

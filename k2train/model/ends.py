@@ -23,7 +23,8 @@ from k2train.ops.weight_grad import WeightGradSlot, add_product
 
 
 class EmbeddingPhase:
-    """Tokens (T,) or (B, S) -> x_TD. A look-up: its backward is written out, and is all weight gradient."""
+    """Tokens (T,) or (B, S) -> x_TD. A look-up: its backward is written out, and is all weight
+    gradient."""
 
     name = "embedding"
     stream: Literal["compute"] = "compute"

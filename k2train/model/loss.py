@@ -1,4 +1,5 @@
-"""What the head computes of a microbatch: the loss. A protocol of its one consumer, `ends.HeadPhase`.
+"""What the head computes of a microbatch: the loss. A protocol of its one consumer,
+`ends.HeadPhase`.
 
 A loss is made for one microbatch and holds all that the head does not know: targets, weights, the
 normaliser. It is called once, with whole sequences, and both hands back its value and sees to the
@@ -31,9 +32,10 @@ class Loss(Protocol):
     ) -> torch.Tensor:
         """The part, a scalar in FP32 (FP64 for float64), divided by the global batch's normaliser.
 
-        hidden_TD: the normed outputs of the last layer, sequence after sequence. weight_VD: the head.
-        Autograd must find hidden_TD's gradient from the result. The weight's gradient goes to
-        add_weight_grad during this call; None leaves it, too, to autograd, which may be switched off.
+        hidden_TD: the normed outputs of the last layer, sequence after sequence. weight_VD: the
+        head. Autograd must find hidden_TD's gradient from the result. The weight's gradient goes to
+        add_weight_grad during this call; None leaves it, too, to autograd, which may be switched
+        off.
         """
         ...
 
@@ -42,9 +44,9 @@ class Loss(Protocol):
 class CrossEntropy:
     """Implements Loss: scale * the sum over tokens of weight * -log p(target).
 
-    targets: ids, int64, of any shape with T entries. ops.cross_entropy.IGNORED_TARGET counts nothing.
-    weights: in the shape of the targets, of any sign and size, in FP32 (FP64 for float64); None is 1
-    for every token and costs nothing.
+    targets: ids, int64, of any shape with T entries. ops.cross_entropy.IGNORED_TARGET counts 0.
+    weights: in the shape of the targets, of any sign and size, in FP32 (FP64 for float64); None is
+        1 for every token and costs nothing.
     """
 
     targets: torch.Tensor

@@ -4,8 +4,8 @@ DeepSeek-V3 (arXiv 2412.19437, section 2.1.2): sigmoid scores, a correction bias
 alone, group limits, no auxiliary loss but a small sequence-wise one.
 
 That loss counts the experts that the raw scores would choose (equation 18), without the bias and
-without groups, whatever was chosen. If it counted the choices themselves, it would see an even load as
-soon as the bias had evened it out, and would no longer pull at the scores.
+without groups, whatever was chosen. If it counted the choices themselves, it would see an even load
+as soon as the bias had evened it out, and would no longer pull at the scores.
 
 Letters: T tokens, K experts per token, E experts, G groups (at the end of a name) or kept groups,
 B sequences, N choices of a sequence, D hidden, L MoE layers.
@@ -25,7 +25,8 @@ from k2train.ops.weight_grad import WeightGradSlot
 
 
 def choose_experts(scores_TE: torch.Tensor, bias_E: torch.Tensor, model: ModelConfig) -> torch.Tensor:
-    """The K experts of every token (T, K): the best biased scores within the best `topk_group` groups.
+    """The K experts of every token (T, K): the best biased scores within the best `topk_group`
+    groups.
 
     A group is ranked by the sum of its two best biased scores.
     """
@@ -68,7 +69,8 @@ class Router:
     def __call__(
         self, normed_TD: torch.Tensor, context: MicrobatchContext, slot: WeightGradSlot | None
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """Experts (T, K), their weights (T, K), and tokens per expert (E,). Reports loads and the balance loss."""
+        """Experts (T, K), their weights (T, K), and tokens per expert (E,). Reports loads and the
+        balance loss."""
         model = self.model
         wide = accumulation_dtype(normed_TD.dtype)
         scores_TE = linear(normed_TD, self.weight, slot, compute_dtype=wide).sigmoid()
@@ -84,7 +86,8 @@ class Router:
         return experts_TK, weights_TK, counts_E
 
     def _balance_loss(self, scores_TE: torch.Tensor, context: MicrobatchContext) -> torch.Tensor:
-        """The mean of the sequences' balance losses, of what the raw scores would choose; a scalar."""
+        """The mean of the sequences' balance losses, of what the raw scores would choose; a
+        scalar."""
         top_k = self.model.num_experts_per_tok
         experts_TK = torch.topk(scores_TE.detach(), top_k, dim=-1, sorted=False).indices
         counts_BE = count_experts(experts_TK, context.num_sequences, self.model.n_routed_experts)
@@ -103,8 +106,8 @@ def update_correction_bias(bias_E: torch.Tensor, loads_E: torch.Tensor, rate: fl
 
 
 def load_violation(loads_LE: torch.Tensor) -> torch.Tensor:
-    """Largest load over mean load, minus 1, of the worst layer (MaxVio, arXiv 2408.15664): a scalar,
-    with no host sync.
+    """Largest load over mean load, minus 1, of the worst layer (MaxVio, arXiv 2408.15664): a
+    scalar, with no host sync.
 
     0 is even; 0 without layers or loads.
     """

@@ -24,7 +24,8 @@ from k2train.ops.weight_grad import add_product_into
 IGNORED_TARGET = -100
 """The target that counts nothing (torch's default ignore_index). Nothing else defines it."""
 AddWeightGrad = Callable[[torch.Tensor, torch.Tensor], None]
-"""Adds dlogits^T hidden, of dlogits (C, V) and hidden (C, D), to the sums of the weight's gradient."""
+"""Adds dlogits^T hidden, of dlogits (C, V) and hidden (C, D), to the sums of the weight's
+gradient."""
 
 
 def default_chunk_elements(device: torch.device) -> int:

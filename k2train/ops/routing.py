@@ -1,4 +1,5 @@
-"""Differentiable parts of routing with closed backward passes, and a loss that rides along a tensor.
+"""Differentiable parts of routing with closed backward passes, and a loss that rides along a
+tensor.
 
 Letters: T tokens, K experts per token, E experts, B sequences, S tokens of one, 1 a kept dimension.
 """
@@ -47,12 +48,12 @@ class _ChosenWeights(torch.autograd.Function):
 
 
 def sequence_balance_loss(scores_TE: torch.Tensor, counts_BE: torch.Tensor, top_k: int) -> torch.Tensor:
-    """DeepSeek-V3's sequence-wise balance loss without its factor alpha, averaged over the sequences:
-    a scalar.
+    """DeepSeek-V3's sequence-wise balance loss without its factor alpha, averaged over the
+    sequences: a scalar.
 
-    Sum over experts of f_i P_i, where f_i = E / (K S) * (tokens of the sequence that have i among the
-    K largest of their scores) and P_i is the mean over the sequence of the scores normalised to sum 1
-    (arXiv 2412.19437, equations 17 to 20). 1 is perfect balance.
+    Sum over experts of f_i P_i, where f_i = E / (K S) * (tokens of the sequence that have i among
+    the K largest of their scores) and P_i is the mean over the sequence of the scores normalised to
+    sum 1 (arXiv 2412.19437, equations 17 to 20). 1 is perfect balance.
     counts_BE: those tokens, of every sequence and expert, int64; it has no gradient.
     """
     return _SequenceBalanceLoss.apply(scores_TE, counts_BE, top_k)
@@ -89,8 +90,8 @@ class _SequenceBalanceLoss(torch.autograd.Function):
 
 
 def attach_loss(x: torch.Tensor, loss: torch.Tensor, scale: float) -> torch.Tensor:
-    """x unchanged; its backward also sends the gradient `scale` into `loss`, which need not reach the
-    graph's root."""
+    """x unchanged; its backward also sends the gradient `scale` into `loss`, which need not reach
+    the graph's root."""
     return _AttachLoss.apply(x, loss, scale)
 
 

@@ -3,9 +3,10 @@
 The first stage needs tokens, the last needs targets and weights, and a stage between them needs
 neither: it knows from the config how many microbatches come and how large they are.
 
-The loss is the weighted sum of token losses over the *global* batch, divided by its normaliser. That
-is the sum of the weights unless the batch says another, so neither the layout nor the microbatches
-enter it. Pre-training has weights of one, whose sum is known: nothing is added up or sent for it.
+The loss is the weighted sum of token losses over the *global* batch, divided by its normaliser.
+That is the sum of the weights unless the batch says another, so neither the layout nor the
+microbatches enter it. Pre-training has weights of one, whose sum is known: nothing is added up or
+sent for it.
 
 Letters: N sequences of this rank, B of a microbatch, S tokens of a sequence.
 """
@@ -34,10 +35,11 @@ class Batch:
 
     tokens: ids (N, S), int64; needed where the embedding is.
     targets: ids (N, S), int64; needed where the head is. What is not to be counted has weight 0.
-    weights: (N, S), floating, of any sign and size, 0 for a target that does not count. None is 1 for
-        every target. Either all ranks of the last stage have weights or none has.
+    weights: (N, S), floating, of any sign and size, 0 for a target that does not count. None is 1
+        for every target. Either all ranks of the last stage have weights or none has.
     normaliser: what the weighted sum of losses is divided by, the same on every rank, above 0. None
-        takes the sum of the weights over the global batch. Where that sum is not above 0 there is no
+        takes the sum of the weights over the global batch. Where that sum is not above 0 there is
+        no
         mean: the loss is NaN and the step updates nothing. Signed weights, whose sum says nothing,
         need a normaliser of their own.
 
@@ -57,7 +59,8 @@ class Batch:
 
 @dataclasses.dataclass(frozen=True)
 class Microbatches:
-    """A rank's microbatches on its device, by number: tokens (B, S), losses. Empty where not needed."""
+    """A rank's microbatches on its device, by number: tokens (B, S), losses. Empty where not
+    needed."""
 
     tokens: Sequence[torch.Tensor]
     losses: Sequence[Loss]
@@ -74,7 +77,8 @@ def needs_targets(run: Run) -> bool:
 
 
 def read_batch(run: Run, index: int) -> Batch:
-    """This rank's share of step `index` from the run's corpus; a stage that needs nothing reads nothing.
+    """This rank's share of step `index` from the run's corpus; a stage that needs nothing reads
+    nothing.
 
     Raises ConfigError for what is wrong with the corpus. It communicates with nobody.
     """
@@ -104,8 +108,9 @@ def open_batches(run: Run, done: int, ahead: int) -> ReadAhead[Batch]:
 def place_batch(run: Run, batch: Batch) -> Microbatches:
     """Copy to the device what this rank needs of the batch, and cut it into microbatches.
 
-    Where the batch has weights and no normaliser, every rank of the last stage must call it: they add
-    up the weights. Raises ValueError for a part that is missing or has another shape than the run's.
+    Where the batch has weights and no normaliser, every rank of the last stage must call it: they
+    add up the weights. Raises ValueError for a part that is missing or has another shape than the
+    run's.
     """
     size = run.config.train.microbatch_size
     tokens: Sequence[torch.Tensor] = ()
@@ -127,8 +132,8 @@ def _losses(run: Run, batch: Batch) -> Sequence[Loss]:
 
 
 def _normalised(run: Run, weights_NS: torch.Tensor, normaliser: float | None) -> torch.Tensor:
-    """weights_NS / normaliser in the type of sums, without a host wait. None: every rank of the last
-    stage calls it, for the sum over them."""
+    """weights_NS / normaliser in the type of sums, without a host wait. None: every rank of the
+    last stage calls it, for the sum over them."""
     weights_NS = weights_NS.double()
     wide = accumulation_dtype(DTYPES[run.config.train.dtype])
     if normaliser is not None:

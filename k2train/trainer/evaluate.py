@@ -36,8 +36,8 @@ class Evaluation:
 
 @dataclasses.dataclass(frozen=True)
 class Windows:
-    """Held-out text cut for evaluation: inputs and targets (N, S). A target that another window scores
-    is IGNORED_TARGET."""
+    """Held-out text cut for evaluation: inputs and targets (N, S). A target that another window
+    scores is IGNORED_TARGET."""
 
     inputs: torch.Tensor
     targets: torch.Tensor
@@ -48,12 +48,12 @@ class Windows:
 
 
 def evaluate(run: Run, max_tokens: int) -> Evaluation | None:
-    """Mean loss over the first sequences of the validation split, at most `max_tokens` and at most one
-    pass over it.
+    """Mean loss over the first sequences of the validation split, at most `max_tokens` and at most
+    one pass over it.
 
-    Every token of them is scored once, from train.eval_overlap of a window before it or more (but at
-    the start of a text). None where there is not one whole sequence. Every rank must call it: the
-    messages and all-to-alls of forward passes, and a sum over the world.
+    Every token of them is scored once, from train.eval_overlap of a window before it or more (but
+    at the start of a text). None where there is not one whole sequence. Every rank must call it:
+    the messages and all-to-alls of forward passes, and a sum over the world.
     """
     train = run.config.train
     num_sequences = min(max_tokens // train.seq_len, run.corpus.num_samples("valid"))
@@ -73,11 +73,11 @@ def evaluate(run: Run, max_tokens: int) -> Evaluation | None:
 
 
 def cut(streams: list[torch.Tensor], seq_len: int, context: int) -> Windows:
-    """Windows of seq_len inputs over each stream, which has at least seq_len + 1 tokens; every target
-    is scored once.
+    """Windows of seq_len inputs over each stream, which has at least seq_len + 1 tokens; every
+    target is scored once.
 
-    A stream's first window scores all its targets, each later one those that lie past the one before
-    it, which are its last. The last window ends with the stream.
+    A stream's first window scores all its targets, each later one those that lie past the one
+    before it, which are its last. The last window ends with the stream.
     """
     inputs, targets = [], []
     for stream in streams:
@@ -94,8 +94,8 @@ def cut(streams: list[torch.Tensor], seq_len: int, context: int) -> Windows:
 def local_microbatches(run: Run, windows: Windows) -> list[Windows]:
     """This data-parallel rank's microbatches of the windows, on the device.
 
-    Expert-parallel ranks exchange rows in step, so every rank needs equally many microbatches of equal
-    size: missing windows are filled up, with targets that are ignored.
+    Expert-parallel ranks exchange rows in step, so every rank needs equally many microbatches of
+    equal size: missing windows are filled up, with targets that are ignored.
     """
     dp, size = run.groups.dp, eval_microbatch_size(run)
     missing = -len(windows.inputs) % (size * dp.size)
@@ -113,8 +113,8 @@ def eval_microbatch_size(run: Run) -> int:
 
 
 def forward_only(run: Run, microbatches: list[Windows], statistics: Statistics, loss_scale: float) -> None:
-    """Forward passes without anything saved, in the order of `schedule.forward_only`. Every rank must
-    call it."""
+    """Forward passes without anything saved, in the order of `schedule.forward_only`. Every rank
+    must call it."""
 
     def make_context(virtual_stage: int, microbatch: int) -> MicrobatchContext:
         part = microbatches[microbatch]

@@ -56,8 +56,8 @@ def train_step(
     """Take step `batch.index` on this rank's share of its global batch. With a non-finite loss or
     gradient norm nothing is updated.
 
-    stop_signal: asked once, late in the step, for the number of a signal this rank has received, 0 for
-    none.
+    stop_signal: asked once, late in the step, for the number of a signal this rank has received, 0
+    for none.
 
     Every rank must call it: the collectives of the schedule and of the optimizer, on whose sum and
     maximum the statistics ride. The all-gather of updated parameters is still under way when it
@@ -94,8 +94,8 @@ def train_step(
 def run_schedule(run: Run, batch: Batch, statistics: Statistics, recorder: Watcher | None = None) -> None:
     """Execute this stage's action list on its share of the batch. Every rank must call it.
 
-    Gradients end in the optimizer's buffers, and each virtual stage's reduce-scatter starts with its
-    last one.
+    Gradients end in the optimizer's buffers, and each virtual stage's reduce-scatter starts with
+    its last one.
     """
     stage = run.training
     inputs = step_inputs(run, place_batch(run, batch), statistics)
