@@ -4,15 +4,21 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import threading
 from collections.abc import Callable
+from pathlib import Path
 
 import pytest
 import torch
 import torch.nn.functional as F
 
+from k2train.cli.main import main
 from k2train.config.compose import load_config
 from k2train.config.errors import ConfigError
+from k2train.data.corpus import Corpus
+from k2train.data.split import SplitName
 from k2train.model.model import logits
+from k2train.telemetry.metrics import read_metrics
 from k2train.trainer.batch import Batch, needs_targets, needs_tokens, open_batches, read_batch
 from k2train.trainer.build import Run
 from k2train.trainer.step import StepMetrics, train_step
@@ -144,6 +150,32 @@ def test_batches_go_on_where_a_run_is_resumed(words: list[str], ahead: int) -> N
                 assert torch.equal(batch.tokens, expected.tokens)
 
     on_one_rank(words, act)
+
+
+@pytest.mark.parametrize(
+    ("layout", "reads_ahead"),
+    [(["layout=single", "schedule=gpipe"], True), (["layout.ep=2", "world=threads"], False)],
+)
+def test_a_process_reads_training_data_in_a_thread_of_its_own_and_a_rank_that_is_a_thread_in_its_step(
+    words: list[str],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    layout: list[str],
+    reads_ahead: bool,
+) -> None:
+    readers = []
+    batch = Corpus.batch
+
+    def seen(self: Corpus, split: SplitName, start: int, count: int) -> torch.Tensor:
+        readers.append(threading.current_thread())
+        return batch(self, split, start, count)
+
+    monkeypatch.setattr(Corpus, "batch", seen)
+    assert main(["train", *words, *layout, "train.steps=3", "train.final_eval_tokens=32"]) == 0
+    assert {thread.name.startswith("read-ahead") for thread in readers} == {reads_ahead}
+    assert not any(thread.is_alive() for thread in readers)
+    lines = read_metrics(tmp_path / "run" / "metrics.jsonl")
+    assert all(0 <= line["data_wait_seconds"] <= line["step_seconds"] for line in lines)
 
 
 @pytest.mark.parametrize("part", ["tokens", "targets", "weights"])
