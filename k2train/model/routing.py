@@ -7,8 +7,8 @@ That loss counts the experts that the raw scores would choose (equation 18), wit
 without groups, whatever was chosen. If it counted the choices themselves, it would see an even load
 as soon as the bias had evened it out, and would no longer pull at the scores.
 
-Letters: T tokens, K experts per token, E experts, G groups (at the end of a name) or kept groups,
-B sequences, N choices of a sequence, D hidden, L MoE layers.
+Letters: T tokens, K experts per token (in `_limit_groups` kept groups), E experts (there those of a
+group, after G), G groups, B sequences, N choices of a sequence, D hidden, L MoE layers.
 """
 
 from __future__ import annotations
