@@ -31,6 +31,7 @@ from k2train.config.schema import Config
 from k2train.device.build import build_device
 from k2train.layout.layout import Layout
 from k2train.model.context import MicrobatchContext, Statistics
+from k2train.model.loss import CrossEntropy
 from k2train.model.model import Model, build_model
 from k2train.model.pieces import ModelPart
 from k2train.model.saved import KeepEverything
@@ -95,14 +96,17 @@ class Side:
         def make_context(virtual_stage: int, microbatch: int) -> MicrobatchContext:
             return MicrobatchContext(
                 num_sequences=train.microbatch_size, gradients=self.gradients, weight_grads=self.stage.queue,
-                key=(virtual_stage, microbatch), statistics=found, loss_scale=1 / train.global_batch_tokens,
-                balance_loss_scale=train.balance_loss_alpha / len(microbatches), targets=microbatches[microbatch][:, 1:],
+                key=(virtual_stage, microbatch), statistics=found, loss=CrossEntropy(microbatches[microbatch][:, 1:], 1 / train.global_batch_tokens),
+                balance_loss_scale=train.balance_loss_alpha / len(microbatches),
                 saved=self.store.microbatch() if use_store else KeepEverything(),
                 device=build_device(microbatches[microbatch].device),
             )  # fmt: skip
 
         return StepInputs(
-            lambda microbatch: microbatches[microbatch][:, :-1], make_context, len(microbatches)
+            lambda microbatch: microbatches[microbatch][:, :-1],
+            train.microbatch_size * train.seq_len,
+            make_context,
+            len(microbatches),
         )
 
 

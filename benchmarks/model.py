@@ -31,6 +31,7 @@ import transformers
 from k2train.config.compose import load_config
 from k2train.config.model import ModelConfig
 from k2train.model.context import MicrobatchContext
+from k2train.model.loss import CrossEntropy
 from k2train.model.model import Model, build_model, forward_backward
 from k2train.model.pieces import whole_model
 from k2train.ops.weight_grad import PlainGradients
@@ -143,7 +144,7 @@ def our_step(model: Model, tokens: torch.Tensor, targets: torch.Tensor) -> Step:
     def step() -> torch.Tensor:
         sink.zero()
         context = MicrobatchContext(
-            num_sequences=tokens.shape[0], gradients=sink, targets=targets, loss_scale=1 / tokens.numel()
+            num_sequences=tokens.shape[0], gradients=sink, loss=CrossEntropy(targets, 1 / tokens.numel())
         )
         return forward_backward(model, tokens, context)
 

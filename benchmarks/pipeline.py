@@ -36,6 +36,7 @@ from torch.distributed import pipelining
 
 from k2train.device.cpu import CpuDevice
 from k2train.model.context import MicrobatchContext, Statistics
+from k2train.model.loss import CrossEntropy
 from k2train.model.phase import ComputePhase, ComputeRecord, Grads, Phase, Tensors
 from k2train.model.pieces import Piece
 from k2train.ops.linear import linear
@@ -117,9 +118,9 @@ class HeadPhase(ComputePhase):
         self.head = head
 
     def compute(self, inputs: Tensors, context: MicrobatchContext, slot: WeightGradSlot | None) -> Tensors:
-        assert context.targets is not None
+        assert isinstance(context.loss, CrossEntropy)
         logits_TV = linear(inputs[0], self.head.weight, slot)
-        loss = scaled_loss(logits_TV, context.targets, context.loss_scale)
+        loss = scaled_loss(logits_TV, context.loss.targets, context.loss.scale)
         context.statistics.add_loss(loss.detach())
         return (loss,)
 
@@ -235,10 +236,13 @@ class OurSide:
         def make_context(virtual_stage: int, microbatch: int) -> MicrobatchContext:
             return MicrobatchContext(
                 num_sequences=1, gradients=self.gradients, weight_grads=self.stage.queue, key=(virtual_stage, microbatch),
-                statistics=statistics_of_step, loss_scale=scale, targets=self.batch[microbatch, 1],
+                statistics=statistics_of_step, loss=CrossEntropy(self.batch[microbatch, 1], scale),
             )  # fmt: skip
 
-        inputs = StepInputs(lambda microbatch: self.batch[microbatch, 0], make_context, len(self.batch))
+        num_rows = self.batch.shape[2]
+        inputs = StepInputs(
+            lambda microbatch: self.batch[microbatch, 0], num_rows, make_context, len(self.batch)
+        )
         with self.stage.step(inputs):
             run_actions(self.schedule.stages[self.rank], self.stage)
         return 0.0 if statistics_of_step.loss is None else float(statistics_of_step.loss)

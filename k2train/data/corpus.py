@@ -1,6 +1,8 @@
-"""What a run reads: a blend of indexed datasets, split by documents, in an order fixed by seed and position.
+"""What a run reads: a blend of indexed datasets, split by documents, in an order fixed by seed and
+position.
 
-Step s of a run with n sequences a step takes samples s * n .. (s + 1) * n of the training split, and each rank takes
+Step s of a run with n sequences a step takes samples s * n .. (s + 1) * n of the training split,
+and each rank takes
 its own part of those: nothing about ranks, microbatches or restarts enters here.
 """
 
@@ -25,7 +27,8 @@ from k2train.data.stdlib import build_stdlib
 from k2train.data.tokenizer import Tokenizer, build_tokenizer
 
 EVALUATION_SEED = 0
-"""Held-out documents come in one order whatever the run's seed, so that runs with different seeds are comparable."""
+"""Held-out documents come in one order whatever the run's seed, so that runs with different seeds
+are comparable."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -53,10 +56,12 @@ class Corpus:
         self._blend = Blend([source.weight for source in sources])
 
     def batch(self, split: SplitName, start: int, count: int) -> torch.Tensor:
-        """Samples start .. start + count of a split as int64 (count, seq_len + 1): x[:, :-1] are inputs, x[:, 1:]
+        """Samples start .. start + count of a split as int64 (count, seq_len + 1): x[:, :-1] are
+        inputs, x[:, 1:]
         their targets. Without end: the documents are shuffled again for each epoch.
 
-        Raises ConfigError if the split holds no whole sample or a token id does not fit the vocabulary.
+        Raises ConfigError if the split holds no whole sample or a token id does not fit the
+        vocabulary.
         """
         self._check_not_empty(split)
         corpora, samples = self._blend.locate(start, count)
@@ -84,8 +89,9 @@ class Corpus:
         return self.tokenizer.num_bytes(tokens.reshape(-1).cpu().numpy())
 
     def held_out_streams(self, num_samples: int, split: SplitName = "valid") -> list[torch.Tensor]:
-        """The tokens of batch(split, 0, num_samples) as one stream a corpus, at most one pass: int64 (n * seq_len + 1,) of
-        the n samples that are that corpus's, nothing for a corpus without any.
+        """The tokens of batch(split, 0, num_samples) as one stream a corpus, at most one pass:
+        int64 (n * seq_len + 1,) of the n samples that are that corpus's, nothing for a corpus
+        without any.
 
         For the held-out splits, whose windows stand in the order of the text.
         """
@@ -100,7 +106,8 @@ class Corpus:
         return streams
 
     def held_out_text(self, num_samples: int, split: SplitName = "valid") -> bytes:
-        """The text of the targets of batch(split, 0, num_samples), corpus after corpus, at most one pass.
+        """The text of the targets of batch(split, 0, num_samples), corpus after corpus, at most one
+        pass.
 
         It is what a compressor must be given to be compared with the loss over those samples.
         """
@@ -113,9 +120,12 @@ class Corpus:
         largest, smallest = int(row.max()), int(row.min())
         if largest >= self._vocab_size or smallest < 0:
             wrong = largest if largest >= self._vocab_size else smallest
-            raise ConfigError(source.field, source.prefix,
-                              f"holds token id {wrong}, the vocabulary has ids 0 to {self._vocab_size - 1}",
-                              "use the tokenizer and model.vocab_size that the dataset was built for")  # fmt: skip
+            raise ConfigError(
+                source.field,
+                source.prefix,
+                f"holds token id {wrong}, the vocabulary has ids 0 to {self._vocab_size - 1}",
+                "use the tokenizer and model.vocab_size that the dataset was built for",
+            )
         return row
 
     def _check_not_empty(self, split: SplitName) -> None:
@@ -128,16 +138,19 @@ class Corpus:
 def build_corpus(config: DataConfig, seq_len: int, seed: int, vocab_size: int | None = None) -> Corpus:
     """Open the corpora of `config`, building the default one if none is named.
 
-    vocab_size: the model's; None takes the tokenizer's. How many samples a run will read is no argument: samples go on
-    without end, and their order does not depend on it.
+    vocab_size: the model's; None takes the tokenizer's. How many samples a run will read is no
+    argument: samples go on without end, and their order does not depend on it.
     Communicates with nobody: every rank may call it, at any time.
     Raises ConfigError for whatever the user got wrong about `data`.
     """
     tokenizer = build_tokenizer(config.tokenizer)
     if vocab_size is not None and tokenizer.vocab_size > vocab_size:
-        raise ConfigError("model.vocab_size", vocab_size,
-                          f"is smaller than the {tokenizer.vocab_size} ids of the tokenizer {tokenizer.name}",
-                          f"set model.vocab_size={tokenizer.vocab_size} or more")  # fmt: skip
+        raise ConfigError(
+            "model.vocab_size",
+            vocab_size,
+            f"is smaller than the {tokenizer.vocab_size} ids of the tokenizer {tokenizer.name}",
+            f"set model.vocab_size={tokenizer.vocab_size} or more",
+        )
     parse_split(config.split)
     named = [(entry.prefix, f"data.blend[{i}].prefix", entry.weight) for i, entry in enumerate(config.blend)]
     if not named:
@@ -148,8 +161,9 @@ def build_corpus(config: DataConfig, seq_len: int, seed: int, vocab_size: int | 
     return Corpus(sources, tokenizer, seq_len, vocab_size or tokenizer.vocab_size, identity)
 
 
-def _open_source(config: DataConfig, tokenizer: Tokenizer, entry: tuple[str, str, float], seq_len: int,
-                 seed: int) -> Source:  # fmt: skip
+def _open_source(
+    config: DataConfig, tokenizer: Tokenizer, entry: tuple[str, str, float], seq_len: int, seed: int
+) -> Source:
     prefix, field, weight = entry
     indexed = open_indexed(prefix, field)
     sidecar = read_sidecar(prefix, field)
@@ -158,15 +172,20 @@ def _open_source(config: DataConfig, tokenizer: Tokenizer, entry: tuple[str, str
     ranges = document_ranges(parse_split(config.split), len(indexed))
     readers = {}
     for split in SPLITS:
-        window = Window(seq_len, seed if split == "train" else EVALUATION_SEED, config.split,
-                        Path(config.cache_dir), tokenizer)  # fmt: skip
+        window = Window(
+            seq_len,
+            seed if split == "train" else EVALUATION_SEED,
+            config.split,
+            Path(config.cache_dir),
+            tokenizer,
+        )
         readers[split] = EpochReader(indexed, ranges[split], split, window)
     return Source(prefix, field, weight, {split: len(ranges[split]) for split in SPLITS}, readers)
 
 
 def _check_samples(config: DataConfig, sources: list[Source], seq_len: int) -> None:
-    """Training and, where a share was asked for, validation must hold a sample of every corpus: otherwise a run would
-    find out at its first evaluation, or worse, report none."""
+    """Training and, where a share was asked for, validation must hold a sample of every corpus:
+    otherwise a run would find out at its first evaluation, or worse, report none."""
     validates = parse_split(config.split)[1] > 0
     for source in sources:
         for split in SPLITS[: 1 + validates]:
@@ -175,20 +194,25 @@ def _check_samples(config: DataConfig, sources: list[Source], seq_len: int) -> N
 
 
 def _too_small(source: Source, split: SplitName, num_tokens: int, seq_len: int) -> ConfigError:
-    return ConfigError(source.field, source.prefix,
-                       f"its {split} documents hold {num_tokens} tokens, less than one sample of {seq_len + 1}",
-                       "give that split a larger share in data.split ('1,0,0' holds nothing out), add text, or "
-                       "lower train.seq_len")  # fmt: skip
+    return ConfigError(
+        source.field,
+        source.prefix,
+        f"its {split} documents hold {num_tokens} tokens, less than one sample of {seq_len + 1}",
+        "give that split a larger share in data.split ('1,0,0' holds nothing out), add text, or "
+        "lower train.seq_len",
+    )
 
 
 def _identity(
     config: DataConfig, tokenizer: Tokenizer, sources: list[Source], seq_len: int, seed: int
 ) -> str:
-    """Equal for two corpora that give the same samples; a run can refuse to be resumed on other data."""
+    """Equal for two corpora that give the same samples; a run can refuse to be resumed on other
+    data."""
     digest = hashlib.sha256()
     for source in sources:
         for suffix in (".idx", ".bin"):
-            # the beginnings and the sizes tell corpora apart; reading terabytes at every start would not be worth more
+            # the beginnings and the sizes tell corpora apart; reading terabytes at every start
+            # would not be worth more
             with open(source.prefix + suffix, "rb") as stream:
                 digest.update(stream.read(1 << 20))
             digest.update(repr((os.path.getsize(source.prefix + suffix), source.weight)).encode())

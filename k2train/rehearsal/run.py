@@ -29,6 +29,7 @@ from k2train.runtime.recorder import Message
 from k2train.runtime.stage import PipelineStage
 from k2train.schedule.actions import Pair, Step
 from k2train.schedule.messages import plan_messages
+from k2train.trainer.batch import read_batch
 from k2train.trainer.build import Run, build_layouts, build_run
 from k2train.trainer.dry_run import dry_run
 from k2train.trainer.garbage import GarbageControl
@@ -129,7 +130,7 @@ def rehearse(config: Config) -> Rehearsal:
         auditor = Auditor(run, observer, AUDIT_INTERVAL)
         recording = Recording(observer, auditor)
         with observer.at("update"):
-            train_step(run, 0, recording)
+            train_step(run, read_batch(run, 0), recording)
             run.optimizer.finish_gather()
         left = tuple(living for living in observer.alive if living.birth.serial >= start)
     return Rehearsal(

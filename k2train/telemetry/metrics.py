@@ -17,7 +17,7 @@ from typing import Any
 Metrics = Mapping[str, Any]
 
 # Keys that depend on the clock or the machine and not on the computation: equal runs may differ in them.
-CLOCK_KEYS = frozenset({"tokens_per_second", "step_seconds", "peak_bytes"})
+CLOCK_KEYS = frozenset({"tokens_per_second", "step_seconds", "data_wait_seconds", "peak_bytes"})
 
 
 class MetricsFile:

@@ -21,6 +21,7 @@ from rich.console import Console
 from k2train.config.convert import to_dict
 from k2train.config.errors import ConfigError
 from k2train.config.schema import Config
+from k2train.data.read_ahead import ReadAhead
 from k2train.device.build import build_device
 from k2train.layout.layout import Layout
 from k2train.ops.backend import choose_backend
@@ -35,6 +36,7 @@ from k2train.telemetry.metrics import MetricsFile
 from k2train.telemetry.progress import ProgressDisplay, open_progress
 from k2train.telemetry.sinks import Sink, open_sinks
 from k2train.trainer.activations import host_traffic, non_finite_tiles
+from k2train.trainer.batch import AHEAD, Batch, open_batches
 from k2train.trainer.build import Run, build_layouts, build_run, choose_device, open_corpus
 from k2train.trainer.dry_run import dry_run
 from k2train.trainer.evaluate import evaluate
@@ -108,23 +110,27 @@ def train(config: Config, words: Sequence[str] = ()) -> Outcome:
     config, layout = ready.config, ready.layout
     corpus, messages = open_corpus(config), plan_messages(ready.schedule)
     with StopRequest() as stop, GarbageControl() as garbage:
+        # One thread runs at a time, so a reader of its own would only take turns with the ranks.
+        ahead = 0 if ready.kind == "threads" else AHEAD
 
         def run_rank(world: World) -> Outcome:
             groups = build_groups(layout.grid, world, layout.relay_ranks, messages)
             run = build_run(config, layout, ready.schedule, corpus, groups, build_device(world.device))
-            return train_rank(run, stop, garbage, words)
+            return train_rank(run, stop, garbage, words, ahead)
 
         return run_world(ready.kind, layout.world, ready.device, config.train, run_rank)
 
 
-def train_rank(run: Run, stop: StopRequest, garbage: GarbageControl, words: Sequence[str]) -> Outcome:
-    """One rank's part of `train`; rank 0 alone prints and draws."""
+def train_rank(
+    run: Run, stop: StopRequest, garbage: GarbageControl, words: Sequence[str], ahead: int
+) -> Outcome:
+    """One rank's part of `train`; rank 0 alone prints and draws. ahead: batches read before their step."""
     run_dir, checkpoint, changes = agree_on_run_dir(run)
     done = start(run, checkpoint)
     dry_run(run)
     if run.is_main:
         print_start(run, run_dir, done, changes, Console())
-    outcome = run_steps(run, run_dir, done, stop, garbage)
+    outcome = run_steps(run, run_dir, done, stop, garbage, ahead)
     if run.is_main:
         print_end(run, outcome, words, Console())
     return outcome
@@ -162,13 +168,15 @@ def start(run: Run, checkpoint: Path | None) -> int:
     return 0
 
 
-def run_steps(run: Run, run_dir: Path, done: int, stop: StopRequest, garbage: GarbageControl) -> Outcome:
+def run_steps(
+    run: Run, run_dir: Path, done: int, stop: StopRequest, garbage: GarbageControl, ahead: int
+) -> Outcome:
     """Take the steps from `done` to train.steps, or until any rank is asked to stop. Every rank must call it."""
     config = run.config
     stopped_by: str | None = None
-    with open_outputs(run, run_dir, done) as outputs:
+    with open_outputs(run, run_dir, done) as outputs, open_batches(run, done, ahead) as batches:
         while done < config.train.steps and stopped_by is None:
-            signal_number = take_step(run, done, outputs, stop)
+            signal_number = take_step(run, batches, outputs, stop)
             done += 1
             garbage.after_step(done)
             stopped_by = signal.Signals(signal_number).name if signal_number else None
@@ -195,14 +203,16 @@ def open_outputs(run: Run, run_dir: Path, done: int) -> Iterator[Outputs]:
                 sink.close()
 
 
-def take_step(run: Run, index: int, outputs: Outputs, stop: StopRequest) -> int:
-    """One step, its evaluation where one is due, and its line of metrics.
+def take_step(run: Run, batches: ReadAhead[Batch], outputs: Outputs, stop: StopRequest) -> int:
+    """One step on the next batch, its evaluation where one is due, and its line of metrics.
 
-    Returns a signal by which some rank had been asked to stop before the step's end, the same on every rank, 0 for none.
+    Returns a signal by which some rank had been asked to stop before the step's end, the same on every
+    rank, 0 for none.
     """
-    recorder = start_recorder(run, index)
     began = time.perf_counter()
-    step = train_step(run, index, recorder, lambda: stop.number)
+    batch = batches.take()
+    recorder = start_recorder(run, batch.index)
+    step = train_step(run, batch, recorder, lambda: stop.number)
     seconds = time.perf_counter() - began
     if recorder is not None:
         write_recording(run, recorder, outputs.run_dir)
@@ -210,6 +220,7 @@ def take_step(run: Run, index: int, outputs: Outputs, stop: StopRequest) -> int:
         **step.reported(),
         "tokens_per_second": run.config.train.global_batch_tokens / seconds,
         "step_seconds": seconds,
+        "data_wait_seconds": batches.wait_seconds,
         "peak_bytes": run.device.peak_bytes(),
         **host_traffic(run.activations),
     }

@@ -29,6 +29,7 @@ from k2train.estimate.layer_ops import Workload, workload
 from k2train.layout.build import build_layout
 from k2train.layout.tensors import layer_tensors
 from k2train.model.context import MicrobatchContext, Statistics
+from k2train.model.loss import CrossEntropy
 from k2train.model.model import build_model, forward
 from k2train.model.pieces import whole_model
 from k2train.ops.backend import OpsBackend, choose_backend
@@ -186,7 +187,7 @@ def measure(
             1,
             gradients,
             statistics=statistics,
-            targets=tokens_BS1[:, 1:],
+            loss=CrossEntropy(tokens_BS1[:, 1:]),
             balance_loss_scale=float(here.balance_loss),
             saved=store.microbatch(),
             device=device,
