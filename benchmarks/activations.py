@@ -65,9 +65,8 @@ class Side:
         self.store = ActivationStore(config.activations, self.engine)
         # As in training: where every tensor is kept, autograd keeps it, and no store is in its way.
         self.keeps_everything = preset == BASE
-        self.stage = PipelineStage(
-            models, build_routes(self.schedule, 0), None, gradients, build_device(device)
-        )
+        self.device = build_device(batch.device)
+        self.stage = PipelineStage(models, build_routes(self.schedule, 0), None, gradients, self.device)
 
     def run(self, watch: Peak | None = None) -> float:
         """One pass; the loss. watch: notes what the store holds."""
@@ -98,7 +97,7 @@ class Side:
                 key=(virtual_stage, microbatch), statistics=found, loss_scale=1 / train.global_batch_tokens,
                 balance_loss_scale=train.balance_loss_alpha / len(microbatches), targets=microbatches[microbatch][:, 1:],
                 saved=self.store.microbatch() if use_store else KeepEverything(),
-                device=build_device(microbatches[microbatch].device),
+                device=self.device,
             )  # fmt: skip
 
         return StepInputs(

@@ -36,7 +36,8 @@ from k2train.model.pieces import whole_model
 from k2train.optim.adam import AdamRule, AdamStates, DeepSpeedAdamW, TorchAdamW
 from k2train.optim.build import build_optimizer
 from k2train.optim.optimizer import Optimizer
-from k2train.parallel.groups import single_rank_groups
+from k2train.parallel.communicator import World
+from k2train.parallel.groups import Groups
 from k2train.parallel.threads import run_threads
 
 RULE = AdamRule(0.9, 0.95, 1e-8, 0.1)
@@ -53,6 +54,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else "")
     parser.add_argument("--millions", type=float, default=50.0, help="parameters that AdamW updates")
     parser.add_argument("--rounds", type=int, default=11, help="each with every side once")
+    parser.add_argument("--experts", type=int, default=32, help="of a layer of the MuonClip step's model")
     parser.add_argument("--device", default="cpu", choices=("cpu", "cuda"), help="of the MuonClip step")
     arguments = parser.parse_args()
     console = Console(width=110)
@@ -63,9 +65,9 @@ def main() -> None:
     seconds = alternate(sides, arguments.rounds)
     console.print(table(f"AdamW, {arguments.millions:g} M parameters, FP32", seconds))
     device = torch.device(arguments.device)
-    steps = muon_sides(device)
-    console.print(table(f"MuonClip step, {num_parameters() / 1e6:.1f} M parameters, {device}",
-                        alternate(steps, arguments.rounds)))  # fmt: skip
+    model = dataclasses.replace(MODEL, n_routed_experts=arguments.experts)
+    seconds = alternate(muon_sides(model, device), arguments.rounds)
+    console.print(table(f"MuonClip step, {num_parameters(model) / 1e6:.1f} M parameters, {device}", seconds))
 
 
 def adamw_sides(num_elements: int) -> dict[str, Step]:
@@ -113,16 +115,16 @@ def foreach(states: AdamStates, gradient: torch.Tensor, num_updates: int) -> Non
           eps=RULE.eps, maximize=False)  # fmt: skip
 
 
-def muon_sides(device: torch.device) -> dict[str, Step]:
+def muon_sides(model: ModelConfig, device: torch.device) -> dict[str, Step]:
     """Steps of two optimizers with equal weights and gradients."""
-    return {f"states on the {place}": muon_step(device, place) for place in ("device", "host")}
+    return {f"states on the {place}": muon_step(model, device, place) for place in ("device", "host")}
 
 
-def muon_step(device: torch.device, states: str) -> Step:
+def muon_step(model: ModelConfig, device: torch.device, states: str) -> Step:
     optim = OptimConfig(lr_phases=(LrPhase("constant", 1e-3, fraction=1.0),), newton_schulz_dtype="float32")
-    optimizer = build(dataclasses.replace(optim, states=states), device)  # type: ignore[arg-type]
+    optimizer = build(model, dataclasses.replace(optim, states=states), device)  # type: ignore[arg-type]
     logits = {
-        layer: torch.full((MODEL.num_attention_heads,), 150.0) for layer in range(MODEL.num_hidden_layers)
+        layer: torch.full((model.num_attention_heads,), 150.0) for layer in range(model.num_hidden_layers)
     }
     flats = [bucket.flat for bucket in optimizer.gradients.buckets]
     generator = torch.Generator().manual_seed(2)
@@ -138,27 +140,23 @@ def muon_step(device: torch.device, states: str) -> Step:
     return step
 
 
-def build(optim: OptimConfig, device: torch.device) -> Optimizer:
+def build(config: ModelConfig, optim: OptimConfig, device: torch.device) -> Optimizer:
     """The one-rank optimizer of the model; a group of one is good for use after the world that made it."""
-    model = build_model(MODEL, whole_model(MODEL), torch.float32, device)
+    model = build_model(config, whole_model(config), torch.float32, device)
     model.initialise(seed=0)
-    catalogue = {spec.name: spec for spec in model_tensors(MODEL)}
+    catalogue = {spec.name: spec for spec in model_tensors(config)}
     pieces = [[piece for piece in model.pieces() if piece.trained]]
-    return run_threads(
-        1,
-        lambda world: build_optimizer(
-            optim,
-            MODEL,
-            catalogue,
-            pieces,
-            single_rank_groups(world.group("world", [0])),
-            build_device(device),
-        ),
-    )[0]
+
+    def run_rank(world: World) -> Optimizer:
+        alone = world.group("world", [0])
+        groups = Groups(world=alone, pp=alone, ep=alone, edp=alone, dp=alone)
+        return build_optimizer(optim, config, catalogue, pieces, groups, build_device(device))
+
+    return run_threads(1, run_rank)[0]
 
 
-def num_parameters() -> int:
-    return sum(spec.num_elements for spec in model_tensors(MODEL) if spec.trained)
+def num_parameters(model: ModelConfig) -> int:
+    return sum(spec.num_elements for spec in model_tensors(model) if spec.trained)
 
 
 def alternate(sides: Mapping[str, Step], rounds: int) -> dict[str, list[float]]:

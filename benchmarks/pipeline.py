@@ -25,7 +25,7 @@ import gc
 import itertools
 import statistics
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, Literal
 
 import torch
@@ -38,6 +38,7 @@ from k2train.device.cpu import CpuDevice
 from k2train.model.context import MicrobatchContext, Statistics
 from k2train.model.phase import ComputePhase, ComputeRecord, Grads, Phase, Tensors
 from k2train.model.pieces import Piece
+from k2train.ops.embedding import EmbeddingWeightGrad
 from k2train.ops.linear import linear
 from k2train.ops.weight_grad import PlainGradients, WeightGradSlot
 from k2train.parallel.channels import build_channels
@@ -45,7 +46,7 @@ from k2train.parallel.communicator import World
 from k2train.parallel.pipeline import PipelineTransport
 from k2train.parallel.testing import run_distributed_test
 from k2train.runtime.executor import run_actions
-from k2train.runtime.stage import Here, PipelineStage, StepInputs, Transport
+from k2train.runtime.stage import PipelineStage, StepInputs, Transport
 from k2train.schedule import Schedule, ScheduleSpec, build_schedule, validate
 from k2train.schedule.messages import plan_messages
 from k2train.trainer.build import build_routes
@@ -97,16 +98,24 @@ class BlockPhase(ComputePhase):
         return [Piece("up", self.block.up.weight), Piece("down", self.block.down.weight)]
 
 
-class EmbeddingPhase(ComputePhase):
+class EmbeddingPhase:
+    """A look-up, whose backward is all weight gradient, as in our model."""
+
+    name = "embedding"
+    stream: Literal["compute"] = "compute"
+
     def __init__(self, embedding: nn.Embedding) -> None:
-        super().__init__("embedding")
-        self.embedding = embedding
+        self.weight = embedding.weight
 
-    def compute(self, inputs: Tensors, context: MicrobatchContext, slot: WeightGradSlot | None) -> Tensors:
-        return (F.embedding(inputs[0], self.embedding.weight),)
+    def forward(self, inputs: Tensors, context: MicrobatchContext) -> tuple[Tensors, torch.Tensor]:
+        with torch.no_grad():
+            return (F.embedding(inputs[0], self.weight),), inputs[0]
 
-    def pieces(self) -> list[Piece]:
-        return [Piece("embedding", self.embedding.weight)]
+    def backward(self, record: torch.Tensor, grad_outputs: Grads, context: MicrobatchContext) -> Grads:
+        (dx_TD,) = grad_outputs
+        assert dx_TD is not None
+        context.slot().put(EmbeddingWeightGrad(self.weight, record, dx_TD))
+        return (None,)
 
 
 class HeadPhase(ComputePhase):
@@ -149,6 +158,16 @@ class IdlePhase:
 NOTHING = (torch.zeros(1),)
 
 
+@dataclasses.dataclass(frozen=True)
+class Here:
+    """A message that is there."""
+
+    tensor: torch.Tensor
+
+    def wait(self) -> torch.Tensor:
+        return self.tensor
+
+
 @dataclasses.dataclass
 class NoTransport:
     """Messages that are there at once."""
@@ -163,6 +182,9 @@ class NoTransport:
 
     def finish(self) -> None:
         pass
+
+    def tensors(self) -> Iterator[torch.Tensor]:
+        return iter(())
 
     def abandon(self) -> None:
         pass

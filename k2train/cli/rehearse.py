@@ -13,13 +13,13 @@ import json
 from pathlib import Path
 
 from k2train.cli.plan import check_writable
-from k2train.cli.show import show
 from k2train.config.compose import load_config
 from k2train.config.errors import ConfigError
 from k2train.config.help import render_help
 from k2train.config.schema import Config
 from k2train.layout.build import build_layout
 from k2train.rehearsal.stub import load_stub
+from k2train.telemetry.tables import show
 
 USAGE = "k2train rehearse [key=value ...]"
 

@@ -1,10 +1,9 @@
-"""A plan as tables, well set at 100 columns and in a pipe."""
+"""A plan as tables."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 
-from rich import box
 from rich.console import RenderableType
 from rich.table import Table
 
@@ -15,8 +14,8 @@ from k2train.planner.advice import Advice, problems
 from k2train.planner.memory import StageMemory
 from k2train.planner.plan import Plan
 from k2train.planner.text import count, gigabytes, pieces, ranges, seconds, share
+from k2train.telemetry.tables import fact_table, new_table
 
-WIDTH = 100
 DEVICE_NOTE = (
     "E embedding, H head. At the moment the stage is fullest: activations saved for the backward or in transit, buffers of "
     "the layers at work (exchanges, rebuilt tensors, gradients, logits), and the weight-gradient queue. Other: driver, "
@@ -45,37 +44,13 @@ def plan_tables(plan: Plan, advice: Advice | None, note: str | None = None) -> l
     ]
 
 
-def new_table(title: str, columns: Sequence[str], text_columns: int = 1) -> Table:
-    """A table of numbers, right-aligned behind its first columns of text."""
-    table = Table(title=title, box=box.SIMPLE_HEAD, title_justify="left", title_style="bold", pad_edge=False)
-    for index, column in enumerate(columns):
-        table.add_column(column, justify="left" if index < text_columns else "right", no_wrap=True)
-    return table
-
-
-def _pairs(title: str, rows: Iterable[tuple[str, str]]) -> Table:
-    table = Table(
-        title=title,
-        box=box.SIMPLE,
-        show_header=False,
-        title_justify="left",
-        title_style="bold",
-        pad_edge=False,
-    )
-    table.add_column(no_wrap=True)
-    table.add_column(overflow="fold")
-    for row in rows:
-        table.add_row(*row)
-    return table
-
-
 def layout_table(plan: Plan) -> Table:
     """Who is where."""
     config, layout, schedule = plan.config, plan.assembly.layout, plan.assembly.schedule
     parameters = model_parameters(config.model)
     moe = f"; {layout.num_local_experts} of {config.model.n_routed_experts} experts on a rank"
     virtual = layout.vpp * plan.assembly.copies
-    return _pairs(f"Layout: {config.name} on {config.cluster.name}", [
+    return fact_table(f"Layout: {config.name} on {config.cluster.name}", [
         ("model", f"{count(parameters.total)} parameters, {count(parameters.activated)} activated, "
                   f"{config.model.num_hidden_layers} layers"),
         ("world", f"{layout.world} ranks on {layout.num_nodes} nodes of {layout.gpus_per_node}"),
@@ -202,7 +177,7 @@ def step_table(plan: Plan) -> Table:
     world = plan.assembly.layout.world
     recomputed = sum(e.recompute_flops for e in plan.assembly.estimates)
     forward = sum(e.forward_flops for e in plan.assembly.estimates)
-    return _pairs("Step", [
+    return fact_table("Step", [
         ("step time", f"{seconds(plan.step_seconds)} s, of it {seconds(plan.simulation.makespan_seconds)} s in the pipeline"),
         ("tokens", f"{plan.tokens_per_second:,.0f} a second, {plan.tokens_per_second / world:,.0f} a second and device"),
         ("MFU", f"{100 * plan.mfu:.1f} % (recomputation, not counted, adds {share(recomputed, 3 * forward)} of FLOPs)"),

@@ -17,7 +17,10 @@ from k2train.schedule.actions import Action
 from k2train.schedule.colours import LANE_NAMES, LANES, category
 from k2train.schedule.simulation import Event, Simulation
 
-_MICRO = 1e6
+_TICKS = 8e6
+"""Times are whole eighths of a microsecond, which a binary number holds exactly. A reader that turns
+them into whole nanoseconds, by whatever rounding, then cannot let two boxes of a row overlap."""
+_TICK_MICROSECONDS = 0.125
 
 # Sends to the previous stage have a thread of their own: they may overlap those to the next.
 THREADS = {
@@ -51,11 +54,12 @@ def write_boxes(
 ) -> int:
     """Write a trace, box by box; returns the number of boxes. Raises OSError where the file cannot be written."""
     count = 0
+    ends: dict[tuple[int, str], int] = {}
     with open(path, "w", encoding="utf-8") as file:
         file.write('{"displayTimeUnit": "ms", "traceEvents": [\n')
         file.write(",\n".join(map(json.dumps, _names(num_stages))))
         for box in boxes:
-            file.write(",\n" + json.dumps(_event(box)))
+            file.write(",\n" + json.dumps(_event(box, ends)))
             count += 1
         for counter in counters:
             file.write(",\n" + json.dumps(counter))
@@ -97,17 +101,28 @@ def _simulated_box(event: Event) -> Box:
     return Box(event.stage, stream, name, category(event), event.start, event.end, event.action)
 
 
-def _event(box: Box) -> dict[str, Any]:
+def _event(box: Box, ends: dict[tuple[int, str], int]) -> dict[str, Any]:
+    """The box in the format's words. ends: of each row's last box, in ticks; kept up to date here."""
+    row = box.stage, box.stream
+    start, end = _ticks(box.start), _ticks(box.end)
+    if start == ends.get(row, start) - 1:
+        # Sums of seconds differ in their last bit: one moment was rounded up as an end and down as a start.
+        start += 1
+    ends[row] = end = max(start, end)
     return {
         "ph": "X",
         "pid": box.stage,
         "tid": _IDS[box.stream],
         "name": box.name,
         "cat": box.category,
-        "ts": round(box.start * _MICRO, 3),
-        "dur": round((box.end - box.start) * _MICRO, 3),
+        "ts": start * _TICK_MICROSECONDS,
+        "dur": (end - start) * _TICK_MICROSECONDS,
         "args": {"virtual_stage": box.action.virtual_stage, "microbatch": box.action.microbatch},
     }
+
+
+def _ticks(seconds: float) -> int:
+    return round(seconds * _TICKS)
 
 
 def _counters(simulation: Simulation, start: float, end: float) -> Iterator[dict[str, Any]]:
@@ -118,6 +133,6 @@ def _counters(simulation: Simulation, start: float, end: float) -> Iterator[dict
                     "ph": "C",
                     "pid": stage,
                     "name": "activation bytes",
-                    "ts": round(float(time) * _MICRO, 3),
+                    "ts": _ticks(float(time)) * _TICK_MICROSECONDS,
                     "args": {"bytes": int(held)},
                 }
