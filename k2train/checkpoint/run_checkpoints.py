@@ -9,6 +9,7 @@ from pathlib import Path
 from k2train.checkpoint.errors import CheckpointError
 from k2train.checkpoint.reader import open_checkpoint
 from k2train.checkpoint.staging import clean_leftovers, partial_path, remove
+from k2train.config.errors import ConfigError
 
 _STEP = re.compile(r"step-(\d+)")
 
@@ -47,6 +48,19 @@ def latest_checkpoint(checkpoints: Path | str) -> Path | None:
         if not checkpoint_problem(path):
             return path
     return None
+
+
+def newest_checkpoint(run_dir: Path) -> Path:
+    """The newest complete checkpoint of a run. Raises ConfigError where it has none."""
+    if not run_dir.is_dir():
+        raise ConfigError("run_dir", run_dir, "there is no such directory")
+    root = run_dir / "checkpoints"
+    newest = latest_checkpoint(root)
+    if newest is None:
+        problems = [checkpoint_problem(path) for _, path in checkpoint_steps(root)]
+        remedy = problems[-1] if problems else "let it reach one, or give checkpoint=DIR"
+        raise CheckpointError(root, "this run has no complete checkpoint", remedy)
+    return newest
 
 
 def prune_checkpoints(checkpoints: Path | str, keep: int) -> list[Path]:

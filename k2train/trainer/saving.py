@@ -25,6 +25,7 @@ from k2train.checkpoint import (
     step_directory,
     write_shards,
 )
+from k2train.checkpoint.hf_tokenizer import TOKENIZER_KEY, tokenizer_meta
 from k2train.checkpoint.staging import partial_path
 from k2train.checkpoint.writer import RowPiece
 from k2train.config.convert import to_dict
@@ -72,6 +73,7 @@ def run_meta(run: Run, steps_done: int) -> dict[str, Any]:
         "model": to_dict(run.config.model),
         "optimizer": run.config.optim.name,
         "data": run.corpus.identity,
+        TOKENIZER_KEY: tokenizer_meta(run.config.data.tokenizer, run.corpus.tokenizer.eod_id),
     }
 
 
