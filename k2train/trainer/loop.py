@@ -16,7 +16,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from rich.console import Console
 
 from k2train.config.convert import to_dict
 from k2train.config.errors import ConfigError
@@ -35,6 +34,7 @@ from k2train.schedule.messages import plan_messages
 from k2train.telemetry.metrics import MetricsFile
 from k2train.telemetry.progress import ProgressDisplay, Rhythm, open_progress
 from k2train.telemetry.sinks import Sink, open_sinks
+from k2train.telemetry.tables import output_console
 from k2train.trainer.activations import host_traffic, non_finite_tiles
 from k2train.trainer.build import Run, build_layouts, build_run, choose_device, open_corpus
 from k2train.trainer.dry_run import dry_run
@@ -136,10 +136,10 @@ def train_rank(run: Run, stop: StopRequest, garbage: GarbageControl, words: Sequ
     done = start(run, checkpoint)
     dry_run(run)
     if run.is_main:
-        print_start(run, run_dir, done, changes, Console())
+        print_start(run, run_dir, done, changes, output_console())
     outcome = run_steps(run, run_dir, done, stop, garbage)
     if run.is_main:
-        print_end(run, outcome, words, Console())
+        print_end(run, outcome, words, output_console())
     return outcome
 
 
