@@ -198,11 +198,12 @@ def open_outputs(run: Run, run_dir: Path, done: int) -> Iterator[Outputs]:
     if not run.is_main:
         yield Outputs(run_dir, None, [], open_progress("none", "step", 0))
         return
+    ideal = ideal_seconds(run.config, run.layout.world, run.device.torch_device)
     display = open_progress(telemetry.progress, "step", run.config.train.steps, done, rhythm_of(run.config))
     with MetricsFile(run_dir / "metrics.jsonl", keep_steps=done) as metrics, display as progress:
         sinks = open_sinks(telemetry, run_dir, to_dict(run.config))
         try:
-            yield Outputs(run_dir, metrics, sinks, progress, ideal_seconds(run))
+            yield Outputs(run_dir, metrics, sinks, progress, ideal)
         finally:
             for sink in sinks:
                 sink.close()
@@ -215,13 +216,16 @@ def rhythm_of(config: Config) -> Rhythm:
     return Rhythm(telemetry.log_first_steps, telemetry.log_every_seconds, every)
 
 
-def ideal_seconds(run: Run) -> float | None:
-    """Seconds of a step with an MFU of 1; None on a CPU. The plan's own FLOPs and the cluster's own rate."""
-    if run.device.torch_device.type == "cpu":
+def ideal_seconds(config: Config, world: int, device: torch.device) -> float | None:
+    """Seconds of a step with an MFU of 1, by the plan's FLOPs and the cluster's rate; None on a CPU.
+
+    world: ranks.
+    """
+    if device.type == "cpu":
         return None
-    train, cluster = run.config.train, run.config.cluster
-    flops = step_flops(run.config.model, train.seq_len, train.global_batch_tokens)
-    return model_flops_utilisation(flops, 1.0, run.layout.world, cluster.matmul_flops_per_second)
+    train, peak = config.train, config.cluster.matmul_flops_per_second
+    flops = step_flops(config.model, train.seq_len, train.global_batch_tokens)
+    return model_flops_utilisation(flops, 1.0, world, peak)
 
 
 def take_step(run: Run, index: int, outputs: Outputs, stop: StopRequest) -> int:
