@@ -1,15 +1,18 @@
-"""AdamW on the CPU by three implementations, and a MuonClip step with its states on the device and in host memory.
+"""AdamW on the CPU by three implementations, and a MuonClip step with its states on the device and
+in host memory.
 
     OMP_NUM_THREADS=2 python benchmarks/optimizer.py
     OMP_NUM_THREADS=1 python benchmarks/optimizer.py --millions 100 --rounds 5
 
-Everything alternates in one run, so that a noisy machine disturbs all alike; the figures are medians over the rounds, and
-the ratio is the median of each round's ratio to torch's fused AdamW (to states on the device). The AdamW sides get equal
-values and must agree before anything is timed. DeepSpeed is left out where it is not installed; it compiles its kernel first.
-OMP_NUM_THREADS is the one setting of threads that all of them obey.
+Everything alternates in one run, so that a noisy machine disturbs all alike; the figures are
+medians over the rounds, and the ratio is the median of each round's ratio to torch's fused AdamW
+(to states on the device). The AdamW sides get equal values and must agree before anything is timed.
+DeepSpeed is left out where it is not installed; it compiles its kernel first. OMP_NUM_THREADS is
+the one setting of threads that all of them obey.
 
-The MuonClip step runs on this machine's CPU (with --device cuda on a GPU), where host and device memory are one: there it
-shows what the copies through staging cost at most, not what a GPU's bus would hide.
+The MuonClip step runs on this machine's CPU (with --device cuda on a GPU), where host and device
+memory are one: there it shows what the copies through staging cost at most, not what a GPU's bus
+would hide.
 """
 
 from __future__ import annotations
@@ -44,10 +47,22 @@ RULE = AdamRule(0.9, 0.95, 1e-8, 0.1)
 Step = Callable[[], None]
 # 28 M parameters, three quarters of them in the experts of three layers.
 MODEL = ModelConfig(
-    vocab_size=4096, hidden_size=384, num_hidden_layers=4, first_k_dense_replace=1, intermediate_size=1024,
-    moe_intermediate_size=192, n_routed_experts=32, num_experts_per_tok=4, n_shared_experts=1, num_attention_heads=6,
-    q_lora_rank=192, kv_lora_rank=128, qk_nope_head_dim=64, qk_rope_head_dim=32, v_head_dim=64,
-)  # fmt: skip
+    vocab_size=4096,
+    hidden_size=384,
+    num_hidden_layers=4,
+    first_k_dense_replace=1,
+    intermediate_size=1024,
+    moe_intermediate_size=192,
+    n_routed_experts=32,
+    num_experts_per_tok=4,
+    n_shared_experts=1,
+    num_attention_heads=6,
+    q_lora_rank=192,
+    kv_lora_rank=128,
+    qk_nope_head_dim=64,
+    qk_rope_head_dim=32,
+    v_head_dim=64,
+)
 
 
 def main() -> None:
@@ -110,9 +125,22 @@ def fused(states: AdamStates, gradient: torch.Tensor, num_updates: int) -> None:
 
 
 def foreach(states: AdamStates, gradient: torch.Tensor, num_updates: int) -> None:
-    adamw([states.master], [gradient], [states.exp_avg], [states.exp_avg_sq], [], [torch.tensor(float(num_updates))],
-          foreach=True, amsgrad=False, beta1=RULE.beta1, beta2=RULE.beta2, lr=1e-3, weight_decay=RULE.weight_decay,
-          eps=RULE.eps, maximize=False)  # fmt: skip
+    adamw(
+        [states.master],
+        [gradient],
+        [states.exp_avg],
+        [states.exp_avg_sq],
+        [],
+        [torch.tensor(float(num_updates))],
+        foreach=True,
+        amsgrad=False,
+        beta1=RULE.beta1,
+        beta2=RULE.beta2,
+        lr=1e-3,
+        weight_decay=RULE.weight_decay,
+        eps=RULE.eps,
+        maximize=False,
+    )
 
 
 def muon_sides(model: ModelConfig, device: torch.device) -> dict[str, Step]:
@@ -141,7 +169,8 @@ def muon_step(model: ModelConfig, device: torch.device, states: str) -> Step:
 
 
 def build(config: ModelConfig, optim: OptimConfig, device: torch.device) -> Optimizer:
-    """The one-rank optimizer of the model; a group of one is good for use after the world that made it."""
+    """The one-rank optimizer of the model; a group of one is good for use after the world that
+    made it."""
     model = build_model(config, whole_model(config), torch.float32, device)
     model.initialise(seed=0)
     catalogue = {spec.name: spec for spec in model_tensors(config)}

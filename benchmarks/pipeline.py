@@ -1,18 +1,23 @@
-"""Our executor beside torch.distributed.pipelining: the same layers, microbatches and processes, alternating in one run.
+"""Our executor beside torch.distributed.pipelining: the same layers, microbatches and processes,
+alternating in one run.
 
-Four gloo processes with two virtual stages each run a small language model of residual MLP blocks under
+Four gloo processes with two virtual stages each run a small language model of residual MLP blocks
+under
 
-    ours     interleaved_1f1b; interleaved_1f1b with weight gradients split off; K2's schedule (pairs, split, extra warm-up)
+    ours     interleaved_1f1b; the same with weight gradients split off; K2's schedule (pairs, split,
+             extra warm-up)
     theirs   ScheduleInterleaved1F1B, ScheduleInterleavedZeroBubble
 
-Both sides use the very same parameters, must give the same loss and gradients before anything is timed, zero their
-gradients as part of the step, and get one round in turns, so that a noisy machine disturbs all alike. A round's time is
-from a barrier to a barrier; the figure to trust is the median of the rounds' ratios.
+Both sides use the very same parameters, must give the same loss and gradients before anything is
+timed, zero their gradients as part of the step, and get one round in turns, so that a noisy machine
+disturbs all alike. A round's time is from a barrier to a barrier; the figure to trust is the median
+of the rounds' ratios.
 
-Two shares say what our own code costs beside the tensors' work, both in processor seconds of one stage, so that waiting
-counts on neither side. "Runtime": the same action list over phases and messages that do nothing, which leaves the
-executor, its handlers and their bookkeeping. "Runtime, phases and dispatch": the same with the real phases on tensors
-of one row and eight columns, which adds everything that torch does for an operation besides its arithmetic.
+Two shares say what our own code costs beside the tensors' work, both in processor seconds of one
+stage, so that waiting counts on neither side. "Runtime": the same action list over phases and
+messages that do nothing, which leaves the executor, its handlers and their bookkeeping. "Runtime,
+phases and dispatch": the same with the real phases on tensors of one row and eight columns, which
+adds everything that torch does for an operation besides its arithmetic.
 
     python benchmarks/pipeline.py --rounds 15 --hidden 256 --microbatches 8
 """
@@ -249,16 +254,22 @@ class OurSide:
     batch: torch.Tensor
 
     def step(self) -> float:
-        """Forward, backward and gradients of the whole batch; the loss where the last virtual stage is."""
+        """Forward, backward and gradients of the whole batch; the loss where the last virtual
+        stage is."""
         self.gradients.zero()
         statistics_of_step = Statistics()
         scale = 1.0 / self.batch[:, 0].numel()
 
         def make_context(virtual_stage: int, microbatch: int) -> MicrobatchContext:
             return MicrobatchContext(
-                num_sequences=1, gradients=self.gradients, weight_grads=self.stage.queue, key=(virtual_stage, microbatch),
-                statistics=statistics_of_step, loss_scale=scale, targets=self.batch[microbatch, 1],
-            )  # fmt: skip
+                num_sequences=1,
+                gradients=self.gradients,
+                weight_grads=self.stage.queue,
+                key=(virtual_stage, microbatch),
+                statistics=statistics_of_step,
+                loss_scale=scale,
+                targets=self.batch[microbatch, 1],
+            )
 
         inputs = StepInputs(lambda microbatch: self.batch[microbatch, 0], make_context, len(self.batch))
         with self.stage.step(inputs):
@@ -277,7 +288,10 @@ def our_side(
 def their_step(
     cls: Any, modules: dict[int, nn.Sequential], hidden: int, vocab: int, batch: torch.Tensor
 ) -> Step:
-    """One step of torch's runtime under schedule class `cls`. Shapes are given, so that it need not infer them."""
+    """One step of torch's runtime under schedule class `cls`.
+
+    Shapes are given, so that it need not infer them.
+    """
     ids = batch[0, 0]
     stages = []
     for index, module in modules.items():
@@ -320,7 +334,8 @@ def check_equal(ours: OurSide, theirs: Step, modules: dict[int, nn.Sequential]) 
 
 
 def timed(step: Step) -> tuple[float, float]:
-    """Wall seconds from barrier to barrier, and this process's processor seconds in the step itself."""
+    """Wall seconds from barrier to barrier, and this process's processor seconds in the step
+    itself."""
     dist.barrier()
     start, start_cpu = time.perf_counter(), time.process_time()
     step()
@@ -372,8 +387,10 @@ def run_rank(world: World, options: argparse.Namespace) -> dict[str, Any]:
         check_equal(side, other, modules)
         for side, other in itertools.product(sides.values(), theirs.values())
     ]
-    steps = {**{f"ours    {name}": side.step for name, side in sides.items()},
-             **{f"theirs  {name}": step for name, step in theirs.items()}}  # fmt: skip
+    steps = {
+        **{f"ours    {name}": side.step for name, side in sides.items()},
+        **{f"theirs  {name}": step for name, step in theirs.items()},
+    }
     gc.collect()
     gc.freeze()
     times: dict[str, list[tuple[float, float]]] = {name: [] for name in steps}
@@ -388,7 +405,8 @@ def run_rank(world: World, options: argparse.Namespace) -> dict[str, Any]:
 def own_seconds(
     options: argparse.Namespace, rank: int, schedules: dict[str, Schedule], modules: dict[int, nn.Sequential]
 ) -> dict[str, tuple[float, float]]:
-    """Processor seconds of a step of each schedule: over idle phases, and over the real ones on tiny tensors."""
+    """Processor seconds of a step of each schedule: over idle phases, and over the real ones on
+    tiny tensors."""
     tiny = {
         index: build_phases(module) for index, module in build_modules(options, TINY_HIDDEN, rank).items()
     }
@@ -402,26 +420,32 @@ def own_seconds(
 
 
 def report(results: list[dict[str, Any]], options: argparse.Namespace) -> None:
-    """The tables: wall seconds of a round are the slowest rank's, processor seconds the mean of the ranks."""
+    """The tables: wall seconds of a round are the slowest rank's, processor seconds the mean of
+    the ranks."""
     print(f"loss {results[-1]['loss']:.4f}; loss and all gradients equal on both sides")
     names = list(results[0]["times"])
     rounds = range(options.rounds)
     wall = {name: [max(r["times"][name][i][0] for r in results) for i in rounds] for name in names}
     cpu = {name: [statistics.mean(r["times"][name][i][1] for r in results) for i in rounds] for name in names}
-    best = min((name for name in names if name.startswith("theirs")),
-               key=lambda name: statistics.median(wall[name]))  # fmt: skip
+    best = min(
+        (name for name in names if name.startswith("theirs")), key=lambda name: statistics.median(wall[name])
+    )
     print(f"medians of {options.rounds} rounds; ratios to {best}, round by round, below 1 is better")
     print(f"  {'':40s}{'step':>12s}{'ratio':>8s}{'processor':>14s}{'ratio':>8s}")
     for name in names:
-        print(f"  {name:40s}{statistics.median(wall[name]) * 1e3:9.1f} ms{median_ratio(wall, name, best):8.3f}"
-              f"{statistics.median(cpu[name]) * 1e3:11.1f} ms{median_ratio(cpu, name, best):8.3f}")  # fmt: skip
+        print(
+            f"  {name:40s}{statistics.median(wall[name]) * 1e3:9.1f} ms{median_ratio(wall, name, best):8.3f}"
+            f"{statistics.median(cpu[name]) * 1e3:11.1f} ms{median_ratio(cpu, name, best):8.3f}"
+        )
     print("our own code in a stage's step, processor time and its share of the above")
     for name in (name for name in names if name.startswith("ours")):
         own = [r["own"][name.removeprefix("ours    ")] for r in results]
         runtime, dispatch = (statistics.mean(column) for column in zip(*own, strict=True))
         total = statistics.median(cpu[name])
-        print(f"  {name:40s}runtime {runtime * 1e3:.2f} ms, {runtime / total:.2%}; "
-              f"runtime, phases and dispatch {dispatch * 1e3:.1f} ms, {dispatch / total:.1%}")  # fmt: skip
+        print(
+            f"  {name:40s}runtime {runtime * 1e3:.2f} ms, {runtime / total:.2%}; "
+            f"runtime, phases and dispatch {dispatch * 1e3:.1f} ms, {dispatch / total:.1%}"
+        )
 
 
 def median_ratio(times: dict[str, list[float]], name: str, base: str) -> float:
@@ -446,8 +470,10 @@ def main() -> None:
     results = run_distributed_test(
         lambda world: run_rank(world, options), PP, "processes", timeout_seconds=options.timeout
     )
-    print(f"{PP} processes x {VPP} virtual stages, {options.microbatches} microbatches of {options.tokens} x "
-          f"{options.hidden}, {options.layers} blocks each, one thread a process")  # fmt: skip
+    print(
+        f"{PP} processes x {VPP} virtual stages, {options.microbatches} microbatches of {options.tokens} x "
+        f"{options.hidden}, {options.layers} blocks each, one thread a process"
+    )
     report(results, options)
 
 

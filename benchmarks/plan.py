@@ -2,8 +2,9 @@
 
     python benchmarks/plan.py            some minutes; --quick leaves out the longest step
 
-One core: everything is plain Python on one thread, so processor seconds are counted, and the best of the repeats is shown.
-Building, proving, simulating and accounting memory have a column each; seconds for a million actions should not rise.
+One core: everything is plain Python on one thread, so processor seconds are counted, and the best
+of the repeats is shown. Building, proving, simulating and accounting memory have a column each;
+seconds for a million actions should not rise.
 """
 
 from __future__ import annotations

@@ -18,9 +18,17 @@ from .configs import read_cluster
 _CLUSTERS = (("H200", "h200"), ("H100", "h100"), ("H800", "h800"))
 # K2's shapes at toy widths: what is left are the shapes' relations.
 TINY_MODEL = {
-    "vocab_size": 257, "hidden_size": 64, "intermediate_size": 96, "moe_intermediate_size": 32, "q_lora_rank": 32,
-    "kv_lora_rank": 32, "qk_nope_head_dim": 16, "qk_rope_head_dim": 16, "v_head_dim": 16, "num_attention_heads": 2,
-}  # fmt: skip
+    "vocab_size": 257,
+    "hidden_size": 64,
+    "intermediate_size": 96,
+    "moe_intermediate_size": 32,
+    "q_lora_rank": 32,
+    "kv_lora_rank": 32,
+    "qk_nope_head_dim": 16,
+    "qk_rope_head_dim": 16,
+    "v_head_dim": 16,
+    "num_attention_heads": 2,
+}
 
 
 @dataclass(frozen=True)
@@ -38,8 +46,8 @@ class Sizes:
     num_experts: int = 24
     expert_rows: int = 1300
     vocab_size: int = 32768
-    """Of the slice that is trained, whose embedding and head would else take longer to initialise than
-    to train; the head is measured with K2's own."""
+    """Of the slice that is trained, whose embedding and head would else take longer to
+    initialise than to train; the head is measured with K2's own."""
     train_steps: int = 20
     train_microbatches: int = 4
     offload_microbatches: int = 8

@@ -1,12 +1,13 @@
-"""The tokenizer of a run, written into an exported model directory so that transformers can generate.
+"""The tokenizer of a run, written into an exported model directory so that transformers can
+generate.
 
-A model without its end-of-document id never stops generating. Each document of a corpus is followed by
-that one token, so it is what ends a text (eos), what stood before every text in training (bos), and what
-fills up a batch (pad).
+A model without its end-of-document id never stops generating. Each document of a corpus is followed
+by that one token, so it is what ends a text (eos), what stood before every text in training (bos),
+and what fills up a batch (pad).
 
 A Hugging Face tokenizer's own files are copied. The byte tokenizer has no file: it is written as a
-byte-level BPE without merges, whose ids are the bytes themselves. A tiktoken file is copied as it is;
-transformers reads it with the code that the model's authors publish beside it.
+byte-level BPE without merges, whose ids are the bytes themselves. A tiktoken file is copied as it
+is; transformers reads it with the code that the model's authors publish beside it.
 """
 
 from __future__ import annotations
@@ -42,7 +43,10 @@ TOKENIZER_KEY = "tokenizer"
 
 
 def tokenizer_meta(config: TokenizerConfig, eod_id: int) -> dict[str, Any]:
-    """What a checkpoint records of its run's tokenizer. A path is made absolute where it is a file's."""
+    """What a checkpoint records of its run's tokenizer.
+
+    A path is made absolute where it is a file's.
+    """
     path = config.path
     if path is not None and Path(path).exists():
         path = str(Path(path).resolve())
@@ -55,7 +59,8 @@ def token_fields(meta: Mapping[str, Any]) -> dict[str, int]:
 
 
 def write_tokenizer(meta: Mapping[str, Any], directory: Path) -> list[str]:
-    """Write the tokenizer's files into an existing directory; their names, none where they are not found.
+    """Write the tokenizer's files into an existing directory; their names, none where they are not
+    found.
 
     meta: of `tokenizer_meta`.
     """

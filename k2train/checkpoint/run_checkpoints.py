@@ -20,7 +20,8 @@ def step_directory(checkpoints: Path | str, step: int) -> Path:
 
 
 def checkpoint_steps(checkpoints: Path | str) -> list[tuple[int, Path]]:
-    """The (step, directory) of everything that carries a checkpoint's name, complete or not, oldest first."""
+    """The (step, directory) of everything that carries a checkpoint's name, complete or not,
+    oldest first."""
     root = Path(checkpoints)
     if not root.is_dir():
         return []
@@ -29,7 +30,8 @@ def checkpoint_steps(checkpoints: Path | str) -> list[tuple[int, Path]]:
 
 
 def checkpoint_problem(directory: Path | str) -> str:
-    """Why a checkpoint is not complete (no manifest, a shard missing or of the wrong size); empty if it is."""
+    """Why a checkpoint is not complete (no manifest, a shard missing or of the wrong size);
+    empty if it is."""
     try:
         checkpoint = open_checkpoint(directory)
         for shard in checkpoint.manifest.shards:
@@ -40,7 +42,9 @@ def checkpoint_problem(directory: Path | str) -> str:
 
 
 def latest_checkpoint(checkpoints: Path | str) -> Path | None:
-    """The newest complete checkpoint of a run, or None. Temporary and incomplete directories are passed over.
+    """The newest complete checkpoint of a run, or None.
+
+    Temporary and incomplete directories are passed over.
 
     A run that starts calls `clean_leftovers` first, which settles a replacement that was cut off.
     """
@@ -64,10 +68,11 @@ def newest_checkpoint(run_dir: Path) -> Path:
 
 
 def prune_checkpoints(checkpoints: Path | str, keep: int) -> list[Path]:
-    """Delete all but the `keep` newest complete checkpoints, and what killed writers left; returns what was deleted.
+    """Delete all but the `keep` newest complete checkpoints, and what killed writers left; returns
+    what was deleted.
 
-    One rank calls it, while no checkpoint is being written. A deletion that is cut off leaves a `.partial`, never a
-    checkpoint with holes.
+    One rank calls it, while no checkpoint is being written. A deletion that is cut off leaves a
+    `.partial`, never a checkpoint with holes.
     """
     if keep < 1:
         raise ValueError(f"keep={keep} would delete every checkpoint")

@@ -1,10 +1,12 @@
-"""`k2train evaluate run_dir=DIR`: a run's newest checkpoint, or a given one, scored on held-out text.
+"""`k2train evaluate run_dir=DIR`: a run's newest checkpoint, or a given one, scored on held-out
+text.
 
     k2train evaluate run_dir=DIR                                        the run's own held-out text
     k2train evaluate run_dir=DIR 'data.valid=[{prefix: data/mine}]'     text of one's own
-    k2train evaluate run_dir=DIR layout=single json=score.json          another layout; a file for scripts
+    k2train evaluate run_dir=DIR layout=single json=score.json          another layout; a file
 
-The config is the run's own, changed by the words. A checkpoint knows no layout, so any layout will do.
+The config is the run's own, changed by the words. A checkpoint knows no layout, so any layout will
+do.
 """
 
 from __future__ import annotations

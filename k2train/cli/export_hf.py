@@ -1,4 +1,5 @@
-"""`k2train export-hf DIR run_dir=RUN`: a run's newest checkpoint, or a given one, as a Hugging Face model directory."""
+"""`k2train export-hf DIR run_dir=RUN`: a run's newest checkpoint, or a given one, as a Hugging
+Face model directory."""
 
 from __future__ import annotations
 
@@ -33,8 +34,10 @@ class ExportConfig:
 
     run_dir: str | None = key("run whose newest checkpoint is exported", default=None)
     checkpoint: str | None = key("checkpoint directory to export, instead of run_dir", default=None)
-    dtype: Dtype | None = key("type of the weights; null takes the one the run computed in, or what an imported "
-                              "checkpoint holds", default=None)  # fmt: skip
+    dtype: Dtype | None = key(
+        "type of the weights; null takes the one the run computed in, or what an imported checkpoint holds",
+        default=None,
+    )
     max_shard_bytes: int = key("largest file of the model", default=5_000_000_000, unit="bytes", minimum=1)
 
     def __post_init__(self) -> None:
@@ -42,8 +45,12 @@ class ExportConfig:
         if not self.run_dir and not self.checkpoint:
             raise ConfigError("run_dir", "(missing)", "one of run_dir and checkpoint must be given", USAGE)
         if self.run_dir and self.checkpoint:
-            raise ConfigError("checkpoint", self.checkpoint, f"cannot be given together with run_dir={self.run_dir}",
-                              "give one of the two")  # fmt: skip
+            raise ConfigError(
+                "checkpoint",
+                self.checkpoint,
+                f"cannot be given together with run_dir={self.run_dir}",
+                "give one of the two",
+            )
 
 
 def run(args: list[str]) -> int:
@@ -79,7 +86,8 @@ def run(args: list[str]) -> int:
 
 
 def tokenizer_of(checkpoint: Checkpoint) -> Mapping[str, Any] | None:
-    """What is known of the tokenizer that the checkpoint's run was trained with; None for an imported model.
+    """What is known of the tokenizer that the checkpoint's run was trained with; None for an
+    imported model.
 
     Checkpoints from before it was recorded stand beside their run's config.yaml, which names it.
     """

@@ -30,7 +30,8 @@ class ReportConfig:
 
 
 def run(args: list[str]) -> int:
-    """Print a table of the run's steps and draw its loss curve anew; with the word memory first, report_memory."""
+    """Print a table of the run's steps and draw its loss curve anew; with the word memory first,
+    report_memory."""
     if args[:1] == ["memory"]:
         from k2train.cli.report_memory import run as report_memory
 
@@ -44,8 +45,12 @@ def run(args: list[str]) -> int:
     run_dir = Path(report.run_dir)
     metrics = read_metrics(run_dir / "metrics.jsonl")
     if not metrics:
-        raise ConfigError("run_dir", report.run_dir, "holds no metrics.jsonl with a finished step",
-                          "give the directory that `k2train train` printed")  # fmt: skip
+        raise ConfigError(
+            "run_dir",
+            report.run_dir,
+            "holds no metrics.jsonl with a finished step",
+            "give the directory that `k2train train` printed",
+        )
     show(metrics_table(metrics, report.rows))
     picture = run_dir / "loss.png"
     draw_loss_curve(metrics, picture, run_dir.name)

@@ -1,4 +1,5 @@
-"""`k2train report memory`: bytes of every saved activation under the chosen policies, predicted beside measured."""
+"""`k2train report memory`: bytes of every saved activation under the chosen policies, predicted
+beside measured."""
 
 from __future__ import annotations
 
@@ -29,8 +30,8 @@ def run(args: list[str]) -> int:
         return 0
     config: Config = load_config(args)
     check_policies(config.activations)
-    # But for what GPU kernels keep, bytes are the same wherever they are measured: a config made for GPUs can be looked at
-    # without one.
+    # But for what GPU kernels keep, bytes are the same wherever they are measured: a config made
+    # for GPUs can be looked at without one.
     here = torch.device("cuda" if torch.cuda.is_available() and config.train.device != "cpu" else "cpu")
     report = measure_memory(config, build_device(here))
     console = output_console()
@@ -47,7 +48,10 @@ def run(args: list[str]) -> int:
 
 
 def memory_table(what: str, report: MemoryReport, rows: Iterable[NameBytes]) -> NumberTable:
-    """One layer's names, in the config's order, and their sums. what: the kind of layer and its type."""
+    """One layer's names, in the config's order, and their sums.
+
+    what: the kind of layer and its type.
+    """
     at = "the config's widths" if report.divisor == 1 else f"1/{report.divisor} of the widths"
     title = f"{what}, bytes a token: computed and kept as configured; plan against run at {at}"
     headings = ["name", "policy", "computed", "kept", "device: plan", "run", "host: plan", "run"]

@@ -66,7 +66,8 @@ def _first_documents(config: ShowConfig, indexed: Any, sidecar: Sidecar | None) 
 
 
 def _tokenizer_of(config: ShowConfig, sidecar: Sidecar | None) -> Tokenizer | None:
-    """The one that was given, else the one that the side-car names; None where that is not to be found.
+    """The one that was given, else the one that the side-car names; None where that is not to be
+    found.
 
     Raises ConfigError where the given one has not built the dataset.
     """
@@ -84,7 +85,8 @@ def _tokenizer_of(config: ShowConfig, sidecar: Sidecar | None) -> Tokenizer | No
 
 
 def _beginning(tokenizer: Tokenizer, ids: Any, characters: int) -> str:
-    """The first characters as a Python string literal: control characters must not reach the terminal."""
+    """The first characters as a Python string literal: control characters must not reach the
+    terminal."""
     head = np.asarray(ids[: 8 * characters], dtype=np.int64)
     if len(head) and (int(head.max()) >= tokenizer.vocab_size or int(head.min()) < 0):
         return f"ids {head[:16].tolist()}, outside the vocabulary of tokenizer {tokenizer.name}"

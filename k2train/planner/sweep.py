@@ -1,4 +1,4 @@
-"""Several plans in one table: the points of a sweep, or schedules side by side on the same cluster."""
+"""Several plans in one table: the points of a sweep, or schedules side by side on a cluster."""
 
 from __future__ import annotations
 
@@ -49,11 +49,23 @@ def summarise(plan: Plan, labels: Mapping[str, str]) -> Row:
     """One plan as a row."""
     waits = plan.busiest.waits
     return Row(
-        labels, plan.assembly.layout.world, plan.assembly.schedule.num_microbatches, plan.step_seconds,
-        plan.tokens_per_second, plan.mfu, plan.bubble_share, waits.ep, waits.pp, plan.slowest_update.data_parallel,
-        waits.copy, plan.fullest.device, plan.fullest_host.node, plan.fits, model_parameters(plan.config.model).total,
+        labels,
+        plan.assembly.layout.world,
+        plan.assembly.schedule.num_microbatches,
+        plan.step_seconds,
+        plan.tokens_per_second,
+        plan.mfu,
+        plan.bubble_share,
+        waits.ep,
+        waits.pp,
+        plan.slowest_update.data_parallel,
+        waits.copy,
+        plan.fullest.device,
+        plan.fullest_host.node,
+        plan.fits,
+        model_parameters(plan.config.model).total,
         plan.busiest.busy_seconds,
-    )  # fmt: skip
+    )
 
 
 @dataclass(frozen=True)
@@ -100,7 +112,7 @@ def _planned(labels: Mapping[str, str], config: Config | ConfigError) -> Row | R
 
 
 def compared(config: Config) -> list[Point]:
-    """The same config under each schedule of `plan.compare`, with the switches of configs/schedule."""
+    """The config under each schedule of `plan.compare`, with the switches of configs/schedule."""
     return [({"schedule": kind}, _with_schedule(config, kind)) for kind in config.plan.compare]
 
 
@@ -113,7 +125,10 @@ def _with_schedule(config: Config, kind: str) -> Config:
 
 
 def sweep_table(title: str, rows: Sequence[Row | Refused]) -> tuple[Table, str]:
-    """A row for each plan, labels first, and a note. Sizes that are alike everywhere move from the table to the note."""
+    """A row for each plan, labels first, and a note.
+
+    Sizes that are alike everywhere move from the table to the note.
+    """
     plans = [row for row in rows if isinstance(row, Row)]
     columns = _columns(plans)
     constant = {name for name in _MAY_MOVE if len(plans) > 1 and len(set(columns[name])) == 1}

@@ -1,7 +1,8 @@
 """metrics.jsonl: one JSON object a step, appended and flushed as the run goes.
 
-The file is the record of a run, so a resumed run must leave the same lines as one that was never interrupted: on
-resume, lines of steps after the checkpoint (and a line cut short by a kill) are removed before new ones are added.
+The file is the record of a run, so a resumed run must leave the same lines as one that was never
+interrupted: on resume, lines of steps after the checkpoint (and a line cut short by a kill) are
+removed before new ones are added.
 """
 
 from __future__ import annotations
@@ -22,7 +23,8 @@ CLOCK_KEYS = frozenset({"tokens_per_second", "step_seconds", "peak_bytes", "mfu"
 
 
 class MetricsFile:
-    """Append-only writer of metrics.jsonl; opening cuts the file back to its first `keep_steps` steps."""
+    """Append-only writer of metrics.jsonl; opening cuts the file back to its first `keep_steps`
+    steps."""
 
     def __init__(self, path: Path, keep_steps: int) -> None:
         kept = [line for line in read_metrics(path) if line["step"] <= keep_steps]
@@ -65,8 +67,8 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
 
 
 def _encode(metrics: Metrics) -> str:
-    # JSON has no NaN or infinity; a step that has one stops the run, and null keeps its line readable
-    # everywhere.
+    # JSON has no NaN or infinity; a step that has one stops the run, and null keeps its line
+    # readable everywhere.
     finite = {
         key: None if isinstance(value, float) and not math.isfinite(value) else value
         for key, value in metrics.items()

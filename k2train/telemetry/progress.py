@@ -1,4 +1,5 @@
-"""Progress on the terminal: a bar where there is one, plain lines where there is none (a log file, Slurm, CI).
+"""Progress on the terminal: a bar where there is one, plain lines where there is none (a log file,
+Slurm, CI).
 
 A log file of a long run must show that the run is alive, and one of a short run must stay short. So
 lines come by a rhythm: each of the first steps, then one every so many seconds or steps.
@@ -179,7 +180,7 @@ def duration(seconds: float) -> str:
 def open_progress(
     mode: str, title: str, total: int, done: int = 0, rhythm: Rhythm | None = None
 ) -> ProgressDisplay:
-    """The display for `telemetry.progress`: `auto` draws a bar where standard output is a terminal."""
+    """The display for `telemetry.progress`: `auto` draws a bar on a terminal."""
     if mode == "none":
         return NoProgress(title, total, done)
     if mode == "bar" or (mode == "auto" and sys.stdout.isatty()):

@@ -53,8 +53,9 @@ class TensorBoardSink:
 class WandbSink:
     """The same numbers to Weights & Biases, in one run of theirs for a run of ours.
 
-    Their run's id is kept in the run directory, so that a resumed run goes on there. Steps that were
-    logged before and are taken again after a crash are dropped there, and are the same numbers.
+    Their run's id is kept in the run directory, so that a resumed run goes on there. Steps that
+    were logged before and are taken again after a crash are dropped there, and are the same
+    numbers.
     """
 
     def __init__(

@@ -1,8 +1,8 @@
 """Tables for a terminal, a log file or a pipe: nothing in them is ever cut off.
 
 Rich shortens what does not fit, and a number without its last digits is worse than none. So a table
-of numbers that is too wide is set as several tables below each other, each with the first columns of
-text again; and text that is too wide goes on in the next line.
+of numbers that is too wide is set as several tables below each other, each with the first columns
+of text again; and text that is too wide goes on in the next line.
 """
 
 from __future__ import annotations
@@ -22,7 +22,8 @@ _UNBOUNDED = 100_000
 
 
 class NumberTable(Table):
-    """Numbers, right-aligned behind the first `text_columns` columns, in as many parts as the width asks for."""
+    """Numbers, right-aligned behind the first `text_columns` columns, in as many parts as the
+    width asks for."""
 
     def __init__(self, title: str, columns: Sequence[str], text_columns: int = 1) -> None:
         super().__init__(
@@ -101,7 +102,8 @@ def fact_table(
 
 
 def broken_heading(key: str) -> str:
-    """A heading over several lines: a unit below its quantity, a long key broken behind underscores."""
+    """A heading over several lines: a unit below its quantity, a long key broken behind
+    underscores."""
     if key.count("_") == 1 and len(key) <= 8:
         return key.replace("_", "\n")
     lines = [""]
@@ -113,7 +115,8 @@ def broken_heading(key: str) -> str:
 
 
 def output_console() -> Console:
-    """Standard output at the terminal's width, at that of COLUMNS or at WIDTH elsewhere, and at WIDTH at most."""
+    """Standard output at the terminal's width, at that of COLUMNS or at WIDTH elsewhere, and at
+    WIDTH at most."""
     given = sys.stdout.isatty() or "COLUMNS" in os.environ
     console = Console(width=None if given else WIDTH, highlight=False)
     return Console(width=WIDTH, highlight=False) if console.width > WIDTH else console

@@ -1,7 +1,8 @@
 """The training loop: steps, evaluations, checkpoints, metrics; and how it ends.
 
-It ends in one of three ways: all steps done; asked to stop (SIGTERM, Ctrl-C), after the step in hand, with a
-checkpoint; or a non-finite loss or gradient, which updates nothing, so the last checkpoint is still good.
+It ends in one of three ways: all steps done; asked to stop (SIGTERM, Ctrl-C), after the step in
+hand, with a checkpoint; or a non-finite loss or gradient, which updates nothing, so the last
+checkpoint is still good.
 """
 
 from __future__ import annotations
@@ -113,9 +114,8 @@ def prepare(config: Config) -> Prepared:
 def train(config: Config, words: Sequence[str] = ()) -> Outcome:
     """Run `config` from its start or from its newest checkpoint.
 
-    words: the user's, to print how to resume.
-    Under a launcher every process calls it. Raises ConfigError for what cannot run, TrainingDivergedError for a
-    non-finite loss.
+    words: the user's, to print how to resume. Under a launcher every process calls it. Raises
+    ConfigError for what cannot run, TrainingDivergedError for a non-finite loss.
     """
     ready = prepare(config)
     config, layout = ready.config, ready.layout
@@ -144,7 +144,8 @@ def train_rank(run: Run, stop: StopRequest, garbage: GarbageControl, words: Sequ
 
 
 def agree_on_run_dir(run: Run) -> tuple[Path, Path | None, list[str]]:
-    """Rank 0 opens the run directory and tells the others: directory, checkpoint to resume, changed keys.
+    """Rank 0 opens the run directory and tells the others: directory, checkpoint to resume, changed
+    keys.
 
     Every rank must call it, and on every rank a ConfigError of rank 0's is raised.
     """
@@ -167,7 +168,8 @@ def agree_on_run_dir(run: Run) -> tuple[Path, Path | None, list[str]]:
 
 
 def start(run: Run, checkpoint: Path | None) -> int:
-    """Weights from the checkpoint to resume, from train.init_from, or from the seed; the steps already done."""
+    """Weights from the checkpoint to resume, from train.init_from, or from the seed; the steps
+    already done."""
     if checkpoint is not None:
         return resume(run, checkpoint)
     if run.config.train.init_from is not None:
@@ -176,7 +178,10 @@ def start(run: Run, checkpoint: Path | None) -> int:
 
 
 def run_steps(run: Run, run_dir: Path, done: int, stop: StopRequest, garbage: GarbageControl) -> Outcome:
-    """Take the steps from `done` to train.steps, or until any rank is asked to stop. Every rank must call it."""
+    """Take the steps from `done` to train.steps, or until any rank is asked to stop.
+
+    Every rank must call it.
+    """
     config = run.config
     stopped_by: str | None = None
     with open_outputs(run, run_dir, done) as outputs:
@@ -217,7 +222,8 @@ def rhythm_of(config: Config) -> Rhythm:
 
 
 def ideal_seconds(config: Config, world: int, device: torch.device) -> float | None:
-    """Seconds of a step with an MFU of 1, by the plan's FLOPs and the cluster's rate; None on a CPU.
+    """Seconds of a step with an MFU of 1, by the plan's FLOPs and the cluster's rate; None on a
+    CPU.
 
     world: ranks.
     """
@@ -231,8 +237,8 @@ def ideal_seconds(config: Config, world: int, device: torch.device) -> float | N
 def take_step(run: Run, index: int, outputs: Outputs, stop: StopRequest) -> int:
     """One step, its evaluation where one is due, and its line of metrics.
 
-    Returns a signal by which some rank had been asked to stop before the step's end, the same on every
-    rank, 0 for none. Every rank must call it: see `train_step` and `evaluate`.
+    Returns a signal by which some rank had been asked to stop before the step's end, the same on
+    every rank, 0 for none. Every rank must call it: see `train_step` and `evaluate`.
     """
     recorder = start_recorder(run, index)
     began = time.perf_counter()
@@ -267,7 +273,10 @@ def step_note(line: Mapping[str, Any]) -> str:
 
 
 def evaluated(run: Run, steps_done: int, outputs: Outputs) -> dict[str, float]:
-    """The evaluation after `steps_done` steps, for the step's line. Every rank must call it: see `evaluate`."""
+    """The evaluation after `steps_done` steps, for the step's line.
+
+    Every rank must call it: see `evaluate`.
+    """
     outputs.progress.note("evaluating on held-out text")
     evaluation = evaluate(run, evaluation_tokens(run.config, steps_done))
     if evaluation is None:

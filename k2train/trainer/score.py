@@ -1,4 +1,5 @@
-"""A checkpoint's loss on held-out text, outside of a training run: what `k2train evaluate` computes.
+"""A checkpoint's loss on held-out text, outside of a training run: what `k2train evaluate`
+computes.
 
 The same layout, schedule and forward passes as the evaluations within a run, so the last line of a
 run's metrics and its score on the same text are equal.
@@ -23,7 +24,8 @@ from k2train.trainer.worlds import run_world
 
 
 def score(config: Config, checkpoint: Path) -> Evaluation | None:
-    """Evaluate a run's checkpoint on train.final_eval_tokens of held-out text; None on ranks other than 0.
+    """Evaluate a run's checkpoint on train.final_eval_tokens of held-out text; None on ranks other
+    than 0.
 
     Under a launcher every process calls it. Raises ConfigError for what cannot run, a checkpoint of
     another model, and held-out text of less than one sequence.
