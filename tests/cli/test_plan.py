@@ -80,22 +80,29 @@ def test_the_status_says_where_nothing_fits(sweep, capsys):
     capsys.readouterr()
 
 
-def test_advice_leaves_room_where_it_can(capsys):
-    """16-bit tokens' states and activations halve by several switches: with so little over the first that fits, the
-    next one that leaves a twentieth of the device free is named."""
-    plan = build_plan(load_config(SMALL))
-    advised = {}
-    for share in (0.99, 0.9, 0.8, 0.7):
-        config = load_config([*SMALL, f"cluster.device_memory_bytes={share * plan.fullest.device}"])
-        tight = build_plan(config)
-        assert not tight.fits
-        advice = advise(tight)
-        if advice is not None:
-            tried = build_plan(load_config([*SMALL, f"cluster.device_memory_bytes={share * plan.fullest.device}",
-                                            *advice.overrides]))  # fmt: skip
-            assert tried.fits
-            advised[share] = room(tried)
-    assert any(free >= ROOM for free in advised.values())
+def device_bytes(*words):
+    return build_plan(load_config([*SMALL, *words])).fullest.device
+
+
+def test_advice_prefers_a_switch_that_leaves_room_to_one_that_fits_to_the_last_byte():
+    """Recomputation alone would fit with a hundredth free, and FP8 storage with more than a twentieth."""
+    capacity = device_bytes("activations=recompute") / 0.99
+    assert device_bytes("activations=recompute_fp8") < (1 - ROOM) * capacity < device_bytes()
+    advice = advise(build_plan(load_config([*SMALL, f"cluster.device_memory_bytes={capacity}"])))
+    assert advice.overrides == ("activations=recompute_fp8",)
+
+
+def test_advice_takes_what_leaves_most_where_nothing_leaves_room():
+    smallest = ("activations=k2", "train.microbatch_size=1")
+    capacity = device_bytes(*smallest) / 0.99
+    plan = build_plan(load_config([*SMALL, f"cluster.device_memory_bytes={capacity}"]))
+    advice = advise(plan)
+    assert advice.overrides == smallest
+    assert (
+        0
+        < room(build_plan(load_config([*SMALL, f"cluster.device_memory_bytes={capacity}", *smallest])))
+        < ROOM
+    )
 
 
 def test_schedules_stand_side_by_side(capsys):
@@ -120,7 +127,7 @@ def test_help_explains_the_keys(capsys):
     (["layout.edp=3", "train.global_batch_tokens=8192"], "train.global_batch_tokens=8192: must be a multiple of"),
     (["experiment=k2", "layout.nodes=40"], "nearest are 32 and 64"),
     (["experiment=k2", "layout.nodes=0"], "layout.nodes=0"),
-    (["-m", "experiment=k2", "layout.nodes=24,40"], "nearest are 32 and 64"),
+    (["-m", "experiment=k2", "layout.nodes=40,41"], "nearest are 32 and 64"),
     (["layout.pp=2", "layout.layers_per_virtual_stage=[4]"], "layout.layers_per_virtual_stage"),
     (["plan.compare=[k3]"], "plan.compare"),
     (["schedule.extra_warmup_microbatches=0", *SMALL], "extra_warmup_microbatches=1"),
