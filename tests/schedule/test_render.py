@@ -159,6 +159,19 @@ def test_no_reader_sees_boxes_of_one_row_overlap(
             assert start + length <= following
 
 
+@pytest.mark.parametrize("ticks", [1, 7, 1000, 123_457])
+def test_a_moment_that_is_said_twice_is_one_moment_of_the_trace(ticks: int, tmp_path: Path) -> None:
+    """Half-way between two ticks, an end above and a start below it by their last bit round apart."""
+    middle = (ticks + 0.5) / 8e6
+    above, below = middle * (1 + 1e-15), middle * (1 - 1e-15)
+    spans = [(0.0, above), (below, 2 * middle)]
+    boxes = [Box(0, "compute", "x", "forward", start, end, Action(Kind.F, 0, 0)) for start, end in spans]
+    write_boxes(tmp_path / "trace.json", 1, boxes)
+    events = json.loads((tmp_path / "trace.json").read_text())["traceEvents"]
+    first, second = (event for event in events if event["ph"] == "X")
+    assert first["ts"] + first["dur"] == second["ts"]
+
+
 def test_a_trace_of_a_window_holds_what_overlaps_it(moe_costs: MakeCosts, tmp_path: Path) -> None:
     simulation = _simulation("k2", 2, 6, 2, moe_costs)
     written = write_trace(simulation, tmp_path / "window.json", 50.0, 80.0)
