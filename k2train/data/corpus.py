@@ -30,6 +30,9 @@ EVALUATION_SEED = 0
 """Held-out documents come in one order whatever the run's seed, so that runs with different seeds
 are comparable."""
 
+HELD_OUT_SPLIT, HELD_OUT_SHARES = "0,1,0", (0.0, 1.0, 0.0)
+"""Of a corpus that is held out as a whole, as megatron-core and as `split` write it."""
+
 
 @dataclasses.dataclass(frozen=True)
 class Source:
@@ -46,14 +49,20 @@ class Corpus:
     """Samples of the three splits. Made by `build_corpus`."""
 
     def __init__(
-        self, sources: list[Source], tokenizer: Tokenizer, seq_len: int, vocab_size: int, identity: str
+        self,
+        sources: dict[SplitName, list[Source]],
+        tokenizer: Tokenizer,
+        seq_len: int,
+        vocab_size: int,
+        identity: str,
     ) -> None:
+        """sources: of every split; held-out text may come from corpora of its own."""
         self.tokenizer = tokenizer
         self.seq_len = seq_len
         self.identity = identity
         self._sources = sources
         self._vocab_size = vocab_size
-        self._blend = Blend([source.weight for source in sources])
+        self._blends = {split: Blend([source.weight for source in of]) for split, of in sources.items()}
 
     def batch(self, split: SplitName, start: int, count: int) -> torch.Tensor:
         """Samples start .. start + count of a split as int64 (count, seq_len + 1): x[:, :-1] are
@@ -64,22 +73,22 @@ class Corpus:
         vocabulary.
         """
         self._check_not_empty(split)
-        corpora, samples = self._blend.locate(start, count)
+        corpora, samples = self._blends[split].locate(start, count)
         rows = [self._row(int(c), split, int(i)) for c, i in zip(corpora, samples, strict=True)]
         return torch.stack(rows) if rows else torch.empty((0, self.seq_len + 1), dtype=torch.int64)
 
     def num_samples(self, split: SplitName) -> int:
         """Samples of a split before any corpus repeats; 0 if some corpus has none."""
-        counts = [source.readers[split].samples_per_epoch for source in self._sources]
-        return self._blend.first_beyond(counts) if min(counts) else 0
+        counts = [source.readers[split].samples_per_epoch for source in self._sources[split]]
+        return self._blends[split].first_beyond(counts) if min(counts) else 0
 
     def num_tokens(self, split: SplitName) -> int:
         """Tokens of a split over all corpora, end-of-document tokens included."""
-        return sum(source.readers[split].num_tokens for source in self._sources)
+        return sum(source.readers[split].num_tokens for source in self._sources[split])
 
     def num_documents(self, split: SplitName) -> int:
         """Documents of a split over all corpora."""
-        return sum(source.num_documents[split] for source in self._sources)
+        return sum(source.num_documents[split] for source in self._sources[split])
 
     def num_bytes(self, tokens: torch.Tensor) -> int:
         """Bytes of text that `tokens` (any shape) stand for; end-of-document tokens stand for none.
@@ -95,9 +104,9 @@ class Corpus:
 
         For the held-out splits, whose windows stand in the order of the text.
         """
-        corpora, _ = self._blend.locate(0, min(num_samples, self.num_samples(split)))
+        corpora, _ = self._blends[split].locate(0, min(num_samples, self.num_samples(split)))
         streams = []
-        for corpus in range(len(self._sources)):
+        for corpus in range(len(self._sources[split])):
             rows = [
                 self._row(corpus, split, index) for index in range(int(np.count_nonzero(corpora == corpus)))
             ]
@@ -115,7 +124,7 @@ class Corpus:
         return b"".join(self.tokenizer.decode(stream[1:].numpy()) for stream in streams)
 
     def _row(self, corpus: int, split: SplitName, index: int) -> torch.Tensor:
-        source = self._sources[corpus]
+        source = self._sources[split][corpus]
         row = source.readers[split].sample(index)
         largest, smallest = int(row.max()), int(row.min())
         if largest >= self._vocab_size or smallest < 0:
@@ -129,7 +138,7 @@ class Corpus:
         return row
 
     def _check_not_empty(self, split: SplitName) -> None:
-        for source in self._sources:
+        for source in self._sources[split]:
             reader = source.readers[split]
             if reader.samples_per_epoch == 0:
                 raise _too_small(source, split, reader.num_tokens, self.seq_len)
@@ -156,20 +165,32 @@ def build_corpus(config: DataConfig, seq_len: int, seed: int, vocab_size: int | 
     if not named:
         named = [(str(build_stdlib(Path(config.cache_dir), tokenizer)), "data.blend", 1.0)]
     sources = [_open_source(config, tokenizer, entry, seq_len, seed) for entry in named]
-    _check_samples(config, sources, seq_len)
+    held_out = _open_held_out(config, tokenizer, seq_len)
+    _check_samples(config, sources, seq_len, bool(held_out))
     identity = _identity(config, tokenizer, sources, seq_len, seed)
-    return Corpus(sources, tokenizer, seq_len, vocab_size or tokenizer.vocab_size, identity)
+    of_split: dict[SplitName, list[Source]] = {
+        "train": sources,
+        "valid": held_out or sources,
+        "test": sources,
+    }
+    return Corpus(of_split, tokenizer, seq_len, vocab_size or tokenizer.vocab_size, identity)
 
 
 def _open_source(
-    config: DataConfig, tokenizer: Tokenizer, entry: tuple[str, str, float], seq_len: int, seed: int
+    config: DataConfig,
+    tokenizer: Tokenizer,
+    entry: tuple[str, str, float],
+    seq_len: int,
+    seed: int,
+    shares: tuple[float, float, float] | None = None,
 ) -> Source:
+    """shares: of the splits; None takes those of data.split."""
     prefix, field, weight = entry
     indexed = open_indexed(prefix, field)
     sidecar = read_sidecar(prefix, field)
     if sidecar is not None:
         check_tokenizer(sidecar, tokenizer, prefix, field)
-    ranges = document_ranges(parse_split(config.split), len(indexed))
+    ranges = document_ranges(shares or parse_split(config.split), len(indexed))
     readers = {}
     for split in SPLITS:
         window = Window(
@@ -183,10 +204,26 @@ def _open_source(
     return Source(prefix, field, weight, {split: len(ranges[split]) for split in SPLITS}, readers)
 
 
-def _check_samples(config: DataConfig, sources: list[Source], seq_len: int) -> None:
+def _open_held_out(config: DataConfig, tokenizer: Tokenizer, seq_len: int) -> list[Source]:
+    """The corpora of `data.valid`, all of whose documents are held out.
+
+    Raises ConfigError for one without a sample.
+    """
+    whole = dataclasses.replace(config, split=HELD_OUT_SPLIT)
+    named = [(entry.prefix, f"data.valid[{i}].prefix", entry.weight) for i, entry in enumerate(config.valid)]
+    sources = [
+        _open_source(whole, tokenizer, entry, seq_len, EVALUATION_SEED, HELD_OUT_SHARES) for entry in named
+    ]
+    for source in sources:
+        if source.readers["valid"].samples_per_epoch == 0:
+            raise _too_small(source, "valid", source.readers["valid"].num_tokens, seq_len)
+    return sources
+
+
+def _check_samples(config: DataConfig, sources: list[Source], seq_len: int, own_held_out: bool) -> None:
     """Training and, where a share was asked for, validation must hold a sample of every corpus:
     otherwise a run would find out at its first evaluation, or worse, report none."""
-    validates = parse_split(config.split)[1] > 0
+    validates = parse_split(config.split)[1] > 0 and not own_held_out
     for source in sources:
         for split in SPLITS[: 1 + validates]:
             if source.readers[split].samples_per_epoch == 0:

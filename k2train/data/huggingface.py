@@ -114,7 +114,7 @@ def _byte_level_table(tokenizer: Any, vocabulary: dict[str, int], vocab_size: in
     """
     if not isinstance(tokenizer.decoder, tokenizers.decoders.ByteLevel):
         return None
-    byte_of = _byte_level_alphabet()
+    byte_of = byte_level_alphabet()
     added = {token.content for token in tokenizer.get_added_tokens_decoder().values()}
     table = [b""] * vocab_size
     for text, token in vocabulary.items():
@@ -123,7 +123,7 @@ def _byte_level_table(tokenizer: Any, vocabulary: dict[str, int], vocab_size: in
     return table
 
 
-def _byte_level_alphabet() -> dict[str, int]:
+def byte_level_alphabet() -> dict[str, int]:
     """GPT-2's spelling of bytes: printable Latin-1 stands for itself, the others are numbered from
     U+0100 upwards."""
     printable = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]

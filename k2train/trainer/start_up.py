@@ -16,6 +16,7 @@ from k2train.config.sections import ActivationsConfig
 from k2train.layout.tensors import model_tensors
 from k2train.optim.optimizer import Optimizer
 from k2train.schedule.actions import Action, Kind
+from k2train.telemetry.tables import fact_table, new_table
 from k2train.trainer.build import Run
 
 
@@ -30,7 +31,7 @@ def print_start(run: Run, run_dir: Path, first_step: int, changes: list[str], co
 
 def run_table(run: Run, run_dir: Path, first_step: int) -> Table:
     config, train = run.config, run.config.train
-    table = Table(title="run", title_justify="left", show_header=False)
+    table = fact_table("run", [])
     table.add_row("directory", str(run_dir))
     table.add_row("steps", f"{first_step} of {train.steps} done" if first_step else f"{train.steps}")
     sequences = f"{train.global_batch_tokens // train.seq_len} sequences of {train.seq_len}"
@@ -68,7 +69,7 @@ def parameter_table(run: Run) -> Table:
         label = labels.get(spec.name, elsewhere)
         elements[label] += spec.num_elements
         tensors[label] += 1
-    table = Table("updated by", "tensors", "parameters", title="parameters", title_justify="left")
+    table = new_table("parameters", ["updated by", "tensors", "parameters"])
     for label, count in elements.items():
         table.add_row(label, f"{tensors[label]:,}", f"{count:,}")
     table.add_row("all", f"{sum(tensors.values()):,}", f"{sum(elements.values()):,}")
@@ -104,10 +105,7 @@ def feature_table(run: Run) -> Table:
         ),
         ("evaluation", f"every {train.eval_every_steps} steps" if train.eval_every_steps else "at the end"),
     ]
-    table = Table(title="features", title_justify="left", show_header=False)
-    for row in rows:
-        table.add_row(*row)
-    return table
+    return fact_table("features", rows)
 
 
 def describe_offload(run: Run) -> list[tuple[str, str]]:
