@@ -15,7 +15,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from k2train.config.compose import config_dir
+from k2train.config.folders import config_dir
 from k2train.config.errors import ConfigError
 from k2train.trainer.cores import SYSFS, numa_node, pci_address
 

@@ -40,16 +40,19 @@ def launch(main: RankMain, config: Config, words: list[str]) -> int:
     """Start the ranks of `config`, wait for them and return their exit status: that of the first to fail, else 0.
 
     main: what each rank calls with `config` and `words`, the user's; a function of a module, which returns an exit status.
-    Raises ConfigError, before any rank starts, for what `trainer.loop.prepare` refuses. SIGTERM and Ctrl-C go to every rank.
+    Raises ConfigError, before any rank starts, for what `trainer.loop.prepare` or `check_start` refuses. SIGTERM and
+    Ctrl-C go to every rank.
     """
     os.environ.setdefault("OMP_NUM_THREADS", "1")
     multiprocessing.set_forkserver_preload(IMPORTED_ONCE)
     ensure_running()  # it imports while this process does
     from torch.distributed import TCPStore
 
+    from k2train.trainer.check_start import check_start
     from k2train.trainer.loop import prepare
 
     ready = prepare(config)
+    check_start(ready.config, ready.layout)
     num_ranks = ready.layout.world
     # Kept here, where it outlives every rank, and on a port that is taken from the start.
     store = TCPStore("localhost", 0, is_master=True, wait_for_workers=False)

@@ -14,6 +14,7 @@ from collections.abc import Callable, Sequence
 
 from k2train import __version__
 from k2train.config.errors import ConfigError, nearest
+from k2train.config.folders import user_folder
 
 COMMANDS = {
     "train": "train a model; a run directory that holds a checkpoint is resumed",
@@ -37,7 +38,15 @@ def main(argv: Sequence[str] | None = None) -> int:
     if words[0] in ("-V", "--version"):
         print(f"k2train {__version__}")
         return 0
-    return run_told(words[0], lambda: command(words[0])(words[1:]))
+    return run_told(next((word for word in words if word in COMMANDS), words[0]), lambda: dispatch(words))
+
+
+def dispatch(words: Sequence[str]) -> int:
+    """Run the command that the words begin with, with the user's folder of configs found first. Raises ConfigError."""
+    with user_folder(words) as rest:
+        if not rest:
+            raise ConfigError("command", "(missing)", "must be given", usage())
+        return command(rest[0])(rest[1:])
 
 
 def run_told(name: str, run: Callable[[], int]) -> int:
@@ -74,7 +83,7 @@ def usage() -> str:
     width = max(map(len, COMMANDS))
     lines = ["usage: k2train COMMAND [key=value ...]", ""]
     lines += [f"  {word:{width}}  {text}" for word, text in COMMANDS.items()]
-    lines += ["", "`k2train COMMAND --help` explains every key."]
+    lines += ["", "`k2train COMMAND --help` explains every key. `--config-dir FOLDER` finds config files of your own."]
     return "\n".join(lines)
 
 

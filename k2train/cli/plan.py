@@ -16,10 +16,10 @@ import os
 from collections.abc import Sequence
 from pathlib import Path
 
+from k2train.cli.answers import answered
 from k2train.cli.show import show
 from k2train.config.compose import expand_sweep, load_config, parse_overrides
 from k2train.config.errors import ConfigError
-from k2train.config.help import render_help
 from k2train.config.schema import Config
 from k2train.config.sections import PlanConfig
 from k2train.config.sweep import is_multirun, without_flags
@@ -31,13 +31,14 @@ from k2train.planner.tables import plan_tables
 from k2train.schedule.render import render_timeline
 from k2train.schedule.trace import write_trace
 
+TITLE = "Predict memory, step time and exposed communication."
+NOT_READ = ("world", "run_dir", "data", "telemetry", "rehearse")
 USAGE = "k2train plan [-m] [key=value ...]"
 
 
 def run(args: list[str]) -> int:
     """Plan what the overrides say and print it; returns 0. Raises ConfigError."""
-    if any(word in ("-h", "--help") for word in args):
-        print(render_help(Config, "Predict memory, step time and exposed communication.", USAGE))
+    if answered(args, TITLE, USAGE, load_config, NOT_READ):
         return 0
     words = without_flags(args)
     if is_multirun(args):
@@ -113,8 +114,12 @@ def refuse_pictures(section: PlanConfig) -> None:
     for name in ("timeline", "trace"):
         value = getattr(section, name)
         if value is not None:
-            raise ConfigError(f"plan.{name}", value, "shows one plan, not a sweep or a comparison",
-                              "leave out -m and plan.compare, or this key")  # fmt: skip
+            raise ConfigError(
+                f"plan.{name}",
+                value,
+                "shows one plan, not a sweep or a comparison",
+                "leave out -m and plan.compare, or this key",
+            )
 
 
 def check_writable(field: str, value: str) -> None:
@@ -126,8 +131,12 @@ def check_writable(field: str, value: str) -> None:
             pass
     except (OSError, ValueError) as error:
         reason = getattr(error, "strerror", None) or str(error)
-        raise ConfigError(field, value, f"cannot be written: {reason}", "give a file in a directory that exists and "
-                          "that you may write to") from error  # fmt: skip
+        raise ConfigError(
+            field,
+            value,
+            f"cannot be written: {reason}",
+            "give a file in a directory that exists and that you may write to",
+        ) from error
     if not existed:
         path.unlink()
 

@@ -12,22 +12,22 @@ import dataclasses
 import json
 from pathlib import Path
 
+from k2train.cli.answers import answered
 from k2train.cli.plan import check_writable
 from k2train.cli.show import show
 from k2train.config.compose import load_config
 from k2train.config.errors import ConfigError
-from k2train.config.help import render_help
 from k2train.config.schema import Config
 from k2train.layout.build import build_layout
 from k2train.rehearsal.stub import load_stub
 
+NOT_READ = ("world", "run_dir", "data", "telemetry", "plan")
 USAGE = "k2train rehearse [key=value ...]"
 
 
 def run(args: list[str]) -> int:
     """Rehearse what the overrides say and print it; returns 0. Raises ConfigError."""
-    if any(word in ("-h", "--help") for word in args):
-        print(render_help(Config, "Run one rank's step without a device.", USAGE))
+    if answered(args, "Run one rank's step without a device.", USAGE, load_config, NOT_READ):
         return 0
     config = as_rehearsed(load_config(args))
     check_section(config)
@@ -76,8 +76,12 @@ def check_section(config: Config) -> None:
         ("data_rank", section.data_rank, layout.dp),
     ):
         if value >= limit:
-            raise ConfigError(f"rehearse.{name}", value, f"the layout has {limit} of them, counted from 0",
-                              f"give 0 to {limit - 1}")  # fmt: skip
+            raise ConfigError(
+                f"rehearse.{name}",
+                value,
+                f"the layout has {limit} of them, counted from 0",
+                f"give 0 to {limit - 1}",
+            )
     for name in ("json", "picture"):
         value = getattr(section, name)
         if value is not None:

@@ -60,14 +60,19 @@ class WandbSink:
         self._run.finish()
 
 
+def check_sinks(telemetry: TelemetryConfig) -> None:
+    """Raise ConfigError for a sink that is asked for and not installed."""
+    if telemetry.wandb_project is not None and importlib.util.find_spec("wandb") is None:
+        rule, remedy = "needs the wandb package", "pip install 'k2train[wandb]', or telemetry.wandb_project=null"
+        raise ConfigError("telemetry.wandb_project", telemetry.wandb_project, rule, remedy)
+
+
 def open_sinks(telemetry: TelemetryConfig, run_dir: Path, config: Mapping[str, Any]) -> list[Sink]:
     """The sinks that `telemetry` asks for. Raises ConfigError where one is not installed."""
+    check_sinks(telemetry)
     sinks: list[Sink] = []
     if telemetry.tensorboard:
         sinks.append(TensorBoardSink(run_dir / "tensorboard"))
     if telemetry.wandb_project is not None:
-        if importlib.util.find_spec("wandb") is None:
-            raise ConfigError("telemetry.wandb_project", telemetry.wandb_project, "needs the wandb package",
-                              "pip install 'k2train[wandb]', or telemetry.wandb_project=null")  # fmt: skip
         sinks.append(WandbSink(telemetry.wandb_project, run_dir.name, run_dir, config))
     return sinks

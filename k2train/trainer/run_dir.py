@@ -18,7 +18,8 @@ from k2train.config.schema import Config
 FIXED_ON_RESUME = ("model.", "train.dtype", "optim.name")
 # Sections that say where and how a run is carried out, not what it computes.
 NEUTRAL_ON_RESUME = ("run_dir", "name", "telemetry.", "plan.", "cluster.", "world", "train.keep_checkpoints", "data.cache_dir",
-                     "train.checkpoint_every_steps", "train.device", "train.timeout_seconds")  # fmt: skip
+                     "train.checkpoint_every_steps", "train.checkpoint_every_minutes",
+                     "train.device", "train.timeout_seconds")  # fmt: skip
 
 
 def choose_run_dir(config: Config) -> Path:
