@@ -1,4 +1,4 @@
-"""Hydra to frozen dataclasses. With sweep.py the only file that knows OmegaConf; nothing of it leaves.
+"""Hydra to frozen dataclasses. Nothing of OmegaConf leaves this file, sweep.py and hydra_folders.py.
 
 What the user writes wins. `group=name` makes the section of that group what the file says: neither the experiment's
 keys of that section nor the default experiment's stay beside it. `section.key=value` comes after both.
@@ -13,17 +13,16 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import yaml
-from hydra import compose as hydra_compose
-from hydra import initialize_config_dir
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import Override
 from hydra.errors import HydraException
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from k2train.config.convert import from_dict
 from k2train.config.errors import ConfigError, nearest
-from k2train.config.folders import FLAG, group_files, search_path
+from k2train.config.folders import FLAG, config_dir, group_files, search_path
+from k2train.config.hydra_folders import hydra_compose
 from k2train.config.phases import FROM_PHASES, steps_of
 from k2train.config.schema import Config
 
@@ -61,8 +60,7 @@ def compose_dict(overrides: Sequence[str], config_name: str = "config") -> dict[
 def _plain(parsed: Sequence[Override], config_name: str, saved: Path | None = None) -> dict[str, Any]:
     """The composed config, from the folders that are searched, or from the folder of a run that was saved."""
     check_no_sweep(parsed)
-    folders = search_path()
-    groups = group_files(folders)
+    groups = group_files(search_path())
     check_groups(parsed, groups)
     chosen = {
         word.key_or_group: str(word.value())
@@ -71,10 +69,10 @@ def _plain(parsed: Sequence[Override], config_name: str, saved: Path | None = No
     }
     lines = [permit(word, groups) for word in parsed if saved is None or word.key_or_group not in groups]
     with told(parsed):
-        composed = _compose([saved] if saved else folders, config_name, lines)
+        composed = hydra_compose(saved or config_dir(), config_name, lines)
         for group, name in chosen.items():
             own = [permit(word, groups) for word in parsed if word.key_or_group.startswith(f"{group}.")]
-            section = _compose(folders, f"{group}/{name}", own) if group != EXPERIMENT else {}
+            section = hydra_compose(config_dir(), f"{group}/{name}", own) if group != EXPERIMENT else {}
             if group in section:
                 composed[group] = section[group]
         plain = OmegaConf.to_container(composed, resolve=True)
@@ -84,21 +82,6 @@ def _plain(parsed: Sequence[Override], config_name: str, saved: Path | None = No
         # A run is called after its experiment, which another model makes untrue.
         plain["name"] = chosen["model"].rsplit("/", 1)[-1]
     return {str(name): value for name, value in plain.items()}
-
-
-def _compose(folders: Sequence[Path], config_name: str, lines: Sequence[str]) -> DictConfig:
-    """What Hydra makes of a file and overrides. The first of the folders that holds a file wins."""
-    with initialize_config_dir(str(folders[0]), version_base="1.3"):
-        composed = hydra_compose(config_name, overrides=[*lines, *searched(folders)])
-    OmegaConf.set_struct(composed, False)
-    return composed
-
-
-def searched(folders: Sequence[Path]) -> list[str]:
-    """The override that makes Hydra search the folders after the first."""
-    quoted = [str(folder).replace("\\", "\\\\").replace("'", "\\'") for folder in folders[1:]]
-    places = ",".join(f"'file://{folder}'" for folder in quoted)
-    return [f"hydra.searchpath=[{places}]"] if places else []
 
 
 def _converted(root: type[T], plain: Mapping[str, Any]) -> T:

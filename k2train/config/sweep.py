@@ -13,14 +13,14 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import hydra
-from hydra import initialize_config_dir
 from hydra.core.hydra_config import HydraConfig
 from hydra.core.override_parser.types import Override
 from omegaconf import DictConfig
 
-from k2train.config.compose import expand_sweep, load_config, parse_overrides, permit, searched, told
+from k2train.config.compose import expand_sweep, load_config, parse_overrides, permit, told
 from k2train.config.errors import ConfigError
-from k2train.config.folders import group_files, search_path
+from k2train.config.folders import config_dir, group_files, search_path
+from k2train.config.hydra_folders import hydra_compose, know_user_folders
 from k2train.config.schema import Config
 
 MULTIRUN = ("-m", "--multirun")
@@ -53,20 +53,19 @@ def run_sweep(args: Sequence[str], job: Callable[[Config, str], Any]) -> int:
         mine = HydraConfig.get()
         return job(load_config(list(mine.overrides.task)), mine.runtime.output_dir)
 
-    folders = search_path()
-    words = ["--multirun", *(permit(word, group_files(folders)) for word in parsed), *searched(folders)]
-    with hydra_arguments(words), told(parsed):
-        hydra.main(config_path=str(folders[0]), config_name="config", version_base="1.3")(hydra_job)()
+    groups = group_files(search_path())
+    know_user_folders()
+    with hydra_arguments(["--multirun", *(permit(word, groups) for word in parsed)]), told(parsed):
+        hydra.main(config_path=str(config_dir()), config_name="config", version_base="1.3")(hydra_job)()
     return len(points)
 
 
 def check_hydra_words(parsed: Sequence[Override]) -> None:
     """Raise ConfigError for `hydra...` words that Hydra refuses, such as a launcher that is not installed."""
-    folders = search_path()
     lines = [word.input_line or "" for word in parsed]
     try:
-        with told(parsed), initialize_config_dir(str(folders[0]), version_base="1.3"):
-            hydra.compose("config", overrides=[*lines, *searched(folders)], return_hydra_config=True)
+        with told(parsed):
+            hydra_compose(config_dir(), "config", lines, with_hydra=True)
     except ConfigError as error:
         launchers = [word for word in parsed if word.key_or_group == LAUNCHER]
         if not launchers or "hydra/launcher" not in error.rule:

@@ -85,4 +85,4 @@ def _program(environment: Mapping[str, str]) -> list[str]:
     nodes = int(environment["WORLD_SIZE"]) // int(environment["LOCAL_WORLD_SIZE"])
     several = [f"--nnodes={nodes}", f"--rdzv-endpoint={environment.get('MASTER_ADDR', 'NODE_0')}:29400"]
     ranks = f"--nproc-per-node={environment['LOCAL_WORLD_SIZE']}"
-    return ["torchrun", *(several if nodes > 1 else []), ranks, "-m", *program]
+    return ["torchrun", ranks, *(several if nodes > 1 else []), "-m", *program]

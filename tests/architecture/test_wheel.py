@@ -19,7 +19,8 @@ def test_the_wheel_finds_its_configs_from_any_directory(tmp_path: Path) -> None:
     configs = {f"k2train/{path.relative_to(ROOT)}" for path in (ROOT / "configs").rglob("*.yaml")}
     assert configs <= names
     code = (
-        "from k2train.config.compose import config_dir, load_config\n"
+        "from k2train.config.compose import load_config\n"
+        "from k2train.config.folders import config_dir\n"
         "assert load_config(['model=k2']).model.num_hidden_layers == 61\n"
         "print(config_dir())\n"
     )
