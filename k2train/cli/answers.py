@@ -1,4 +1,5 @@
-"""What every command with a whole config answers before it does anything: `--help` and `--print-config`.
+"""What every command with a whole config answers before it does anything: `--help` and
+`--print-config`.
 
     k2train train --help                       every key, with the value that this run would take
     k2train train --help optim steps           the keys of a section, and those with a word in their name

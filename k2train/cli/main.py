@@ -1,8 +1,8 @@
 """The `k2train` program: a word, then Hydra overrides.
 
-Each command is a module of this package with `run(args) -> int`; it is imported only when it is called, so that `plan`
-and `--help` start without torch. This file alone turns errors into messages and exit statuses:
-0 done, 1 the run failed, 2 a mistake in what the user wrote, 130 interrupted.
+Each command is a module of this package with `run(args) -> int`; it is imported only when it is
+called, so that `plan` and `--help` start without torch. This file alone turns errors into messages
+and exit statuses: 0 done, 1 the run failed, 2 a mistake in what the user wrote, 130 interrupted.
 """
 
 from __future__ import annotations
@@ -42,7 +42,10 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def dispatch(words: Sequence[str]) -> int:
-    """Run the command that the words begin with, with the user's folder of configs found first. Raises ConfigError."""
+    """Run the command that the words begin with, with the user's folder of configs found first.
+
+    Raises ConfigError.
+    """
     with user_folder(words) as rest:
         if not rest:
             raise ConfigError("command", "(missing)", "must be given", usage())
@@ -50,12 +53,14 @@ def dispatch(words: Sequence[str]) -> int:
 
 
 def run_told(name: str, run: Callable[[], int]) -> int:
-    """The exit status of `run`, which is command `name`; a mistake of the user's is told in a few lines."""
+    """The exit status of `run`, which is command `name`; a mistake of the user's is told in a few
+    lines.
+    """
     try:
         return run()
     except ConfigError as error:
-        # Under a launcher every rank finds a mistake in the words, and one telling is enough; what is amiss on one machine
-        # each rank tells for itself.
+        # Under a launcher every rank finds a mistake in the words, and one telling is enough; what
+        # is amiss on one machine each rank tells for itself.
         rank = os.environ.get("RANK", "0")
         if error.local or rank == "0":
             who = f"rank {rank}: " if error.local and "RANK" in os.environ else ""
@@ -83,7 +88,10 @@ def usage() -> str:
     width = max(map(len, COMMANDS))
     lines = ["usage: k2train COMMAND [key=value ...]", ""]
     lines += [f"  {word:{width}}  {text}" for word, text in COMMANDS.items()]
-    lines += ["", "`k2train COMMAND --help` explains every key. `--config-dir FOLDER` finds config files of your own."]
+    lines += [
+        "",
+        "`k2train COMMAND --help` explains every key. `--config-dir FOLDER` finds config files of your own.",
+    ]
     return "\n".join(lines)
 
 

@@ -1,4 +1,5 @@
-"""`k2train plan`: memory, step time and exposed communication of a config, before a device is rented.
+"""`k2train plan`: memory, step time and exposed communication of a config, before a device is
+rented.
 
     k2train plan experiment=k2                                   one plan, in tables
     k2train plan experiment=k2 plan.json=plan.json               the same for scripts
@@ -72,7 +73,9 @@ def _compare(config: Config) -> int:
 
 
 def _sweep(words: Sequence[str]) -> int:
-    """`-m`: every point of the sweep, and under every schedule of `plan.compare` where that is given."""
+    """`-m`: every point of the sweep, and under every schedule of `plan.compare` where that is
+    given.
+    """
     keys = swept_keys(words)
     points = []
     for overrides in expand_sweep(words):
@@ -98,7 +101,9 @@ def _value(overrides: Sequence[str], key: str) -> str:
 
 
 def check_files(section: PlanConfig) -> None:
-    """Raise ConfigError for a file that cannot be written, before the planning that it would be written after."""
+    """Raise ConfigError for a file that cannot be written, before the planning that it would be
+    written after.
+    """
     for name in ("json", "timeline", "trace"):
         value = getattr(section, name)
         if value is not None:

@@ -1,9 +1,11 @@
-"""`k2train rehearse`: one rank's step at real size, on tensors without memory, beside what the plan says of it.
+"""`k2train rehearse`: one rank's step at real size, on tensors without memory, beside what the plan
+says of it.
 
     k2train rehearse experiment=k2 rehearse.stage=1 rehearse.microbatches=64
     k2train rehearse experiment=k2 rehearse.json=stage0.json rehearse.picture=stage0.png
 
-The same keys as `k2train train` and `plan`. Needs no GPU; a torch without CUDA needs a C++ compiler, once.
+The same keys as `k2train train` and `plan`. Needs no GPU; a torch without CUDA needs a C++
+compiler, once.
 """
 
 from __future__ import annotations

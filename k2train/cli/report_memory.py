@@ -1,4 +1,6 @@
-"""`k2train report memory`: bytes of every saved activation under the chosen policies, predicted beside measured."""
+"""`k2train report memory`: bytes of every saved activation under the chosen policies, predicted
+beside measured.
+"""
 
 from __future__ import annotations
 
@@ -28,8 +30,8 @@ def run(args: list[str]) -> int:
         return 0
     config: Config = load_config(args)
     check_policies(config.activations)
-    # But for what GPU kernels keep, bytes are the same wherever they are measured: a config made for GPUs can be looked at
-    # without one.
+    # But for what GPU kernels keep, bytes are the same wherever they are measured: a config made
+    # for GPUs can be looked at without one.
     here = torch.device("cuda" if torch.cuda.is_available() and config.train.device != "cpu" else "cpu")
     report = measure_memory(config, build_device(here))
     console = Console(width=None if Console().is_terminal else WIDTH)

@@ -26,7 +26,9 @@ NOT_JOINED = """  A rank was not started, or the ranks do not reach one another 
 
 
 def run(args: list[str]) -> int:
-    """Train; 0 when done or stopped on request, 1 where the loss became non-finite or ranks lost one another."""
+    """Train; 0 when done or stopped on request, 1 where the loss became non-finite or ranks lost
+    one another.
+    """
     if answered(args, "Train a model.", USAGE, load_run, ("plan", "rehearse")):
         return 0
     if CHECK in args:
@@ -38,7 +40,10 @@ def run(args: list[str]) -> int:
 
 
 def check(config: Config) -> int:
-    """Find the mistakes that every rank would find, before a launcher starts them. WORLD_SIZE says how many it will start."""
+    """Find the mistakes that every rank would find, before a launcher starts them.
+
+    WORLD_SIZE says how many it will start.
+    """
     from k2train.trainer.check_start import check_start
     from k2train.trainer.loop import prepare
 
@@ -54,8 +59,9 @@ def check(config: Config) -> int:
 
 def train_once(config: Config, words: list[str]) -> int:
     """One run: in processes that are started for it where that is asked for, else in this one."""
-    # OpenMP's threads spin while they wait; on a machine whose cores are shared, two spinning ranks or a busy neighbour
-    # cost a factor of ten (docs/decisions/0003). It is read when torch is loaded, so it is set before.
+    # OpenMP's threads spin while they wait; on a machine whose cores are shared, two spinning ranks
+    # or a busy neighbour cost a factor of ten (docs/decisions/0003). It is read when torch is
+    # loaded, so it is set before.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     if launch.is_wanted(config, os.environ):
         return launch.launch(train_here, config, words)

@@ -1,7 +1,9 @@
-"""Hydra to frozen dataclasses. Nothing of OmegaConf leaves this file, sweep.py and hydra_folders.py.
+"""Hydra to frozen dataclasses. Nothing of OmegaConf leaves this file, sweep.py and
+hydra_folders.py.
 
-What the user writes wins. `group=name` makes the section of that group what the file says: neither the experiment's
-keys of that section nor the default experiment's stay beside it. `section.key=value` comes after both.
+What the user writes wins. `group=name` makes the section of that group what the file says: neither
+the experiment's keys of that section nor the default experiment's stay beside it.
+`section.key=value` comes after both.
 """
 
 from __future__ import annotations
@@ -39,9 +41,11 @@ def load_config(overrides: Sequence[str] = (), root: type[T] = Config, config_na
 
 
 def load_run(overrides: Sequence[str]) -> Config:
-    """The config of `k2train train`: where `run_dir` holds a run, that run's own, changed by the overrides.
+    """The config of `k2train train`: where `run_dir` holds a run, that run's own, changed by the
+    overrides.
 
-    An `experiment=` among them says everything anew, so it is composed as for a new run. Raises ConfigError.
+    An `experiment=` among them says everything anew, so it is composed as for a new run. Raises
+    ConfigError.
     """
     parsed = parse_overrides(overrides)
     run_dirs = [word.value() for word in parsed if word.key_or_group == "run_dir"]
@@ -58,7 +62,9 @@ def compose_dict(overrides: Sequence[str], config_name: str = "config") -> dict[
 
 
 def _plain(parsed: Sequence[Override], config_name: str, saved: Path | None = None) -> dict[str, Any]:
-    """The composed config, from the folders that are searched, or from the folder of a run that was saved."""
+    """The composed config, from the folders that are searched, or from the folder of a run that was
+    saved.
+    """
     check_no_sweep(parsed)
     groups = group_files(search_path())
     check_groups(parsed, groups)
@@ -85,7 +91,9 @@ def _plain(parsed: Sequence[Override], config_name: str, saved: Path | None = No
 
 
 def _converted(root: type[T], plain: Mapping[str, Any]) -> T:
-    """The dataclasses, with the number of steps taken from the phases where `train.steps` asks for that."""
+    """The dataclasses, with the number of steps taken from the phases where `train.steps` asks for
+    that.
+    """
     train = plain.get("train")
     if not isinstance(train, dict) or train.get("steps") != FROM_PHASES:
         return from_dict(root, plain)
@@ -113,7 +121,10 @@ def told(parsed: Sequence[Override]) -> Iterator[None]:
 
 
 def parse_overrides(overrides: Sequence[str]) -> list[Override]:
-    """Hydra's own parse of `key=value` words. Raises ConfigError, also for a flag, which is no such word."""
+    """Hydra's own parse of `key=value` words.
+
+    Raises ConfigError, also for a flag, which is no such word.
+    """
     parser = OverridesParser.create()
     parsed = []
     for word in overrides:
@@ -156,7 +167,10 @@ def check_no_sweep(parsed: Sequence[Override]) -> None:
 
 
 def check_groups(parsed: Sequence[Override], groups: Mapping[str, Mapping[str, Path]]) -> None:
-    """A config group must be given one of its files. Hydra's own message lists search paths, ours the nearest name."""
+    """A config group must be given one of its files.
+
+    Hydra's own message lists search paths, ours the nearest name.
+    """
     for override in parsed:
         key = override.key_or_group
         if key not in groups or override.is_sweep_override():
@@ -176,7 +190,9 @@ def check_groups(parsed: Sequence[Override], groups: Mapping[str, Mapping[str, P
 
 
 def expand_sweep(overrides: Sequence[str]) -> list[list[str]]:
-    """The cartesian product of the sweep overrides (`a=1,2 b=x`), each as a list of plain overrides, in order."""
+    """The cartesian product of the sweep overrides (`a=1,2 b=x`), each as a list of plain
+    overrides, in order.
+    """
     choices: list[list[str]] = []
     for override in parse_overrides(overrides):
         if override.is_sweep_override():
@@ -191,7 +207,10 @@ def expand_sweep(overrides: Sequence[str]) -> list[list[str]]:
 
 
 def permit(override: Override, groups: Mapping[str, Any]) -> str:
-    """The override in a form that passes Hydra's struct check. from_dict rejects unknown keys with a better message."""
+    """The override in a form that passes Hydra's struct check.
+
+    from_dict rejects unknown keys with a better message.
+    """
     line = override.input_line or ""
     key = override.key_or_group
     if key in groups or key.startswith("hydra") or line.startswith(("+", "~")):

@@ -1,7 +1,8 @@
-"""Plain dicts (what YAML gives) to frozen dataclasses and back, with errors that name the dotted key.
+"""Plain dicts (what YAML gives) to frozen dataclasses and back, with errors that name the dotted
+key.
 
-The rules are few: unknown keys are errors, a missing key without a default is an error, whole floats are accepted
-where an int is asked for (`1e6`), nothing else is coerced.
+The rules are few: unknown keys are errors, a missing key without a default is an error, whole
+floats are accepted where an int is asked for (`1e6`), nothing else is coerced.
 """
 
 from __future__ import annotations
@@ -20,7 +21,8 @@ T = TypeVar("T")
 def from_dict(cls: type[T], data: Any, path: str = "") -> T:
     """Build dataclass `cls` from a mapping; `path` is the dotted key of the mapping, for errors.
 
-    Raises ConfigError for an unknown or missing key, a wrong type, or a value the dataclass itself refuses.
+    Raises ConfigError for an unknown or missing key, a wrong type, or a value the dataclass itself
+    refuses.
     """
     if not isinstance(data, Mapping):
         raise ConfigError(path or "config", data, "must be a section with keys", _keys_hint(cls))

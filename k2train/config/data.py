@@ -46,7 +46,9 @@ class CorpusConfig:
 
 @dataclasses.dataclass(frozen=True)
 class DataConfig:
-    """`data`: the blend of corpora, in megatron-core's indexed format, and how it is split and cached."""
+    """`data`: the blend of corpora, in megatron-core's indexed format, and how it is split and
+    cached.
+    """
 
     name: str = key("name shown in reports")
     blend: tuple[CorpusConfig, ...] = key(

@@ -23,7 +23,9 @@ def key(
     maximum: float | None = None,
     factory: Callable[[], Any] | None = None,
 ) -> Any:
-    """A dataclass field with a doc string, a unit and an allowed range (`above` excludes its bound)."""
+    """A dataclass field with a doc string, a unit and an allowed range (`above` excludes its
+    bound).
+    """
     metadata = {"doc": doc, "unit": unit, "minimum": minimum, "above": above, "maximum": maximum}
     if factory is not None:
         return dataclasses.field(default_factory=factory, metadata=metadata)
@@ -31,7 +33,8 @@ def key(
 
 
 def check_ranges(section: str, config: Any) -> None:
-    """Raise ConfigError for the first number of the dataclass `config` that lies outside its declared range.
+    """Raise ConfigError for the first number of the dataclass `config` that lies outside its
+    declared range.
 
     section: the dotted key of `config`, empty for a root.
     """

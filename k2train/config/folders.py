@@ -1,8 +1,9 @@
 """Where YAML files are looked for: a user's own folder first, then the package's `configs/`.
 
-A user's folder has the same groups as the package's (`model/mine.yaml` for `model=mine`). It is, in this order, the
-folder of `--config-dir`, the one of K2TRAIN_CONFIG_DIR, or `./configs` of the working directory. The last is taken
-only where it looks like one of ours, because many projects keep another program's files under that name.
+A user's folder has the same groups as the package's (`model/mine.yaml` for `model=mine`). It is, in
+this order, the folder of `--config-dir`, the one of K2TRAIN_CONFIG_DIR, or `./configs` of the
+working directory. The last is taken only where it looks like one of ours, because many projects
+keep another program's files under that name.
 """
 
 from __future__ import annotations
@@ -21,7 +22,9 @@ FLAG = "--config-dir"
 
 
 def config_dir() -> Path:
-    """The package's own directory of YAML files: `configs/` of the clone, or the copy inside the installed package."""
+    """The package's own directory of YAML files: `configs/` of the clone, or the copy inside the
+    installed package.
+    """
     package = Path(__file__).resolve().parent.parent
     for candidate in (package / "configs", package.parent / "configs"):
         if (candidate / "config.yaml").is_file():
@@ -32,7 +35,8 @@ def config_dir() -> Path:
 def search_path(environment: Mapping[str, str] = os.environ) -> list[Path]:
     """The folders that are searched, the first to hold a file wins. The package's own is the last.
 
-    Raises ConfigError where K2TRAIN_CONFIG_DIR names no folder. Set to nothing, it switches `./configs` off.
+    Raises ConfigError where K2TRAIN_CONFIG_DIR names no folder. Set to nothing, it switches
+    `./configs` off.
     """
     own = config_dir()
     if VARIABLE in environment:
@@ -53,7 +57,9 @@ def existing_folder(field: str, value: str) -> Path:
 
 
 def _is_ours(folder: Path, own: Path) -> bool:
-    """Whether a folder called `configs` is one of ours: it has a group of ours, and no other program's root file."""
+    """Whether a folder called `configs` is one of ours: it has a group of ours, and no other
+    program's root file.
+    """
     try:
         groups = {path.name for path in own.iterdir() if path.is_dir()}
         if not any((folder / group).is_dir() for group in groups):
@@ -87,8 +93,8 @@ def group_options() -> dict[str, list[str]]:
 def user_folder(words: Sequence[str]) -> Iterator[list[str]]:
     """The words without `--config-dir DIR`; within this context that folder is the user's.
 
-    It stands in the environment, where the ranks and jobs that this process starts find it, too. Raises ConfigError
-    for a folder that is not there.
+    It stands in the environment, where the ranks and jobs that this process starts find it, too.
+    Raises ConfigError for a folder that is not there.
     """
     named, rest = _split(words)
     before = os.environ.get(VARIABLE)

@@ -16,7 +16,10 @@ from k2train.config.errors import ConfigError, nearest
 
 @dataclasses.dataclass(frozen=True)
 class KeyHelp:
-    """One line of help. name: the dotted key. default: empty where a config file must give the key."""
+    """One line of help.
+
+    name: the dotted key. default: empty where a config file must give the key.
+    """
 
     name: str
     type: str
@@ -48,9 +51,10 @@ def keys_of(cls: type, prefix: str = "") -> Iterator[KeyHelp]:
 class Selection:
     """Which keys a help shows, and with which values.
 
-    only: words of the user; a key is shown if one of them is its name, one of its sections, or a part of its name.
-    without: sections and keys that the command does not read. values: a composed config as plain dicts, whose values
-    stand in place of the declared defaults.
+    only: words of the user; a key is shown if one of them is its name, one of its sections, or a
+        part of its name.
+    without: sections and keys that the command does not read. values: a composed config as plain
+    dicts, whose values stand in place of the declared defaults.
     """
 
     only: Sequence[str] = ()
@@ -61,7 +65,8 @@ class Selection:
         plain = name.replace("[]", "")
         if any(_below(plain, hidden) for hidden in self.without):
             return False
-        # A section's own line comes with every key below it, and a word names a section before a part of a name.
+        # A section's own line comes with every key below it, and a word names a section before a
+        # part of a name.
         return not self.only or any(_below(plain, word) or word in plain for word in self.only)
 
 
@@ -77,7 +82,8 @@ def render_help(
     width: int = 100,
     selection: Selection | None = None,
 ) -> str:
-    """The text of `--help`: title, usage, config groups with their files, then the keys under their sections.
+    """The text of `--help`: title, usage, config groups with their files, then the keys under their
+    sections.
 
     Raises ConfigError where a word of the selection fits no key.
     """
@@ -86,7 +92,9 @@ def render_help(
     if not keys:
         every = dataclasses.replace(selection, only=())
         names = [entry.name for entry in keys_of(cls) if every.shows(entry.name)]
-        raise ConfigError("--help", " ".join(selection.only), "fits no key", nearest(selection.only[0], names))
+        raise ConfigError(
+            "--help", " ".join(selection.only), "fits no key", nearest(selection.only[0], names)
+        )
     lines = [title, "", "usage: " + usage] if not selection.only else []
     if groups and not selection.only:
         lines += ["", "config groups (group=name picks a file of configs/, or of your own folder):"]
@@ -105,14 +113,21 @@ def _render_key(entry: KeyHelp, width: int, values: Mapping[str, Any] | None) ->
     shown = f" = {value}" if value else ""
     default = f", default {entry.default}" if entry.default and not shown else ""
     unit = f", in {entry.unit}" if entry.unit else ""
-    head = textwrap.wrap(f"{entry.name}  <{entry.type}{unit}{default}>{shown}", width - 2, subsequent_indent="    ",
-                         break_long_words=False, break_on_hyphens=False)
+    head = textwrap.wrap(
+        f"{entry.name}  <{entry.type}{unit}{default}>{shown}",
+        width - 2,
+        subsequent_indent="    ",
+        break_long_words=False,
+        break_on_hyphens=False,
+    )
     doc = textwrap.wrap(entry.doc, width, initial_indent="      ", subsequent_indent="      ")
     return [*(f"  {line}" for line in head), *doc]
 
 
 def _value_text(entry: KeyHelp, values: Mapping[str, Any]) -> str:
-    """The value of a key in a composed config; empty where it has none, for entries of lists and absent sections."""
+    """The value of a key in a composed config; empty where it has none, for entries of lists and
+    absent sections.
+    """
     value: Any = values
     for part in entry.name.split("."):
         if not isinstance(value, Mapping) or part not in value:

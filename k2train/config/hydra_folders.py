@@ -18,7 +18,10 @@ from k2train.config.folders import config_dir, search_path
 
 
 class UserFolder(SearchPathPlugin):
-    """Puts the user's folder before the package's. Hydra's own `hydra.searchpath` could only put it behind."""
+    """Puts the user's folder before the package's.
+
+    Hydra's own `hydra.searchpath` could only put it behind.
+    """
 
     def manipulate_search_path(self, search_path: ConfigSearchPath) -> None:
         mains = [place.path for place in search_path.get_path() if place.provider == "main"]
@@ -42,7 +45,8 @@ def know_user_folders() -> None:
 def hydra_compose(
     folder: Path, config_name: str, overrides: Sequence[str], with_hydra: bool = False
 ) -> DictConfig:
-    """What Hydra makes of a file of `folder` and overrides. with_hydra: with the section of Hydra's own settings.
+    """What Hydra makes of a file of `folder` and overrides. with_hydra: with the section of Hydra's
+    own settings.
 
     Raises what Hydra, OmegaConf and YAML raise.
     """
@@ -55,7 +59,10 @@ def hydra_compose(
 
 @contextlib.contextmanager
 def untouched() -> Iterator[None]:
-    """Within this context Hydra is not initialised; after it, it is as before. A job of a sweep runs inside Hydra."""
+    """Within this context Hydra is not initialised; after it, it is as before.
+
+    A job of a sweep runs inside Hydra.
+    """
     state = Singleton.get_state()
     GlobalHydra.instance().clear()
     try:

@@ -1,4 +1,7 @@
-"""How long the phases of the learning rate are in steps. One owner: the schedule, and the length of a run, ask here."""
+"""How long the phases of the learning rate are in steps.
+
+One owner: the schedule, and the length of a run, ask here.
+"""
 
 from __future__ import annotations
 
@@ -13,7 +16,9 @@ FROM_PHASES = "phases"
 
 
 def phase_steps(phase: LrPhase, total_steps: int, tokens_per_step: int) -> float:
-    """Length of a phase in steps, rounded to a millionth: 0.1 of 30 steps ends at step 3, not just behind it."""
+    """Length of a phase in steps, rounded to a millionth: 0.1 of 30 steps ends at step 3, not just
+    behind it.
+    """
     if phase.steps is not None:
         return float(phase.steps)
     if phase.tokens is not None:
@@ -23,7 +28,10 @@ def phase_steps(phase: LrPhase, total_steps: int, tokens_per_step: int) -> float
 
 
 def steps_of(phases: Sequence[LrPhase], tokens_per_step: int) -> int:
-    """The whole steps that all phases take. Raises ConfigError where one of them is a fraction of the steps."""
+    """The whole steps that all phases take.
+
+    Raises ConfigError where one of them is a fraction of the steps.
+    """
     if any(phase.fraction is not None for phase in phases):
         rule = "a phase of optim.lr_phases is a fraction of these steps"
         remedy = "give a number of steps, or every phase its length in steps or tokens"

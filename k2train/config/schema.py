@@ -1,4 +1,7 @@
-"""The root of a config: one frozen dataclass a section. Nothing here is derived; layout and plan hold derived values."""
+"""The root of a config: one frozen dataclass a section.
+
+Nothing here is derived; layout and plan hold derived values.
+"""
 
 from __future__ import annotations
 
@@ -59,16 +62,22 @@ class Config:
 def check_batch(config: Config) -> None:
     """The global batch is fixed in tokens, so it must be whole sequences and whole microbatches.
 
-    Whether the ranks can share them is the layout's check, but what is proposed here passes that, too. A rehearsal that
-    sets its microbatches makes the batch from them.
+    Whether the ranks can share them is the layout's check, but what is proposed here passes that,
+    too. A rehearsal that sets its microbatches makes the batch from them.
     """
     train = config.train
-    if train.global_batch_tokens % (train.seq_len * train.microbatch_size) and config.rehearse.microbatches is None:
+    if (
+        train.global_batch_tokens % (train.seq_len * train.microbatch_size)
+        and config.rehearse.microbatches is None
+    ):
         raise batch_error(train, config.layout.known_data_ranks(config.cluster.gpus_per_node))
 
 
 def batch_error(train: TrainConfig, ranks: int) -> ConfigError:
-    """What is wrong with a global batch that `ranks` data-parallel ranks cannot share. ranks: 1 names none."""
+    """What is wrong with a global batch that `ranks` data-parallel ranks cannot share.
+
+    ranks: 1 names none.
+    """
     tokens = train.seq_len * train.microbatch_size * ranks
     below = train.global_batch_tokens // tokens * tokens
     product, numbers = "train.seq_len * train.microbatch_size", f"{train.seq_len} * {train.microbatch_size}"

@@ -1,4 +1,6 @@
-"""The sections that say where and how a model is trained: layout, schedule, activations, cluster, train, plan."""
+"""The sections that say where and how a model is trained: layout, schedule, activations, cluster,
+train, plan.
+"""
 
 from __future__ import annotations
 
@@ -60,7 +62,9 @@ class LayoutConfig:
         check_ranges("layout", self)
 
     def known_data_ranks(self, gpus_per_node: int) -> int:
-        """The data-parallel ranks that the section itself says; a launcher may add replicas where it names none."""
+        """The data-parallel ranks that the section itself says; a launcher may add replicas where
+        it names none.
+        """
         replicas = self.edp or 1
         if self.nodes is not None:
             replicas = max(1, self.nodes * gpus_per_node // (self.pp * self.ep))
@@ -103,8 +107,9 @@ class ScheduleConfig:
 class ActivationsConfig:
     """`activations`: what happens to each saved tensor between forward and backward.
 
-    Policies: keep it on the device; store it as FP8 (E4M3, 1 x 128 tiles); drop and recompute it; offload it to host
-    memory; or FP8 first and then offload. Names are per layer; docs/glossary.md lists what each tensor is.
+    Policies: keep it on the device; store it as FP8 (E4M3, 1 x 128 tiles); drop and recompute it;
+    offload it to host memory; or FP8 first and then offload. Names are per layer; docs/glossary.md
+    lists what each tensor is.
     """
 
     layer_input: Policy = key("residual stream entering the layer, input of its first norm", default="keep")
@@ -139,7 +144,10 @@ class ActivationsConfig:
 
 @dataclasses.dataclass(frozen=True)
 class ClusterConfig:
-    """`cluster`: what the machine can do. Rates are one device's and one direction's; sources stand in configs/cluster."""
+    """`cluster`: what the machine can do.
+
+    Rates are one device's and one direction's; sources stand in configs/cluster.
+    """
 
     name: str = key("name shown in reports")
     gpus_per_node: int = key("devices in a node", unit="devices", minimum=1)
@@ -173,14 +181,16 @@ class ClusterConfig:
     reserved_device_bytes: float = key(
         "device memory taken by the driver, libraries and fragmentation", unit="bytes", default=0.0, minimum=0
     )
-    # docs/optimizer.md: 50 M parameters in 50 ms on one core, seven FP32 numbers read or written for each.
+    # docs/optimizer.md: 50 M parameters in 50 ms on one core, seven FP32 numbers read or written
+    # for each.
     host_update_bytes_per_second: float = key(
         "host memory that one rank's AdamW reads and writes, where its states live there",
         unit="bytes/s",
         default=28.0e9,
         above=0,
     )
-    # Assumption: a copy into pinned memory, the wake-up of the host, and the launch of a first kernel, some 10 us each.
+    # Assumption: a copy into pinned memory, the wake-up of the host, and the launch of a first
+    # kernel, some 10 us each.
     host_read_seconds: float = key(
         "from numbers on the device until the host has read them and its next kernel starts",
         unit="seconds",

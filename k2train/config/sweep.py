@@ -1,7 +1,9 @@
-"""Hydra multirun (`-m`): one job for each point of a sweep, through whichever launcher the config names.
+"""Hydra multirun (`-m`): one job for each point of a sweep, through whichever launcher the config
+names.
 
-The default launcher runs the jobs one after another in this process; `hydra/launcher=submitit_slurm`
-(extra `slurm`) submits them. Every point is composed and checked before the first job starts.
+The default launcher runs the jobs one after another in this process;
+`hydra/launcher=submitit_slurm` (extra `slurm`) submits them. Every point is composed and checked
+before the first job starts.
 """
 
 from __future__ import annotations
@@ -61,7 +63,9 @@ def run_sweep(args: Sequence[str], job: Callable[[Config, str], Any]) -> int:
 
 
 def check_hydra_words(parsed: Sequence[Override]) -> None:
-    """Raise ConfigError for `hydra...` words that Hydra refuses, such as a launcher that is not installed."""
+    """Raise ConfigError for `hydra...` words that Hydra refuses, such as a launcher that is not
+    installed.
+    """
     lines = [word.input_line or "" for word in parsed]
     try:
         with told(parsed):
@@ -79,8 +83,11 @@ def check_hydra_words(parsed: Sequence[Override]) -> None:
 
 @contextlib.contextmanager
 def hydra_arguments(words: Sequence[str]) -> Iterator[None]:
-    """Within this context hydra.main reads these words, and lets exceptions through instead of printing them."""
-    # hydra.main reads its words from sys.argv and from nowhere else, and this switch from the environment.
+    """Within this context hydra.main reads these words, and lets exceptions through instead of
+    printing them.
+    """
+    # hydra.main reads its words from sys.argv and from nowhere else, and this switch from the
+    # environment.
     before, full = sys.argv, os.environ.get("HYDRA_FULL_ERROR")
     sys.argv, os.environ["HYDRA_FULL_ERROR"] = [sys.argv[0], *words], "1"
     try:

@@ -1,7 +1,9 @@
-"""`Plan`: everything `k2train plan` says about one config. Bytes, seconds, tokens; GB in reports is 1e9 bytes.
+"""`Plan`: everything `k2train plan` says about one config. Bytes, seconds, tokens; GB in reports is
+1e9 bytes.
 
-A step is the simulated pipeline, then what follows it: gradients reduced, the update, parameters gathered. Waits are
-reported for the busiest stage, because the others stand still for its sake. Source: docs/design.md, "The one idea".
+A step is the simulated pipeline, then what follows it: gradients reduced, the update, parameters
+gathered. Waits are reported for the busiest stage, because the others stand still for its sake.
+Source: docs/design.md, "The one idea".
 """
 
 from __future__ import annotations
@@ -93,8 +95,8 @@ def _communication(stage: StageTimes) -> float:
 def build_plan(config: Config, record: bool = False, check: bool = True) -> Plan:
     """Plan one config.
 
-    record: keep what timelines and traces need. check: prove the schedule first, which for a long step takes as long as the
-    simulation. Raises ConfigError, also for a schedule that cannot run.
+    record: keep what timelines and traces need. check: prove the schedule first, which for a long
+    step takes as long as the simulation. Raises ConfigError, also for a schedule that cannot run.
     """
     check_dispatch(config)
     assembly = assemble(config)

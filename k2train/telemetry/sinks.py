@@ -63,7 +63,10 @@ class WandbSink:
 def check_sinks(telemetry: TelemetryConfig) -> None:
     """Raise ConfigError for a sink that is asked for and not installed."""
     if telemetry.wandb_project is not None and importlib.util.find_spec("wandb") is None:
-        rule, remedy = "needs the wandb package", "pip install 'k2train[wandb]', or telemetry.wandb_project=null"
+        rule, remedy = (
+            "needs the wandb package",
+            "pip install 'k2train[wandb]', or telemetry.wandb_project=null",
+        )
         raise ConfigError("telemetry.wandb_project", telemetry.wandb_project, rule, remedy)
 
 

@@ -1,7 +1,8 @@
-"""What only the start of a run would find, found before it: `k2train train --check`, and before ranks are started.
+"""What only the start of a run would find, found before it: `k2train train --check`, and before
+ranks are started.
 
-It reads and leaves no trace: a run directory is tried and removed again, a corpus that does not exist yet is not built.
-It communicates with nobody.
+It reads and leaves no trace: a run directory is tried and removed again, a corpus that does not
+exist yet is not built. It communicates with nobody.
 """
 
 from __future__ import annotations
@@ -23,7 +24,9 @@ from k2train.trainer.saving import check_model, open_named
 
 
 def check_start(config: Config, layout: Layout) -> None:
-    """Raise ConfigError for what the first minutes of a run would refuse, beyond `trainer.loop.prepare`."""
+    """Raise ConfigError for what the first minutes of a run would refuse, beyond
+    `trainer.loop.prepare`.
+    """
     check_sinks(config.telemetry)
     LrSchedule(config.optim.lr_phases, config.train.steps, config.train.global_batch_tokens)
     check_every_rank_trains(layout)
@@ -48,7 +51,10 @@ def check_every_rank_trains(layout: Layout) -> None:
 
 
 def check_data(config: Config) -> None:
-    """Open the corpora. The embedded one, which the start builds where it is missing, by its settings alone."""
+    """Open the corpora.
+
+    The embedded one, which the start builds where it is missing, by its settings alone.
+    """
     data, train = config.data, config.train
     if data.blend or not data.stdlib:
         build_corpus(data, train.seq_len, train.seed, config.model.vocab_size)
@@ -59,7 +65,10 @@ def check_data(config: Config) -> None:
 
 
 def check_run_dir(config: Config) -> bool:
-    """Whether `run_dir` holds a run that would go on. Raises ConfigError where it cannot, or cannot be written."""
+    """Whether `run_dir` holds a run that would go on.
+
+    Raises ConfigError where it cannot, or cannot be written.
+    """
     run_dir = Path(config.run_dir if config.run_dir is not None else "runs")
     check_folder("run_dir", run_dir)
     checkpoint = latest_checkpoint(run_dir / "checkpoints") if config.run_dir is not None else None
@@ -76,4 +85,6 @@ def check_folder(field: str, folder: Path) -> None:
     try:
         os.rmdir(tempfile.mkdtemp(prefix=".k2train-", dir=existing))
     except OSError as error:
-        raise ConfigError(field, folder, f"cannot be written: {error.strerror}", f"give another {field}") from error
+        raise ConfigError(
+            field, folder, f"cannot be written: {error.strerror}", f"give another {field}"
+        ) from error

@@ -37,7 +37,9 @@ train.steps=1e400|train.steps=[1,2|train.steps={a|train.steps="x|train.steps='x|
 hydra/launcher=nope|hydra.nope=3|hydra.searchpath=3|experiment=null|experiment=nope|experiment=[tiny,k2]|model@x=k2|
 model@:=k2|train@x=3|name=null|--cfg|-x|train|train.steps:3|defaults=[]|run_dir=~x|é=3|train.steps=٣|world=3|
 layout.layers_per_virtual_stage=[a]|model.rope_scaling=3|model.rope_scaling={}|telemetry=3|choice(1,2)|
-train.steps=range(1,4)|data.blend=[{prefix: a, weight: -1}]|optim={name: adamw}""".replace("\n", "").split("|")
+train.steps=range(1,4)|data.blend=[{prefix: a, weight: -1}]|optim={name: adamw}""".replace("\n", "").split(
+    "|"
+)
 
 
 @pytest.mark.parametrize("word", BAD_WORDS)
@@ -54,7 +56,11 @@ def calls() -> Iterator[tuple[str, ast.Call]]:
     """Every call of the package that makes a ConfigError, with its place."""
     for path in sorted(PACKAGE.rglob("*.py")):
         for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
-            if isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id == "ConfigError":
+            if (
+                isinstance(node, ast.Call)
+                and isinstance(node.func, ast.Name)
+                and node.func.id == "ConfigError"
+            ):
                 yield f"{path.relative_to(PACKAGE)}:{node.lineno}", node
 
 

@@ -103,7 +103,7 @@ def test_steps_follow_the_phases_and_the_batch() -> None:
 
 
 def test_phases_that_are_fractions_of_the_steps_cannot_say_how_many_there_are() -> None:
-    with pytest.raises(ConfigError, match="train.steps=phases: .*fraction"):
+    with pytest.raises(ConfigError, match=r"train\.steps=phases: .*fraction"):
         load_config(["train.steps=phases"])
 
 

@@ -109,8 +109,9 @@ def test_an_empty_variable_switches_the_folder_off(own: Path, monkeypatch: pytes
 
 
 def test_a_folder_that_is_not_there_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    with pytest.raises(ConfigError, match="--config-dir=.*: there is no such folder"), user_folder(
-        ["--config-dir", str(tmp_path / "nowhere")]
+    with (
+        pytest.raises(ConfigError, match=r"--config-dir=.*: there is no such folder"),
+        user_folder(["--config-dir", str(tmp_path / "nowhere")]),
     ):
         pass
     with pytest.raises(ConfigError, match="needs a folder"), user_folder(["--config-dir"]):
@@ -123,7 +124,10 @@ def test_a_folder_that_is_not_there_is_named(tmp_path: Path, monkeypatch: pytest
 
 def test_a_file_that_is_no_yaml_is_named_with_its_line(own: Path) -> None:
     (own / "model" / "bad.yaml").write_text("hidden_size: 3\nnum: [1\nother: {\n")
-    with user_folder([f"--config-dir={own}"]), pytest.raises(ConfigError, match="bad.yaml, line 3.*no YAML") as told:
+    with (
+        user_folder([f"--config-dir={own}"]),
+        pytest.raises(ConfigError, match=r"bad\.yaml, line 3.*no YAML") as told,
+    ):
         load_config(["model=bad"])
     assert len(str(told.value).splitlines()) <= 2
 

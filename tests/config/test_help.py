@@ -62,7 +62,9 @@ def test_help_shows_the_values_that_the_run_would_take(capsys: pytest.CaptureFix
 
 def test_help_shows_the_keys_asked_for_alone(capsys: pytest.CaptureFixture[str]) -> None:
     section = help_of(["train", "--help", "optim"], capsys)
-    names = [line.split()[0].rstrip(":") for line in section.splitlines() if re.match(r"^  \w|^\w+(\.\w+)*:", line)]
+    names = [
+        line.split()[0].rstrip(":") for line in section.splitlines() if re.match(r"^  \w|^\w+(\.\w+)*:", line)
+    ]
     assert names == [entry.name for entry in keys_of(Config) if re.match(r"optim\b", entry.name)]
     assert "ops.backend" not in section
     part = help_of(["plan", "--help", "checkpoint"], capsys)

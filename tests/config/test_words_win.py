@@ -31,10 +31,14 @@ def written(path: Path) -> dict[str, Any]:
 def test_a_group_that_the_user_names_is_its_file_and_nothing_else(word: str, experiment: str | None) -> None:
     group, name = word.split("=")
     words = [word] if experiment is None else [f"experiment={experiment}", word]
-    extra = ["train.seq_len=128", "train.steps=5", "layout=two_nodes"] if group == "model" else ["train.steps=5"]
+    extra = (
+        ["train.seq_len=128", "train.steps=5", "layout=two_nodes"] if group == "model" else ["train.steps=5"]
+    )
     section = getattr(load_config([*words, *extra]), group)
     keys = written(FILES[group][name])
-    defaults = {f.name: f.default for f in dataclasses.fields(section) if f.default is not dataclasses.MISSING}
+    defaults = {
+        f.name: f.default for f in dataclasses.fields(section) if f.default is not dataclasses.MISSING
+    }
     for field in dataclasses.fields(section):
         got = to_dict(getattr(section, field.name))
         if field.name in keys and not isinstance(got, (list, dict)):
@@ -63,7 +67,9 @@ def test_an_experiment_s_nodes_do_not_outlive_its_layout() -> None:
     (["model=deepseek_v3", "name=mine"], "mine"),
     (["cluster=h100"], "tiny"),
 ])  # fmt: skip
-def test_a_run_is_called_after_the_model_where_it_is_not_the_experiment_s(words: list[str], name: str) -> None:
+def test_a_run_is_called_after_the_model_where_it_is_not_the_experiment_s(
+    words: list[str], name: str
+) -> None:
     assert load_config(words).name == name
 
 
@@ -79,14 +85,21 @@ def test_a_sweep_s_jobs_get_what_one_run_would(tmp_path: Path, monkeypatch: pyte
 @pytest.fixture
 def run_dir(tmp_path: Path) -> Path:
     """A run's directory, of an experiment and some words."""
-    config = load_config(["experiment=laptop", "train.steps=7", "model.n_routed_experts=4", f"run_dir={tmp_path}"])
+    config = load_config(
+        ["experiment=laptop", "train.steps=7", "model.n_routed_experts=4", f"run_dir={tmp_path}"]
+    )
     (tmp_path / "config.yaml").write_text(yaml.safe_dump(to_dict(config), sort_keys=False))
     return tmp_path
 
 
 def test_a_run_directory_alone_gives_the_run_s_own_config(run_dir: Path) -> None:
     config = load_run([f"run_dir={run_dir}"])
-    assert (config.name, config.train.steps, config.model.n_routed_experts, config.layout.pp) == ("laptop", 7, 4, 2)
+    assert (config.name, config.train.steps, config.model.n_routed_experts, config.layout.pp) == (
+        "laptop",
+        7,
+        4,
+        2,
+    )
     assert load_config([f"run_dir={run_dir}"]).train.steps == 880
 
 

@@ -18,7 +18,10 @@ REFUSED = [
     (["data.blend=[{prefix: /nowhere/text}]"], r"data.blend\[0\].prefix=/nowhere/text: .*not found"),
     (["data.blend=[]", "data.stdlib=false"], r"data.blend=\[\]: this experiment takes no corpus by itself"),
     (["train.init_from=/nowhere"], "train.init_from=/nowhere: there is no such directory"),
-    (["data.tokenizer={kind: huggingface, path: /nowhere}"], "data.tokenizer.path=/nowhere: /nowhere not found"),
+    (
+        ["data.tokenizer={kind: huggingface, path: /nowhere}"],
+        "data.tokenizer.path=/nowhere: /nowhere not found",
+    ),
     (["data.tokenizer={kind: tiktoken, path: /nowhere}"], "data.tokenizer.path=/nowhere: is neither a file"),
     (["model.vocab_size=200"], "model.vocab_size=200: is smaller than the 257 ids"),
     (["data.split='a,b'"], "data.split=a,b: must be numbers"),

@@ -48,12 +48,18 @@ def test_a_signal_that_stops_wins_over_a_checkpoint_by_time() -> None:
 
 
 @pytest.mark.parametrize("layout", [[], ["layout=laptop", "train.microbatch_size=1"]])
-def test_every_rank_saves_when_rank_0_s_clock_says_so(layout: list[str], words: list[str], tmp_path: Path) -> None:
+def test_every_rank_saves_when_rank_0_s_clock_says_so(
+    layout: list[str], words: list[str], tmp_path: Path
+) -> None:
     """With a vanishing interval every step is followed by a checkpoint, on one rank as on four threads.
 
     Were the ranks to disagree, the first barrier of a save would meet another operation and name it.
     """
-    changes = ["train.checkpoint_every_steps=0", "train.checkpoint_every_minutes=1e-9", "train.final_eval_tokens=0"]
+    changes = [
+        "train.checkpoint_every_steps=0",
+        "train.checkpoint_every_minutes=1e-9",
+        "train.final_eval_tokens=0",
+    ]
     assert main(["train", *words, *layout, "train.steps=3", "train.eval_every_steps=0", *changes]) == 0
     names = sorted(path.name for path in (tmp_path / "run" / "checkpoints").iterdir())
     assert names == ["step-000001", "step-000002", "step-000003"]
