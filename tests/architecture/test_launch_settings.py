@@ -83,13 +83,13 @@ def put_program(folder: Path, name: str, text: str) -> None:
     (folder / name).chmod(0o755)
 
 
-def after_slurm_script(tmp_path: Path, srun: str, **given: str) -> str:
+def after_slurm_script(tmp_path: Path, srun: str, limit: str = "UNLIMITED", **given: str) -> str:
     """What `srun` prints when a copy of launch/slurm.sbatch runs, with stand-ins for Slurm's commands."""
     copy = tmp_path / "spool" / "slurm_script"
     copy.parent.mkdir()
     shutil.copy(ROOT / "launch" / "slurm.sbatch", copy)
     put_program(tmp_path, "scontrol", f'[ "$1" = show ] && [ "$2" = hostnames ] && echo n1 || '
-                                      f'printf "JobId=7\\n   Command={ROOT}/launch/slurm.sbatch a=1 b=2\\n   Power=\\n"')  # fmt: skip
+                                      f'printf "JobId=7\\n   RunTime=00:00:01 TimeLimit={limit} TimeMin=N/A\\n   Command={ROOT}/launch/slurm.sbatch a=1 b=2\\n   Power=\\n"')  # fmt: skip
     put_program(tmp_path, "python", "true")
     put_program(tmp_path, "srun", srun)
     done = subprocess.run(
@@ -109,10 +109,10 @@ def test_the_slurm_script_finds_the_settings_though_slurm_runs_a_copy(tmp_path: 
 def test_the_slurm_script_says_how_the_job_was_submitted(tmp_path: Path) -> None:
     """Options from Slurm's variables, settings from the user's; a setting that the script made is none of them."""
     given = {"SLURM_GPUS_PER_NODE": "0", "SLURM_JOB_PARTITION": "main", "SLURM_JOB_ACCOUNT": "us", "SLURM_JOB_QOS": "high",
-             "SLURM_JOB_START_TIME": "1000", "SLURM_JOB_END_TIME": "4600", "RANKS": "2", "CUDA_MODULE_LOADING": "LAZY"}  # fmt: skip
-    printed = after_slurm_script(tmp_path, 'echo "$K2TRAIN_STARTED_BY"', **given)
+             "RANKS": "2", "CUDA_MODULE_LOADING": "LAZY"}  # fmt: skip
+    printed = after_slurm_script(tmp_path, 'echo "$K2TRAIN_STARTED_BY"', "1-02:00:00", **given)
     script = ROOT / "launch" / "slurm.sbatch"
-    options = "--nodes=1 --gpus-per-node=0 --partition=main --account=us --qos=high --time=60"
+    options = "--nodes=1 --gpus-per-node=0 --partition=main --account=us --qos=high --time=1-02:00:00"
     assert printed.strip() == f"RANKS=2 CUDA_MODULE_LOADING=LAZY sbatch {options} {script}"
 
 
