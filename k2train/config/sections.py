@@ -108,7 +108,7 @@ class ActivationsConfig:
     """`activations`: what happens to each saved tensor between forward and backward.
 
     Policies: keep it on the device; store it as FP8 (E4M3, 1 x 128 tiles); drop and recompute it;
-    offload it to host memory; or FP8 first and then offload. Names are per layer; docs/glossary.md
+    offload it to host memory; or FP8 first and then offload. Names are per layer; docs/memory.md
     lists what each tensor is.
     """
 
