@@ -17,6 +17,7 @@ from typing import Any
 import hydra
 from hydra.core.hydra_config import HydraConfig
 from hydra.core.override_parser.types import Override
+from hydra.errors import HydraException
 from omegaconf import DictConfig
 
 from k2train.config.compose import expand_sweep, load_config, parse_overrides, permit, told
@@ -57,8 +58,13 @@ def run_sweep(args: Sequence[str], job: Callable[[Config, str], Any]) -> int:
 
     groups = group_files(search_path())
     know_user_folders()
-    with hydra_arguments(["--multirun", *(permit(word, groups) for word in parsed)]), told(parsed):
-        hydra.main(config_path=str(config_dir()), config_name="config", version_base="1.3")(hydra_job)()
+    sweep = hydra.main(config_path=str(config_dir()), config_name="config", version_base="1.3")(hydra_job)
+    try:
+        with hydra_arguments(["--multirun", *(permit(word, groups) for word in parsed)]):
+            sweep()
+    except HydraException as error:
+        # What a job raises passes through: it is no mistake in the words.
+        raise ConfigError("config", " ".join(overrides), str(error).splitlines()[0]) from error
     return len(points)
 
 

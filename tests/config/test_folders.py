@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
+from k2train.cli.main import main
 from k2train.config.compose import load_config
 from k2train.config.convert import to_dict
 from k2train.config.errors import ConfigError
@@ -74,6 +76,17 @@ def test_a_file_of_a_user_s_folder_is_found(
     if group == "model":
         assert (got.pop("name"), expected.pop("name")) == ("mine", "k2_tiny")
     assert got == expected
+
+
+def test_the_program_takes_the_flag_before_or_behind_the_command(
+    own: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for words in (["--config-dir", str(own), "plan"], ["plan", f"--config-dir={own}"]):
+        assert main([*words, "--print-config", "model=mine"]) == 0
+        assert "name: mine" in capsys.readouterr().out
+        assert VARIABLE not in os.environ
+    assert main(["plan", "--help", "world", "model=mine"]) == 2
+    assert "there is no configs/model/mine.yaml" in capsys.readouterr().err
 
 
 def test_a_user_s_file_stands_before_the_package_s_of_the_same_name(own: Path) -> None:

@@ -11,6 +11,7 @@ import yaml
 
 from k2train.config.compose import load_config, load_run
 from k2train.config.convert import to_dict
+from k2train.config.errors import ConfigError
 from k2train.config.folders import config_dir, group_files
 from k2train.config.schema import Config
 from k2train.config.sweep import run_sweep
@@ -80,6 +81,22 @@ def test_a_sweep_s_jobs_get_what_one_run_would(tmp_path: Path, monkeypatch: pyte
     assert count == 2
     assert seen == [load_config([f"optim={name}", "train.steps=7"]) for name in ("adamw", "muonclip")]
     assert seen[0].optim.lr_phases[0].steps == 500
+
+
+def test_what_a_job_of_a_sweep_raises_is_no_mistake_in_the_words(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+
+    def job(config: Config, output_dir: str) -> None:
+        raise ValueError("a fault of the program")
+
+    with pytest.raises(ValueError, match="a fault of the program"):
+        run_sweep(["train.steps=1,2"], job)
+    for word, message in (("hydra/launcher=submitit_slurm", "k2train.slurm"), ("hydra/launcher=nope", "leave it out"),
+                          ("hydra.nope=3", "hydra.nope")):  # fmt: skip
+        with pytest.raises(ConfigError, match=message):
+            run_sweep([word, "train.steps=1,2"], job)
 
 
 @pytest.fixture
