@@ -20,9 +20,18 @@ class ScheduleError(ValueError):
 
 @contextlib.contextmanager
 def told_as_config(section: ScheduleConfig) -> Iterator[None]:
-    """Within this context a schedule that cannot run is a mistake in `schedule`, a ConfigError."""
+    """Within this context what is wrong with a schedule is told in the keys of the config.
+
+    A schedule that cannot run is a mistake in `schedule`, a ConfigError. A number of microbatches,
+    which a ScheduleSpec is given and no config holds, follows from the global batch.
+    """
     try:
         yield
+    except ConfigError as error:
+        if error.field != "num_microbatches":
+            raise
+        counted = f"{error.value} microbatches a pipeline"
+        raise ConfigError("train.global_batch_tokens", counted, error.rule, error.remedy) from error
     except ScheduleError as error:
         remedy = ""
         if section.pair_forward_backward and not section.extra_warmup_microbatches:

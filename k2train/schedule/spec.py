@@ -80,20 +80,12 @@ def _check_int(field: str, value: object, minimum: int) -> None:
         raise ConfigError(name, value, f"must be a whole number of at least {minimum}")
 
 
-# What a user writes; a spec knows only what follows from it.
-_MICROBATCHES = "train.global_batch_tokens"
-
-
-def _counted(spec: ScheduleSpec) -> str:
-    return f"{spec.num_microbatches} microbatches a pipeline"
-
-
 def _check_size(spec: ScheduleSpec) -> None:
     chunks = spec.pp * spec.vpp * spec.num_microbatches
     if chunks > MAX_CHUNKS:
         raise ConfigError(
-            _MICROBATCHES,
-            _counted(spec),
+            "num_microbatches",
+            spec.num_microbatches,
             f"pp * vpp * microbatches = {chunks} are more than the {MAX_CHUNKS} a schedule may have",
             "take a smaller global batch or more data-parallel ranks",
         )
@@ -140,15 +132,12 @@ def _check_dual(spec: ScheduleSpec) -> None:
         raise ConfigError("layout.pp", spec.pp, "DualPipe mirrors the stages, so pp must be even")
     if spec.kind == "dualpipe" and spec.num_microbatches % 2:
         raise ConfigError(
-            _MICROBATCHES,
-            _counted(spec),
-            "DualPipe halves them, so they must be even",
-            "take a global batch of one microbatch more on every data-parallel rank, or another schedule",
+            "num_microbatches", spec.num_microbatches, "DualPipe halves them, so they must be even"
         )
     if spec.num_microbatches < 2 * spec.pp:
         raise ConfigError(
-            _MICROBATCHES,
-            _counted(spec),
+            "num_microbatches",
+            spec.num_microbatches,
             f"schedule.kind={spec.kind} fills its pipeline with at least 2 * pp = {2 * spec.pp} microbatches",
             "take a larger global batch, fewer stages or another schedule",
         )

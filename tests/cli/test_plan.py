@@ -88,6 +88,8 @@ def test_help_explains_the_keys(capsys):
     (["-m", "layout.edp=1,2", "plan.timeline=t.png"], "shows one plan"),
     (["plan.compare=[k2]", "plan.trace=t.json"], "shows one plan"),
     (["train.global_batch_tokens=8192000000000"], "smaller global batch"),
+    (["schedule=dualpipe", "layout.pp=2", "layout.vpp=1", "train.global_batch_tokens=6144"],
+     "train.global_batch_tokens=3 microbatches a pipeline: DualPipe halves them"),
     (["model.num_hidden_layers=1000000000"], "model.num_hidden_layers"),
     (["model.n_routed_experts=1600000000"], "model.n_routed_experts"),
     (["train.global_batch_tokens=-8192"], "train.global_batch_tokens"),

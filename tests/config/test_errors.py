@@ -28,7 +28,7 @@ KEYS = {entry.name.replace("[]", "") for root in ROOTS for entry in keys_of(root
 WORDS = {"command", "flag", "override", "config", "data", "bench", "doctor", "DIR", "checkpoint", "--help", "--config-dir",
          "K2TRAIN_CONFIG_DIR", "hydra/launcher", "experiment"}  # fmt: skip
 # Arguments of functions that no config reaches: a caller's mistake, named by the argument.
-ARGUMENTS = {"costs", "num_rows", "num_owners", "shape", "spec"}
+ARGUMENTS = {"costs", "num_rows", "num_owners", "shape", "spec", "num_microbatches"}
 
 BAD_WORDS = """model=null|~model|model=|model=[k2]|model={a:1}|model=K2|=5|==|train.=3|.train=3|train..steps=3|
 train.steps=${nothing}|train.steps=${train.steps}|train.steps=${oc.env:NOPE}|train.steps=${foo:1}|run_dir=${|
