@@ -50,7 +50,7 @@ def launch(main: RankMain, config: Config, words: list[str]) -> int:
     from k2train.trainer.loop import prepare
 
     ready = prepare(config)
-    num_ranks = ready.layout.world
+    num_ranks = ready.program.layout.world
     # Kept here, where it outlives every rank, and on a port that is taken from the start.
     store = TCPStore("localhost", 0, is_master=True, wait_for_workers=False)
     context: ForkServerContext | SpawnContext = multiprocessing.get_context("forkserver")

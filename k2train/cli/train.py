@@ -42,9 +42,9 @@ def check(config: Config) -> int:
     from k2train.trainer.loop import prepare
 
     prepared = prepare(config)
-    layout = prepared.layout
+    layout = prepared.program.layout
     print(f"{layout.world} rank(s) on {prepared.device.type} as {prepared.kind}: pp {layout.pp} x edp {layout.edp} x ep {layout.ep}, "
-          f"{prepared.schedule.num_microbatches} microbatches a pipeline")  # fmt: skip
+          f"{prepared.program.schedule.num_microbatches} microbatches a pipeline")  # fmt: skip
     return 0
 
 

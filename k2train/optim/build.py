@@ -29,14 +29,14 @@ def build_optimizer(
     config: OptimConfig,
     model: ModelConfig,
     catalogue: Mapping[str, TensorSpec],
-    pieces: Sequence[Sequence[Piece]],
+    pieces: Mapping[int, Sequence[Piece]],
     groups: Groups,
     device: Device,
 ) -> Optimizer:
     """The optimizer of one rank, its masters read from the parameters as they are now.
 
-    catalogue: the model's tensors by name. pieces: those of each of the rank's virtual stages (one rank: one list).
-    device: of the parameters.
+    catalogue: the model's tensors by name. pieces: by virtual stage, those that live on this rank, in the
+    order of the model. device: of the parameters.
     Every rank that holds the same pieces computes the same ownership, without communication.
     Raises ConfigError where Muon or QK-Clip was asked for and finds nothing on this rank to act on, and for an
     optim.host_adam that cannot be.
@@ -50,7 +50,7 @@ def build_optimizer(
     check_host_adam(config, plans[0].dtype)
     groups_of: dict[Replication, Communicator] = {"dp": groups.dp, "edp": groups.edp}
     buckets = [Bucket(plan, groups_of[plan.replication], device.torch_device) for plan in plans]
-    tensors = [catalogue[piece.name] for of_stage in pieces for piece in of_stage]
+    tensors = [catalogue[piece.name] for of_stage in pieces.values() for piece in of_stage]
     tau = config.tau
     qk_clip = QkClipper(model, tensors, tau, like=buckets[0].flat)
     check_touches(config, model, plans, qk_clip)

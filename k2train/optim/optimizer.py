@@ -152,7 +152,7 @@ class Optimizer:
 
     @torch.no_grad()
     def finish_gather(self, virtual_stage: int | None = None) -> None:
-        """Wait for updated parameters, of one virtual stage (counted on this rank) or of all. Does nothing where nothing runs."""
+        """Wait for updated parameters, of one virtual stage or of all. Does nothing where nothing runs."""
         for bucket in self._buckets:
             if virtual_stage in (None, bucket.plan.virtual_stage):
                 bucket.finish_gather()

@@ -101,7 +101,7 @@ class _Tensor:
 
 
 def plan_buckets(
-    pieces: Sequence[Sequence[Piece]],
+    pieces: Mapping[int, Sequence[Piece]],
     catalogue: Mapping[str, TensorSpec],
     muon: bool,
     newton_schulz_steps: int,
@@ -109,7 +109,7 @@ def plan_buckets(
 ) -> list[BucketPlan]:
     """The buckets of one rank, the same on every rank that holds the same pieces.
 
-    pieces: those of each of the rank's virtual stages. muon: whether matrices get Muon (else AdamW gets all).
+    pieces: by virtual stage, those that live on the rank. muon: whether matrices get Muon (else AdamW gets all).
     Buckets come by virtual stage, dense before experts. Tensors that are not trained are left out.
     """
     tensors = list(_trained(pieces, catalogue, muon))
@@ -124,9 +124,9 @@ def plan_buckets(
 
 
 def _trained(
-    pieces: Sequence[Sequence[Piece]], catalogue: Mapping[str, TensorSpec], muon: bool
+    pieces: Mapping[int, Sequence[Piece]], catalogue: Mapping[str, TensorSpec], muon: bool
 ) -> Iterator[_Tensor]:
-    for virtual_stage, of_stage in enumerate(pieces):
+    for virtual_stage, of_stage in pieces.items():
         for piece in of_stage:
             spec = catalogue[piece.name]
             if not spec.trained:

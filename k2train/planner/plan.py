@@ -8,30 +8,31 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from k2train.config.errors import ConfigError
 from k2train.config.schema import Config
 from k2train.estimate.states import StageStates
 from k2train.estimate.step import UpdateSeconds, model_flops_utilisation, step_flops, update_seconds
 from k2train.estimate.work import Machine
-from k2train.planner.assemble import Assembly, assemble
 from k2train.planner.memory import StageMemory, all_stage_states, stage_memories
+from k2train.program import Program, compile_program
 from k2train.schedule.errors import ScheduleError
 from k2train.schedule.simulate import simulate
 from k2train.schedule.simulation import Simulation, StageTimes
-from k2train.schedule.validate import validate
 
 
 @dataclass(frozen=True)
 class Plan:
     """The answer to one config."""
 
-    config: Config
-    assembly: Assembly
+    program: Program
     simulation: Simulation
     states: tuple[StageStates, ...]
     memory: tuple[StageMemory, ...]
     updates: tuple[UpdateSeconds, ...]
     """The end of the step, for every stage."""
+
+    @property
+    def config(self) -> Config:
+        return self.program.config
 
     @property
     def step_seconds(self) -> float:
@@ -52,7 +53,7 @@ class Plan:
         train, cluster = self.config.train, self.config.cluster
         flops = step_flops(self.config.model, train.seq_len, train.global_batch_tokens)
         peak = cluster.matmul_flops_per_second
-        return model_flops_utilisation(flops, self.step_seconds, self.assembly.layout.world, peak)
+        return model_flops_utilisation(flops, self.step_seconds, self.program.layout.world, peak)
 
     @property
     def busiest_stage(self) -> int:
@@ -91,30 +92,32 @@ def _communication(stage: StageTimes) -> float:
 
 
 def build_plan(config: Config, record: bool = False, check: bool = True) -> Plan:
-    """Plan one config.
+    """Plan one config: compile it and plan the program. The arguments are those of `plan_program`."""
+    return plan_program(compile_program(config), record, check)
 
-    record: keep what timelines and traces need. check: prove the schedule first, which for a long step takes as long as the
-    simulation. Raises ConfigError, also for a schedule that cannot run.
+
+def plan_program(program: Program, record: bool = False, check: bool = True) -> Plan:
+    """Plan one program.
+
+    record: keep what timelines and traces need. check: prove the schedule first, which for a long step
+    takes as long as the simulation. Raises ConfigError, also for a schedule that cannot run.
     """
-    assembly = assemble(config)
-    simulation = _proved(config, assembly, record, check)
-    states = all_stage_states(config, assembly)
-    memory = stage_memories(config, assembly, simulation, states)
+    simulation = _simulated(program, record, check)
+    states = all_stage_states(program)
+    memory = stage_memories(program, simulation, states)
+    config = program.config
     machine = Machine(config.cluster, config.train.dtype)
     updates = tuple(
-        update_seconds(of_stage, assembly.layout, config.optim, machine, assembly.copies)
+        update_seconds(of_stage, program.layout, config.optim, machine, program.parameter_copies)
         for of_stage in states
     )
-    return Plan(config, assembly, simulation, states, memory, updates)
+    return Plan(program, simulation, states, memory, updates)
 
 
-def _proved(config: Config, assembly: Assembly, record: bool, check: bool) -> Simulation:
+def _simulated(program: Program, record: bool, check: bool) -> Simulation:
+    if check:
+        _ = program.report
     try:
-        if check:
-            validate(assembly.schedule)
-        return simulate(assembly.schedule, assembly.costs, record)
+        return simulate(program.schedule, program.costs, record)
     except ScheduleError as error:
-        remedy = ""
-        if config.schedule.pair_forward_backward and not config.schedule.extra_warmup_microbatches:
-            remedy = "pairs need schedule.extra_warmup_microbatches=1"
-        raise ConfigError("schedule.kind", config.schedule.kind, f"cannot run: {error}", remedy) from error
+        raise program.refused(error) from error

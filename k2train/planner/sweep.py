@@ -11,15 +11,14 @@ from rich.table import Table
 from k2train.config.compose import load_config
 from k2train.config.schema import Config
 from k2train.estimate.parameters import model_parameters
-from k2train.planner.assemble import check_layout
 from k2train.planner.plan import Plan, build_plan
 from k2train.planner.tables import new_table
 from k2train.planner.text import count, fixed, gigabytes
+from k2train.program import check_program
+from k2train.schedule.spec import INTERLEAVED
 
 SWEEP_NOTE = "M: microbatches. EP, PP, PCIe, DP: exposed seconds of the busiest stage. GPU and node: memory of the fullest.\n"
 _MAY_MOVE = {"params": "parameters", "GPUs": "GPUs", "M": "microbatches", "PCIe_s": "s of PCIe exposed"}
-INTERLEAVED = ("k2", "interleaved_1f1b")
-"""Schedules that take layout.vpp; the others fix their virtual stages themselves."""
 
 
 @dataclass(frozen=True)
@@ -48,7 +47,7 @@ def summarise(plan: Plan, labels: Mapping[str, str]) -> Row:
     """One plan as a row."""
     waits = plan.busiest.waits
     return Row(
-        labels, plan.assembly.layout.world, plan.assembly.schedule.num_microbatches, plan.step_seconds,
+        labels, plan.program.layout.world, plan.program.schedule.num_microbatches, plan.step_seconds,
         plan.tokens_per_second, plan.mfu, plan.bubble_share, waits.ep, waits.pp, plan.slowest_update.data_parallel,
         waits.copy, plan.fullest.device, plan.fullest_host.node, plan.fits, model_parameters(plan.config.model).total,
         plan.busiest.busy_seconds,
@@ -58,7 +57,7 @@ def summarise(plan: Plan, labels: Mapping[str, str]) -> Row:
 def plan_rows(points: Sequence[tuple[Mapping[str, str], Config]]) -> list[Row]:
     """Plan every point. Raises ConfigError, before any of them is simulated, for a layout that cannot be."""
     for _, config in points:
-        check_layout(config)
+        check_program(config)
     return [summarise(build_plan(config, check=False), labels) for labels, config in points]
 
 

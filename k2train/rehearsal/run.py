@@ -19,7 +19,7 @@ from k2train.config.schema import Config
 from k2train.data.corpus import Corpus
 from k2train.device.rehearsed import RehearsedDevice
 from k2train.parallel.groups import build_groups
-from k2train.planner.plan import Plan, build_plan
+from k2train.planner.plan import Plan, plan_program
 from k2train.rehearsal.accounts import Auditor
 from k2train.rehearsal.numbers import Numbers
 from k2train.rehearsal.observer import Living, Observer, Peak
@@ -28,8 +28,7 @@ from k2train.rehearsal.world import Counts, RehearsedWorld
 from k2train.runtime.recorder import Message
 from k2train.runtime.stage import PipelineStage
 from k2train.schedule.actions import Pair, Step
-from k2train.schedule.messages import plan_messages
-from k2train.trainer.build import Run, build_layouts, build_run
+from k2train.trainer.build import Run, build_program, build_run
 from k2train.trainer.dry_run import dry_run
 from k2train.trainer.garbage import GarbageControl
 from k2train.trainer.step import train_step
@@ -106,8 +105,8 @@ class NoCorpus:
 def rehearse(config: Config) -> Rehearsal:
     """Take one step of one rank. config.rehearse says which. Raises ConfigError for what the trainer would refuse."""
     section = config.rehearse
-    layout, schedule = build_layouts(config)
-    plan = build_plan(config, check=False)
+    program = build_program(config)
+    layout, plan = program.layout, plan_program(program, check=False)
     rank = section.stage * layout.dp + section.data_rank
     numbers = Numbers(config, layout, rank % layout.ep, section.skew)
     device = RehearsedDevice(DEVICE, numbers.answer)
@@ -116,9 +115,9 @@ def rehearse(config: Config) -> Rehearsal:
     started = time.perf_counter()
     with FakeTensorMode(allow_non_fake_inputs=True), observer, observer.at("states"), GarbageControl():
         world = RehearsedWorld(rank, layout.world, DEVICE, counts)
-        groups = build_groups(layout.grid, world, layout.relay_ranks, plan_messages(schedule))
+        groups = build_groups(layout.grid, world, layout.relay_ranks, program.messages)
         corpus = cast(Corpus, NoCorpus(config.train.seq_len))
-        run = build_run(config, layout, schedule, corpus, groups, device, initialise=False)
+        run = build_run(program, corpus, groups, device, initialise=False)
         run = watched_run(run, observer)
         with observer.at("dry run"):
             dry_run(run)

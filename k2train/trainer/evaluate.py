@@ -9,7 +9,6 @@ import torch
 from k2train.model.context import MicrobatchContext, Statistics
 from k2train.runtime.executor import run_actions
 from k2train.runtime.stage import StepInputs
-from k2train.schedule.forward import forward_only as forward_schedule
 from k2train.trainer.build import Run
 from k2train.trainer.compression import bits_per_byte
 from k2train.trainer.totals import losses_of_rank
@@ -102,7 +101,7 @@ def local_microbatches(run: Run, windows: Windows) -> list[Windows]:
 
 
 def forward_only(run: Run, microbatches: list[Windows], statistics: Statistics, loss_scale: float) -> None:
-    """Forward passes without anything saved, in the order of `schedule.forward_only`."""
+    """Forward passes without anything saved, in the order of `Program.evaluation`."""
 
     def make_context(virtual_stage: int, microbatch: int) -> MicrobatchContext:
         part = microbatches[microbatch]
@@ -112,4 +111,4 @@ def forward_only(run: Run, microbatches: list[Windows], statistics: Statistics, 
     tokens = [part.inputs for part in microbatches]
     stage = run.evaluation
     with stage.step(StepInputs(tokens.__getitem__, make_context, len(microbatches))):
-        run_actions(forward_schedule(run.schedule, len(microbatches)).stages[run.pp_rank], stage)
+        run_actions(run.program.evaluation(len(microbatches)).stages[run.pp_rank], stage)

@@ -122,8 +122,8 @@ def step_inputs(run: Run, batch: torch.Tensor, statistics: Statistics) -> StepIn
         tokens=lambda microbatch: microbatches[microbatch][:, :-1],
         make_context=make_context,
         num_microbatches=run.num_microbatches,
-        before_forward=lambda virtual_stage: optimizer.finish_gather(run.local_index[virtual_stage]),
-        weight_gradients_done=lambda virtual_stage: optimizer.start_reduce(run.local_index[virtual_stage]),
+        before_forward=optimizer.finish_gather,
+        weight_gradients_done=optimizer.start_reduce,
     )
 
 
