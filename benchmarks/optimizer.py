@@ -143,7 +143,7 @@ def build(optim: OptimConfig, device: torch.device) -> Optimizer:
     model = build_model(MODEL, whole_model(MODEL), torch.float32, device)
     model.initialise(seed=0)
     catalogue = {spec.name: spec for spec in model_tensors(MODEL)}
-    pieces = [[piece for piece in model.pieces() if piece.trained]]
+    pieces = {0: [piece for piece in model.pieces() if piece.trained]}
     return run_threads(
         1,
         lambda world: build_optimizer(

@@ -34,9 +34,10 @@ from k2train.ops.weight_grad import AtOnce, PlainGradients, WeightGradQueue, add
 from k2train.optim.muon import newton_schulz
 from k2train.parallel.groups import build_groups
 from k2train.runtime.executor import run_actions
+from k2train.runtime.routes import build_routes
 from k2train.runtime.stage import PipelineStage, StepInputs
 from k2train.trainer.activations import build_activations, host_traffic
-from k2train.trainer.build import Run, build_layouts, build_routes, build_run
+from k2train.trainer.build import Run, build_program, build_run
 from k2train.trainer.step import StepMetrics, train_step
 from k2train.trainer.worlds import run_world
 
@@ -168,8 +169,7 @@ class Layer:
 
     def store(self) -> Any:
         """An activation store for the config's policies; None where everything is kept."""
-        layout, schedule = build_layouts(self.config)
-        return build_activations(self.config, layout, 0, schedule.stages[0], build_device(self.device))
+        return build_activations(build_program(self.config), 0, build_device(self.device))
 
 
 def new_queue() -> WeightGradQueue:
@@ -211,14 +211,15 @@ class ScheduledPass:
 
     def __init__(self, config: Config, device: torch.device, dtype: torch.dtype, gradients: PlainGradients,
                  models: dict[int, Model] | None = None) -> None:  # fmt: skip
-        layout, self.schedule = build_layouts(config)
-        pieces = enumerate(layout.virtual_stages)
+        program = build_program(config)
+        self.schedule = program.schedule
+        pieces = enumerate(program.layout.virtual_stages)
         self.models = models or {
             index: _part(config, tuple(piece.layers), piece.embedding, piece.head, device, dtype)
             for index, piece in pieces
         }
         self.config, self.device = config, device
-        self.store = build_activations(config, layout, 0, self.schedule.stages[0], build_device(device))
+        self.store = build_activations(program, 0, build_device(device))
         self.stage = PipelineStage(
             self.models, build_routes(self.schedule, 0), None, gradients, build_device(device)
         )
@@ -273,14 +274,15 @@ class TextCorpus:
 def train_steps(config: Config, device: torch.device, before_steps: Callable[[Run], None],
                 after_step: Callable[[StepMetrics], None]) -> None:  # fmt: skip
     """Build a run of one rank and take its steps with the trainer's own `train_step`."""
-    layout, schedule = build_layouts(config)
+    program = build_program(config)
+    layout = program.layout
     corpus: Any = TextCorpus(
         config.train.seq_len, config.train.steps * config.train.global_batch_tokens + 2**20
     )
 
     def run_rank(world: Any) -> None:
         groups = build_groups(layout.grid, world, layout.relay_ranks)
-        run = build_run(config, layout, schedule, corpus, groups, build_device(world.device))
+        run = build_run(program, corpus, groups, build_device(world.device))
         before_steps(run)
         for index in range(config.train.steps):
             after_step(train_step(run, index))

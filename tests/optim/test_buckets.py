@@ -40,7 +40,7 @@ def test_every_entry_comes_back_as_the_sum_over_ranks_and_additions(rows: int) -
 
     def run(world: World) -> None:
         pieces, catalogue = pair_of(rows, 2)
-        (plan,) = plan_buckets([pieces], catalogue, False, 5, {"dp": OWNERS, "edp": 1})
+        (plan,) = plan_buckets({0: pieces}, catalogue, False, 5, {"dp": OWNERS, "edp": 1})
         bucket = Bucket(plan, world.group("dp", range(OWNERS)), world.device)
         buffers = GradBuffers([bucket])
         values = {
@@ -71,7 +71,7 @@ def filled(bucket: Bucket) -> None:
 def test_rows_are_added_where_they_lie_whoever_owns_them(rows: int, width: int) -> None:
     """Whole numbers, so FP32 sums are exact in any order. A row that comes twice is added twice."""
     pieces, catalogue = pair_of(rows, width)
-    (plan,) = plan_buckets([pieces], catalogue, False, 5, {"dp": OWNERS, "edp": 1})
+    (plan,) = plan_buckets({0: pieces}, catalogue, False, 5, {"dp": OWNERS, "edp": 1})
     bucket = Bucket(plan, Peers(OWNERS), torch.device("cpu"))
     filled(bucket)
     buffers = GradBuffers([bucket])
@@ -97,7 +97,7 @@ def test_the_runs_of_k2s_parameters_are_whole_rows_and_cover_each_once(owners: i
     part = ModelPart((0, 1), True, True, tuple(range(24)))
     pieces = list(build_model(model, part, torch.bfloat16, torch.device("meta")).pieces())
     catalogue = {spec.name: spec for spec in model_tensors(model)}
-    plans = plan_buckets([pieces], catalogue, muon, 5, {"dp": owners, "edp": owners})
+    plans = plan_buckets({0: pieces}, catalogue, muon, 5, {"dp": owners, "edp": owners})
     for plan in plans:
         bucket = Bucket(plan, Peers(owners), torch.device("meta"))
         stretches = []
@@ -125,6 +125,6 @@ def test_a_run_that_cuts_a_row_is_refused() -> None:
     parameter = torch.nn.Parameter(torch.zeros(4, 6))
     piece = Piece("half", parameter, (0, slice(0, 3)))
     spec = TensorSpec("half", (3,), "norm")
-    (plan,) = plan_buckets([[piece]], {"half": spec}, False, 5, {"dp": 1, "edp": 1})
+    (plan,) = plan_buckets({0: [piece]}, {"half": spec}, False, 5, {"dp": 1, "edp": 1})
     with pytest.raises(AssertionError, match="cuts rows of 6 entries"):
         Bucket(plan, Peers(1), torch.device("cpu"))

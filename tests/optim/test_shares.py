@@ -22,7 +22,7 @@ def plan(
     """The buckets of a rank with these virtual stages; meta tensors have shapes and no memory."""
     pieces = [list(build_model(model, part, torch.bfloat16, "meta").pieces()) for part in parts]
     catalogue = {spec.name: spec for spec in model_tensors(model)}
-    plans = plan_buckets(pieces, catalogue, muon, 5, {"dp": dp, "edp": edp})
+    plans = plan_buckets(dict(enumerate(pieces)), catalogue, muon, 5, {"dp": dp, "edp": edp})
     return plans, [piece for of_stage in pieces for piece in of_stage]
 
 

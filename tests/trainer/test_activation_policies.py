@@ -13,7 +13,7 @@ from k2train.config.compose import load_config
 from k2train.model.context import Statistics
 from k2train.schedule.actions import Kind, Pair
 from k2train.telemetry.metrics import read_metrics
-from k2train.trainer.build import build_layouts
+from k2train.trainer.build import build_program
 from k2train.trainer.evaluate import evaluate
 from k2train.trainer.step import StepMetrics, run_schedule, train_step
 from k2train.trainer.testing import run_on_ranks
@@ -78,7 +78,7 @@ def test_recompute_and_offload_change_no_bit_over_processes(words, layout):
 
 def test_the_layouts_run_pairs_and_offloads(words):
     def steps(layout: str):
-        schedule = build_layouts(load_config([*words, *LAYOUTS[layout], "activations=offload"]))[1]
+        schedule = build_program(load_config([*words, *LAYOUTS[layout], "activations=offload"])).schedule
         return [step for line in schedule.stages for step in line]
 
     assert any(isinstance(step, Pair) for step in steps("threads"))

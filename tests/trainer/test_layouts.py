@@ -26,9 +26,8 @@ from k2train.parallel.groups import build_groups
 from k2train.parallel.threads import run_threads
 from k2train.schedule.actions import Pair
 from k2train.schedule.channels import ChannelForm
-from k2train.schedule.messages import plan_messages
 from k2train.telemetry.metrics import read_metrics
-from k2train.trainer.build import Run, build_layouts, build_run, open_corpus
+from k2train.trainer.build import Run, build_program, build_run, open_corpus
 from k2train.trainer.evaluate import evaluate
 from k2train.trainer.saving import bias_pieces
 from k2train.trainer.step import StepMetrics, train_step
@@ -169,6 +168,10 @@ GRID = [
     ("k2", (1, 2, 3, 2), 2),
     ("zb_h1", (2, 1, 3, 2), 2),
     ("zb_h1", (3, 1, 1, 3), 4),
+    ("dualpipe_v", (1, 1, 2, 3), 2),
+    ("dualpipe_v", (2, 1, 3, 1), 4),
+    ("dualpipe_v", (3, 1, 2, 1), 6),
+    ("dualpipe_v", (4, 1, 1, 1), 12),
 ]
 PROCESSES = [
     ("k2", (2, 2, 2, 1)),
@@ -176,6 +179,7 @@ PROCESSES = [
     ("k2", (3, 2, 1, 1)),
     ("gpipe", (1, 1, 2, 2)),
     ("zb_h1", (2, 1, 3, 1)),
+    ("dualpipe_v", (2, 1, 1, 1)),
 ]
 
 # kind, degrees, how tokens are sent, GPUs of a node, what else: one, two and three nodes to a group, parts of a sequence's
@@ -217,7 +221,7 @@ def test_a_layout_of_threads_equals_one_rank(
     model_words: list[str], one_rank: Trained, kind: str, degrees: tuple[int, ...], microbatches: int
 ) -> None:
     words = [*model_words, f"schedule={kind}", *layout(*degrees)]
-    assert build_layouts(load_config(words))[1].num_microbatches == microbatches
+    assert build_program(load_config(words)).schedule.num_microbatches == microbatches
     assert_close(train_layout(words), one_rank)
 
 
@@ -231,14 +235,14 @@ def test_with_both_directions_in_one_queue_the_same_steps_stand_still_and_are_re
     """So the layouts above pass because every ordered pair of stages has a channel of its own: the threads world keeps
     NCCL's rules."""
     config = load_config([*model_words, f"schedule={kind}", *layout(*degrees)])
-    made, schedule = build_layouts(config)
-    corpus, messages = open_corpus(config), plan_messages(schedule)
+    program = build_program(config)
+    corpus, made = open_corpus(config), program.layout
 
     def run_rank(world: World) -> None:
         groups = build_groups(made.grid, world)
-        channels = make_channels(messages, range(made.pp), world)
+        channels = make_channels(program.messages, range(made.pp), world)
         groups = dataclasses.replace(groups, channels=channels)
-        train_step(build_run(config, made, schedule, corpus, groups, build_device(world.device)), 0)
+        train_step(build_run(program, corpus, groups, build_device(world.device)), 0)
 
     with pytest.raises(
         DeadlockError, match=r"rank \d waits in (send|recv) .* of group pipeline messages"
@@ -248,7 +252,7 @@ def test_with_both_directions_in_one_queue_the_same_steps_stand_still_and_are_re
 
 
 def test_the_grid_runs_pairs(model_words: list[str]) -> None:
-    schedule = build_layouts(load_config([*model_words, "schedule=k2", *layout(2, 2, 2, 1)]))[1]
+    schedule = build_program(load_config([*model_words, "schedule=k2", *layout(2, 2, 2, 1)])).schedule
     assert any(isinstance(step, Pair) for stage in schedule.stages for step in stage)
 
 
@@ -348,7 +352,7 @@ def test_a_checkpoint_of_four_ranks_goes_on_under_another_layout(
 
 def pairs_of_stages(words: Sequence[str]) -> list[int]:
     """How many pairs of a forward and an input gradient each stage's list has."""
-    _, schedule = build_layouts(load_config(words))
+    schedule = build_program(load_config(words)).schedule
     return [sum(isinstance(step, Pair) for step in line) for line in schedule.stages]
 
 
