@@ -1,4 +1,5 @@
-"""The house: pure rooms import without torch, the design's table is the contract, the README's tree is the disk's."""
+"""The house: pure rooms import without torch, the design's table is the contract, the README's tree
+is the disk's."""
 
 import re
 import subprocess
@@ -8,7 +9,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parents[2]
-PURE = ["config", "telemetry", "update_rules", "layout", "schedule", "estimate"]
+PURE = ["config", "telemetry", "update_rules", "layout", "schedule", "estimate", "program", "planner"]
 
 
 @pytest.mark.parametrize("room", PURE)
