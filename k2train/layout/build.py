@@ -42,8 +42,8 @@ def build_layout(
     """
     _check_size("model.num_hidden_layers", model.num_hidden_layers, MAX_LAYERS)
     _check_size("model.n_routed_experts", model.n_routed_experts, MAX_EXPERTS)
+    check_pieces(layout, model, layout.pp * layout.vpp if placement is None else len(placement))
     stages = looped(layout.pp, layout.vpp) if placement is None else tuple(placement)
-    _check_pieces(layout, model, len(stages))
     check_experts_fit(model, layout.ep)
     _check_dispatch(layout, cluster.gpus_per_node)
     grid = RankGrid(layout.pp, resolve_edp(layout, cluster.gpus_per_node), layout.ep)
@@ -139,10 +139,11 @@ def _check_size(field: str, value: int, most: int) -> None:
         raise ConfigError(field, value, f"is more than the {most} that a layout is made for")
 
 
-def _check_pieces(layout: LayoutConfig, model: ModelConfig, num_pieces: int) -> None:
+def check_pieces(layout: LayoutConfig, model: ModelConfig, num_pieces: int) -> None:
     """An explicit list must place every layer once; a balanced cut leaves no virtual stage empty.
 
-    num_pieces: pp * vpp, or as many as the schedule makes where it fixes them itself.
+    num_pieces: pp * vpp, or as many as the schedule makes where it fixes them itself. Raises
+    ConfigError.
     """
     is_fixed = num_pieces != layout.pp * layout.vpp
     if layout.layers_per_virtual_stage is not None:

@@ -97,6 +97,7 @@ def _communication(stage: StageTimes) -> float:
 def build_plan(config: Config, record: bool = False, check: bool = True) -> Plan:
     """Plan one config: compile it and plan the program. The arguments are those of
     `plan_program`."""
+    check_dispatch(config)
     return plan_program(compile_program(config), record, check)
 
 
@@ -106,7 +107,6 @@ def plan_program(program: Program, record: bool = False, check: bool = True) -> 
     record: keep what timelines and traces need. check: prove the schedule first, which for a long
     step takes as long as the simulation. Raises ConfigError, also for a schedule that cannot run.
     """
-    check_dispatch(program.config)
     simulation = _simulated(program, record, check)
     states = all_stage_states(program)
     memory = stage_memories(program, simulation, states)

@@ -11,12 +11,12 @@ import dataclasses
 from k2train.config.schema import Config
 from k2train.config.sections import ScheduleConfig
 from k2train.estimate.activations import check_policies
-from k2train.layout.build import build_layout, num_microbatches
+from k2train.layout.build import build_layout, check_pieces, num_microbatches
 from k2train.layout.layout import Layout
 from k2train.program.program import Program
 from k2train.schedule.builders import build_schedule
 from k2train.schedule.errors import told_as_config
-from k2train.schedule.spec import ScheduleSpec, placement
+from k2train.schedule.spec import ScheduleSpec, num_parts, placement
 
 
 def compile_program(config: Config) -> Program:
@@ -42,7 +42,10 @@ def _checked(config: Config) -> tuple[Layout, ScheduleSpec]:
 def program_layout(config: Config) -> Layout:
     """Who is where, with the model cut for the placement of the config's schedule. Raises ConfigError."""
     section = config.layout
-    stages = placement(config.schedule.kind, section.pp, section.vpp)
+    kind = config.schedule.kind
+    # Before the placement is written out, whose length nothing has bounded yet.
+    check_pieces(section, config.model, num_parts(kind, section.pp, section.vpp))
+    stages = placement(kind, section.pp, section.vpp)
     return build_layout(section, config.cluster, config.model, config.train.seq_len, stages)
 
 

@@ -79,6 +79,11 @@ def preset_switches(kind: str) -> Mapping[str, Any]:
     return {name: value for name, value in yaml.safe_load(text).items() if name != "kind"}
 
 
+def num_parts(kind: str, pp: int, vpp: int) -> int:
+    """Parts that the model is cut into under a kind of schedule: as many as `placement` has entries."""
+    return 2 * pp if kind == "dualpipe_v" else pp * vpp
+
+
 def placement(kind: str, pp: int, vpp: int) -> tuple[int, ...]:
     """The stage of every part of the model under a kind of schedule, in the order of the model.
 

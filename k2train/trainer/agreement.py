@@ -50,7 +50,7 @@ def disagreement(others: list[int], found: list[Any] | None) -> ConfigError:
     who = f"rank(s) {listed} compiled another program than rank 0"
     if found is None:
         return ConfigError(
-            "program",
+            "config",
             f"of rank {others[0]}",
             f"{who} from the same words, so they run another version of k2train",
             "install one version on every machine",
