@@ -13,6 +13,7 @@ import subprocess
 import sys
 from typing import Literal
 
+from k2train.architecture.layer import mixer_of
 from k2train.config.convert import to_dict
 from k2train.config.schema import Config
 from k2train.config.sections import ClusterConfig, Dtype
@@ -22,7 +23,6 @@ from k2train.estimate.virtual_stage import Estimator, build_estimator
 from k2train.estimate.work import Machine
 from k2train.layout.build import build_layout
 from k2train.layout.ownership import newton_schulz_cost
-from k2train.layout.weights import attention_flops
 from k2train.planner.plan import build_plan
 
 
@@ -99,9 +99,9 @@ def useful_attention_flops(config: Config, length: int) -> tuple[float, float]:
 
     A kernel that does seven is charged five, as all are, so that rates compare times.
     """
-    model = config.model
-    forward = length * attention_flops(model, length)
-    query, value = model.qk_head_dim, model.v_head_dim
+    heads = mixer_of(config.model).heads
+    forward = length * heads.score_flops(length)
+    query, value = heads.query, heads.value
     return forward, forward * (3 * query + 2 * value) / (query + value)
 
 

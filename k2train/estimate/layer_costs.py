@@ -10,20 +10,18 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
-from k2train.config.sections import ActivationsConfig
-from k2train.estimate.activations import SavedTensor, saved_tensors
-from k2train.estimate.layer_ops import (
+from k2train.architecture.embedding import (
     EMBEDDING_COLUMNS,
-    Workload,
-    attention_phase,
     embedding_grad_bytes,
     embedding_grad_kernels,
     embedding_ops,
-    experts_phase,
-    head_ops,
-    mlp_phase,
 )
-from k2train.estimate.work import Machine, Op, accumulation_bytes
+from k2train.architecture.head import head_ops
+from k2train.architecture.layer import LayerKind, layer_of
+from k2train.architecture.work import Op, Workload, accumulation_bytes
+from k2train.config.sections import ActivationsConfig
+from k2train.estimate.activations import SavedTensor, saved_tensors
+from k2train.estimate.work import Machine
 
 StreamName = Literal["compute", "ep"]
 LOGITS_CHUNK_ELEMENTS = 2**28
@@ -88,11 +86,12 @@ class LayerCosts:
 
 
 def transformer_layer(
-    w: Workload, policies: ActivationsConfig, machine: Machine, exchange: Exchange, moe: bool
+    w: Workload, policies: ActivationsConfig, machine: Machine, exchange: Exchange, kind: LayerKind
 ) -> LayerCosts:
     """One layer."""
-    saved = saved_tensors(w, policies, moe)
-    phases = _phases(w, moe)
+    saved = saved_tensors(w, policies, kind)
+    layer, moe = layer_of(w.model, kind), kind == "moe"
+    phases = layer.phases(w)
     forward = [_forward(machine, name, ops, saved) for name, ops in phases]
     backward = [_backward(machine, name, ops, saved) for name, ops in reversed(phases)]
     if moe:
@@ -108,7 +107,7 @@ def transformer_layer(
         saved,
         # As if nothing that a layer makes were freed before it ends: an upper bound.
         unkept + moved,
-        unkept + moved + _gradient_bytes(w, moe),
+        unkept + moved + w.element_bytes * layer.gradient_numbers(w),
         _queue_bytes(ops),
         sum(op.flops for op in ops),
         sum(op.flops for op in _recomputed(ops, saved)),
@@ -170,12 +169,6 @@ def logits_chunk_tokens(w: Workload) -> int:
     return max(1, LOGITS_CHUNK_ELEMENTS // w.model.vocab_size)
 
 
-def _phases(w: Workload, moe: bool) -> list[tuple[str, list[Op]]]:
-    if not moe:
-        return [("attention", attention_phase(w, moe=False)), ("mlp", mlp_phase(w))]
-    return [("attention", attention_phase(w, moe=True)), ("experts", experts_phase(w))]
-
-
 def _around_experts(
     phases: Sequence[TimedPhase], before: Sequence[TimedPhase], after: Sequence[TimedPhase]
 ) -> list[TimedPhase]:
@@ -212,18 +205,6 @@ def _casts(machine: Machine, ops: Iterable[Op], saved: Iterable[SavedTensor]) ->
         for tensor in saved
         if tensor.is_fp8 and tensor.name in made
     )
-
-
-def _gradient_bytes(w: Workload, moe: bool) -> int:
-    """Gradients alive at once in a layer's backward: around its feed-forward or around its attention, whichever is more."""
-    model, tokens = w.model, w.tokens
-    heads = model.num_attention_heads
-    attention = tokens * (2 * model.hidden_size + heads * (2 * model.qk_head_dim + 2 * model.v_head_dim))
-    if moe:
-        forward = w.rows * (2 * model.hidden_size + 3 * model.moe_intermediate_size)
-    else:
-        forward = tokens * (2 * model.hidden_size + 3 * model.intermediate_size)
-    return w.element_bytes * max(attention, forward)
 
 
 def _queue_bytes(ops: Iterable[Op]) -> int:

@@ -14,10 +14,10 @@ from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
+from k2train.architecture.work import ELEMENT_BYTES, accumulation_bytes
 from k2train.config.model import ModelConfig
 from k2train.config.optim import OptimConfig
 from k2train.config.sections import Dtype
-from k2train.estimate.work import ELEMENT_BYTES, accumulation_bytes
 from k2train.layout.layout import VirtualStage
 from k2train.layout.ownership import assign_owners, newton_schulz_cost, row_ranges
 from k2train.layout.staging import NUM_SLOTS, largest_batch, slot_elements
@@ -165,9 +165,6 @@ def _local_experts(
     """Every ep rank holds as many experts of the same shapes, so the first one's stand for all."""
     for index, piece in enumerate(pieces):
         for layer in piece.layers:
-            if model.is_moe(layer):
-                up = (model.moe_intermediate_size, model.hidden_size)
-                for _ in range(model.n_routed_experts // ep):
-                    yield Matrix(index, up, muon)
-                    yield Matrix(index, up, muon)
-                    yield Matrix(index, up[::-1], muon)
+            for spec in layer_tensors(model, layer, range(model.n_routed_experts // ep)):
+                if spec.expert is not None:
+                    yield Matrix(index, spec.shape, muon)

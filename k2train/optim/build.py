@@ -5,12 +5,12 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Literal
 
+from k2train.architecture.tensors import TensorSpec
 from k2train.config.errors import ConfigError
 from k2train.config.model import ModelConfig
 from k2train.config.optim import OptimConfig
 from k2train.device.protocol import Device
 from k2train.layout.staging import CHUNK_ELEMENTS, slot_elements
-from k2train.layout.tensors import TensorSpec
 from k2train.model.pieces import Piece
 from k2train.ops.dtypes import DTYPES
 from k2train.optim.adam import build_adamw, check_host_adam

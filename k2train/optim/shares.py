@@ -23,8 +23,8 @@ from typing import Literal
 
 import torch
 
+from k2train.architecture.tensors import TensorSpec
 from k2train.layout.ownership import assign_owners, newton_schulz_cost, row_ranges
-from k2train.layout.tensors import TensorSpec
 from k2train.model.pieces import Piece
 
 Method = Literal["muon", "adamw"]

@@ -12,6 +12,9 @@ from collections.abc import Iterator, Mapping
 import torch
 
 from k2train.activations.store import ActivationStore
+from k2train.architecture.embedding import embedding_tensors
+from k2train.architecture.head import head_tensors
+from k2train.architecture.tensors import TensorSpec
 from k2train.config.errors import ConfigError
 from k2train.config.model import ModelConfig
 from k2train.config.schema import Config
@@ -20,7 +23,7 @@ from k2train.device.protocol import Device
 from k2train.estimate.activations import check_policies
 from k2train.layout.build import build_layout, num_microbatches
 from k2train.layout.layout import Layout
-from k2train.layout.tensors import TensorSpec, embedding_tensors, head_tensors, layer_tensors
+from k2train.layout.tensors import layer_tensors
 from k2train.model.dispatcher import Dispatcher, LocalDispatcher
 from k2train.model.model import Model, build_model
 from k2train.model.pieces import ModelPart

@@ -5,13 +5,15 @@ import itertools
 
 import pytest
 
+from k2train.architecture.head import head_flops
+from k2train.architecture.layer import mixer_of
 from k2train.config.compose import load_config
 from k2train.config.errors import ConfigError
 from k2train.config.sections import LayoutConfig, TrainConfig
 from k2train.layout.build import build_layout, num_microbatches
 from k2train.layout.ownership import assign_owners, newton_schulz_cost
 from k2train.layout.tensors import model_tensors
-from k2train.layout.weights import head_flops, layer_flops
+from k2train.layout.weights import layer_flops
 
 GRIDS = list(itertools.product(range(1, 5), range(1, 4), range(1, 5)))
 
@@ -88,7 +90,7 @@ def test_k2_stages_weigh_the_same_but_for_the_lighter_last(model):
     ]
     assert sizes == [4] * 15 + [1]
     # Parameters alone give 2.35 (K2.md); with causal attention's quadratic term a layer weighs 8 % more.
-    ratio = head_flops(config.model) / layer_flops(config.model, 1, 4096)
+    ratio = head_flops(config.model) / layer_flops(config.model, "moe", 4096)
     assert ratio == pytest.approx(2.0 * 163840 * 7168 / (2 * 500.2e6 + 4097 * 64 * 320), rel=1e-3)
 
 
@@ -164,13 +166,14 @@ def test_a_batch_that_does_not_divide_names_the_nearest(make_layout, tokens, nea
 
 
 def test_weights_of_a_layer_count_each_active_matrix_once(model):
-    flops = layer_flops(model, 1, seq_len=1)
+    flops = layer_flops(model, "moe", seq_len=1)
     active = dataclasses.replace(model, n_routed_experts=model.num_experts_per_tok)
     expected = sum(
         2 * spec.num_elements for spec in model_tensors(active) if spec.layer == 1 and spec.role == "matrix"
     )
     router = 2 * model.hidden_size * (model.n_routed_experts - model.num_experts_per_tok)
-    one_position = 2 * model.num_attention_heads * (model.qk_head_dim + model.v_head_dim)
+    heads = mixer_of(model).heads
+    one_position = 2 * model.num_attention_heads * (heads.query + heads.value)
     assert flops == pytest.approx(expected + router + one_position)
 
 
