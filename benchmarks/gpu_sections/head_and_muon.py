@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import torch
 
+from k2train.architecture.layer import mixer_of
+
 from . import adapter
 from .memory import note, peak, start_peak
 from .predictions import Predictions, estimator, newton_schulz_flops
@@ -53,16 +55,14 @@ def head(report: Report, setting: Setting) -> None:
 def matrices(setting: Setting) -> dict[str, tuple[int, ...]]:
     """The shapes that Muon orthogonalises; experts in a batch, as the optimizer takes them."""
     model = k2_config(setting).model
-    hidden, heads = model.hidden_size, model.num_attention_heads
-    assert model.q_lora_rank is not None
+    hidden = model.hidden_size
+    mixer = {
+        spec.name.split(".")[-2]: spec.shape for spec in mixer_of(model).tensors(0) if spec.role == "matrix"
+    }
     return {
         f"{EXPERTS_AT_ONCE} experts' gate": (EXPERTS_AT_ONCE, model.moe_intermediate_size, hidden),
         f"{EXPERTS_AT_ONCE} experts' down": (EXPERTS_AT_ONCE, hidden, model.moe_intermediate_size),
-        "q_a_proj": (model.q_lora_rank, hidden),
-        "q_b_proj": (heads * model.qk_head_dim, model.q_lora_rank),
-        "kv_a_proj": (model.kv_lora_rank + model.qk_rope_head_dim, hidden),
-        "kv_b_proj": (heads * (model.qk_nope_head_dim + model.v_head_dim), model.kv_lora_rank),
-        "o_proj": (hidden, heads * model.v_head_dim),
+        **mixer,
         "dense gate": (model.intermediate_size, hidden),
     }
 

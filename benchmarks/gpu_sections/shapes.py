@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 
+from k2train.architecture.layer import mixer_of
 from k2train.config.schema import Config
 
 from .configs import compose
@@ -38,12 +39,10 @@ def attention_inputs(
     setting: Setting, heads: int, length: int
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
     """q, k (1, H, S, K), v (1, H, S, V) and the output's gradient (1, S, H, V); the first three ask for gradients."""
-    model = k2_config(setting).model
-    q, k = (
-        setting.random(1, heads, length, model.qk_head_dim, seed=seed).requires_grad_() for seed in (0, 1)
-    )
-    v = setting.random(1, heads, length, model.v_head_dim, seed=2).requires_grad_()
-    return q, k, v, setting.random(1, length, heads, model.v_head_dim, seed=3)
+    widths = mixer_of(k2_config(setting).model).heads
+    q, k = (setting.random(1, heads, length, widths.query, seed=seed).requires_grad_() for seed in (0, 1))
+    v = setting.random(1, heads, length, widths.value, seed=2).requires_grad_()
+    return q, k, v, setting.random(1, length, heads, widths.value, seed=3)
 
 
 def expert_ends(setting: Setting) -> torch.Tensor:

@@ -16,6 +16,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from k2train.architecture.layer import moe_layers
+from k2train.architecture.mixture_of_experts import ExpertsChannel
+from k2train.architecture.tensors import TensorSpec
 from k2train.checkpoint.disk import check_free_space, check_new_directory, disk_errors
 from k2train.checkpoint.errors import CheckpointError
 from k2train.checkpoint.hf_config import CONFIG_FILE, to_hf_config
@@ -29,7 +32,7 @@ from k2train.checkpoint.writer import group_by_bytes
 from k2train.config.convert import from_dict
 from k2train.config.errors import ConfigError
 from k2train.config.model import ModelConfig
-from k2train.layout.tensors import TensorSpec, model_tensors
+from k2train.layout.tensors import model_tensors
 
 # What transformers itself writes by default.
 DEFAULT_HF_SHARD_BYTES = 5_000_000_000
@@ -149,17 +152,12 @@ def _model_of(checkpoint: Checkpoint) -> ModelConfig:
 
 def _empty_shared_experts(model: ModelConfig) -> Iterator[NamedTensor]:
     """transformers makes projections of width 0 where a model has no shared experts, and misses them in the files."""
-    shapes = {
-        "gate_proj": (0, model.hidden_size),
-        "up_proj": (0, model.hidden_size),
-        "down_proj": (model.hidden_size, 0),
-    }
-    if model.n_shared_experts:
+    channel = ExpertsChannel.of(model)
+    if channel.shared is not None:
         return
-    for layer in filter(model.is_moe, range(model.num_hidden_layers)):
-        for projection, shape in shapes.items():
-            name = f"model.layers.{layer}.mlp.shared_experts.{projection}.weight"
-            yield NamedTensor(name, lazy(torch.empty(shape)))
+    for layer in moe_layers(model):
+        for spec in channel.shared_tensors(layer):
+            yield NamedTensor(spec.name, lazy(torch.empty(spec.shape)))
 
 
 def _source(checkpoint: Checkpoint, name: str) -> str | None:

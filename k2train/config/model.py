@@ -73,11 +73,6 @@ class ModelConfig:
                               f"use at most {self.num_hidden_layers}")  # fmt: skip
 
     @property
-    def qk_head_dim(self) -> int:
-        """Query and key width of a head, in features."""
-        return self.qk_nope_head_dim + self.qk_rope_head_dim
-
-    @property
     def num_moe_layers(self) -> int:
         return self.num_hidden_layers - self.first_k_dense_replace
 
@@ -85,10 +80,6 @@ class ModelConfig:
     def sparsity(self) -> float:
         """Routed experts per active one; K2 is 384 / 8 = 48 (K2 report, section 2.3)."""
         return self.n_routed_experts / self.num_experts_per_tok
-
-    def is_moe(self, layer: int) -> bool:
-        """Whether layer `layer` (counted from 0) routes to experts."""
-        return layer >= self.first_k_dense_replace
 
 
 def check_routing(model: ModelConfig) -> None:

@@ -12,10 +12,10 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from k2train.architecture.routing_tables import DEEPEP_NODE, hit_probability
+from k2train.architecture.work import Workload
 from k2train.config.sections import ClusterConfig
-from k2train.estimate.layer_ops import Workload, hit_probability
 from k2train.estimate.traffic import Network, local_peers
-from k2train.layout.build import DEEPEP_NODE
 from k2train.layout.layout import Layout
 
 

@@ -8,11 +8,12 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from k2train.architecture.work import ELEMENT_BYTES, accumulation_bytes
 from k2train.config.model import ModelConfig
 from k2train.config.optim import OptimConfig
 from k2train.estimate.states import StageStates
 from k2train.estimate.traffic import Network, local_peers
-from k2train.estimate.work import ELEMENT_BYTES, Machine, accumulation_bytes
+from k2train.estimate.work import Machine
 from k2train.layout.layout import Layout
 from k2train.layout.weights import piece_weights
 

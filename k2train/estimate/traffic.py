@@ -12,8 +12,8 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
+from k2train.architecture.work import Workload
 from k2train.config.sections import ClusterConfig
-from k2train.estimate.layer_ops import Workload
 from k2train.layout.layout import Layout
 
 

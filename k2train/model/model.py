@@ -10,9 +10,11 @@ from typing import Any
 
 import torch
 
+from k2train.architecture.layer import layer_kind, layer_of
+from k2train.architecture.mixture_of_experts import ExpertsChannel
 from k2train.config.model import ModelConfig
 from k2train.device.build import build_device
-from k2train.model.attention import Rotary
+from k2train.model.attention import LayerTools, Rotary
 from k2train.model.context import MicrobatchContext
 from k2train.model.dispatcher import Dispatcher, LocalDispatcher
 from k2train.model.ends import EmbeddingPhase, HeadPhase
@@ -83,22 +85,23 @@ def build_model(
     """
     backend = backend or OpsBackend()
     allocator = Allocator(dtype, torch.device(device))
-    rotary, scratch = Rotary(config, allocator), AttentionScratch()
+    tools = LayerTools(config, Rotary(config, allocator), AttentionScratch(), backend, allocator)
     exchange: Dispatcher = dispatcher or LocalDispatcher(build_device(torch.device(device)))
     phases: list[AnyPhase] = [EmbeddingPhase(config, allocator)] if part.embedding else []
     for layer in part.layers:
-        if config.is_moe(layer):
+        block = layer_of(config, layer_kind(config, layer))
+        if isinstance(block.channel, ExpertsChannel):
             phases += [
-                RoutedAttentionPhase(config, layer, rotary, scratch, backend, allocator),
+                RoutedAttentionPhase(block, block.channel, layer, tools),
                 RoutePhase(layer, exchange),
                 DispatchPhase(layer, exchange),
-                ExpertsPhase(config, layer, part.local_experts, backend, allocator),
+                ExpertsPhase(block.channel, layer, part.local_experts, tools),
                 CombinePhase(layer, exchange),
             ]
         else:
             phases += [
-                AttentionPhase(config, layer, rotary, scratch, backend, allocator),
-                MlpPhase(config, layer, allocator),
+                AttentionPhase(block, layer, tools),
+                MlpPhase(block, block.channel, layer, tools),
             ]
     if part.head:
         phases.append(HeadPhase(config, allocator))

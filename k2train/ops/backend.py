@@ -9,6 +9,8 @@ import math
 
 import torch
 
+from k2train.architecture.heads import Heads
+from k2train.architecture.layer import mixer_of
 from k2train.config.model import ModelConfig
 from k2train.config.ops import (
     AttentionKernel,
@@ -68,33 +70,32 @@ def choose_backend(
     triton = ops.backend != "torch" and _installed("triton")
     if kernel != "te":
         return OpsBackend(kernel, exact_above(ops, tau), triton)
-    te = build_te_attention(
-        model.num_attention_heads, model.qk_head_dim, model.v_head_dim, softmax_scale(model)
-    )
+    heads = mixer_of(model).heads
+    te = build_te_attention(heads.num, heads.query, heads.value, softmax_scale(model))
     return OpsBackend(kernel, exact_above(ops, tau), triton, te, build_te_grouped())
 
 
 def _site(model: ModelConfig, dtype: Dtype, device: torch.device) -> AttentionSite:
-    on_gpu = device.type == "cuda"
+    on_gpu, heads = device.type == "cuda", mixer_of(model).heads
     return AttentionSite(
         on_gpu,
         dtype,
-        model.qk_head_dim,
-        model.v_head_dim,
+        heads.query,
+        heads.value,
         compute_capability(device) if on_gpu else (0, 0),
-        cudnn=on_gpu and _cudnn_takes(model, DTYPES[dtype], device),
+        cudnn=on_gpu and _cudnn_takes(heads, DTYPES[dtype], device),
         triton=_installed("triton"),
         te=_installed("transformer_engine"),
     )
 
 
-def _cudnn_takes(model: ModelConfig, dtype: torch.dtype, device: torch.device) -> bool:
+def _cudnn_takes(heads: Heads, dtype: torch.dtype, device: torch.device) -> bool:
     if not torch.cuda.is_available():
         return True
-    shape = (1, _PROBE_LENGTH, model.num_attention_heads)
+    shape = (1, _PROBE_LENGTH, heads.num)
     make = functools.partial(torch.empty, dtype=dtype, device=device, requires_grad=True)
-    q_BHSK, k_BHSK = (make(*shape, model.qk_head_dim).transpose(1, 2) for _ in range(2))
-    return cudnn_takes(q_BHSK, k_BHSK, make(*shape, model.v_head_dim).transpose(1, 2))
+    q_BHSK, k_BHSK = (make(*shape, heads.query).transpose(1, 2) for _ in range(2))
+    return cudnn_takes(q_BHSK, k_BHSK, make(*shape, heads.value).transpose(1, 2))
 
 
 def _installed(package: str) -> bool:

@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 
+from k2train.architecture.layer import mixer_of
 from k2train.config.model import ModelConfig, YarnConfig
 
 _COMPLEX = {torch.float32: torch.complex64, torch.float64: torch.complex128}
@@ -24,7 +25,7 @@ def yarn_mscale(factor: float, mscale: float) -> float:
 
 def softmax_scale(model: ModelConfig) -> float:
     """Factor on q.k before the softmax: 1/sqrt(head width), times YaRN's temperature squared."""
-    scale = model.qk_head_dim**-0.5
+    scale = mixer_of(model).heads.query ** -0.5
     yarn = model.rope_scaling
     if yarn is not None and yarn.mscale_all_dim:
         scale *= yarn_mscale(yarn.factor, yarn.mscale_all_dim) ** 2
@@ -33,7 +34,7 @@ def softmax_scale(model: ModelConfig) -> float:
 
 def inverse_frequencies(model: ModelConfig) -> torch.Tensor:
     """Radians a position turns each pair (P,), FP32."""
-    dim = model.qk_rope_head_dim
+    dim = mixer_of(model).heads.rotated
     frequencies_P = model.rope_theta ** (torch.arange(0, dim, 2, dtype=torch.float32, device="cpu") / dim)
     yarn = model.rope_scaling
     if yarn is None:
@@ -101,7 +102,7 @@ def rotary_tables(
     angles_SP = positions_S[:, None] * inverse_frequencies(model)
     factor = _table_factor(model.rope_scaling)
     cos_SP, sin_SP = ((t_SP * factor).to(device, dtype) for t_SP in (angles_SP.cos(), angles_SP.sin()))
-    return RotaryTables.of(cos_SP, sin_SP, model.qk_nope_head_dim)
+    return RotaryTables.of(cos_SP, sin_SP, mixer_of(model).heads.unrotated)
 
 
 def _table_factor(yarn: YarnConfig | None) -> float:

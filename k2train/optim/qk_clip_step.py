@@ -4,19 +4,14 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Iterable, Mapping
-from typing import Literal
 
 import torch
 
+from k2train.architecture.heads import ClipRows
+from k2train.architecture.layer import mixer_of
+from k2train.architecture.tensors import TensorSpec
 from k2train.config.model import ModelConfig
-from k2train.layout.tensors import TensorSpec
-from k2train.optim.qk_clip import HeadRows, clip_key_rows, clip_query_rows, head_rows, qk_clip_scale
-
-_ROLES: dict[str, Literal["query", "key"]] = {
-    "self_attn.q_b_proj.weight": "query",
-    "self_attn.q_proj.weight": "query",
-    "self_attn.kv_b_proj.weight": "key",
-}
+from k2train.optim.qk_clip import clip_rows, qk_clip_scale
 
 
 @dataclasses.dataclass(frozen=True)
@@ -31,7 +26,7 @@ class ReducedLogits:
 
 
 class QkClipper:
-    """Applies QK-Clip to the query and key up-projections among the tensors of a rank.
+    """Applies QK-Clip to the projections among the tensors of a rank that its mixer names.
 
     tau None never clips; logits are reduced and reported all the same.
     """
@@ -40,15 +35,15 @@ class QkClipper:
         self, model: ModelConfig, tensors: Iterable[TensorSpec], tau: float | None, like: torch.Tensor
     ) -> None:
         """tensors: those of this rank. like: a tensor whose type and device the reduced logits take."""
-        self._rows: HeadRows = head_rows(model)
         self._tau = tau
         self._shape = (model.num_hidden_layers, model.num_attention_heads)
         self._like = like
-        self._targets: dict[str, tuple[int, Literal["query", "key"]]] = {}
+        self._targets: dict[str, tuple[int, tuple[ClipRows, ...]]] = {}
+        clipped = {f"self_attn.{name}.weight": rows for name, rows in mixer_of(model).clipped.items()}
         for spec in tensors:
-            role = _ROLES.get(".".join(spec.name.split(".")[-3:]))
-            if role is not None and spec.layer is not None:
-                self._targets[spec.name] = (spec.layer, role)
+            rows = clipped.get(".".join(spec.name.split(".")[-3:]))
+            if rows is not None and spec.layer is not None:
+                self._targets[spec.name] = (spec.layer, rows)
 
     @property
     def num_targets(self) -> int:
@@ -85,6 +80,5 @@ class QkClipper:
         for name, master in masters:
             if name not in self._targets:
                 continue
-            layer, role = self._targets[name]
-            clip = clip_query_rows if role == "query" else clip_key_rows
-            clip(master, logits.gamma[layer].to(master.device), self._rows)
+            layer, rows = self._targets[name]
+            clip_rows(master, logits.gamma[layer].to(master.device), rows)

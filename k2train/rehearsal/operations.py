@@ -16,7 +16,7 @@ import torch
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry
 
-from k2train.estimate.work import Kind
+from k2train.architecture.work import Kind
 
 HOST_COPY = "copy to or from the host"
 _ALLOCATING = {

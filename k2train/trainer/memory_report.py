@@ -19,15 +19,16 @@ import torch
 from k2train.activations.arena import HostArena
 from k2train.activations.offload import OffloadEngine
 from k2train.activations.store import ActivationStore
+from k2train.architecture.layer import KIND_WORDS, LayerKind, layer_kinds, layer_of, mixer_of
+from k2train.architecture.microbatch import workload
+from k2train.architecture.work import Workload
 from k2train.config.model import ModelConfig
 from k2train.config.schema import Config
 from k2train.config.sections import ActivationsConfig
 from k2train.device.living import LivingStorages
 from k2train.device.protocol import Device
 from k2train.estimate.activations import SavedTensor, saved_tensors
-from k2train.estimate.layer_ops import Workload, workload
 from k2train.layout.build import build_layout
-from k2train.layout.tensors import layer_tensors
 from k2train.model.context import MicrobatchContext, Statistics
 from k2train.model.loss import CrossEntropy
 from k2train.model.model import build_model, forward
@@ -102,19 +103,12 @@ def measure_memory(config: Config, device: Device) -> MemoryReport:
     whole = workload(config.model, config.train, layout.ep, layout.relay_ranks, config.ops)
     layers = {}
     for layer, kind in enumerate(kinds):
-        moe = kind == "MoE layer"
-        planned = {tensor.name: tensor for tensor in saved_tensors(whole, config.activations, moe)}
-        layers[kind] = tuple(
+        planned = {tensor.name: tensor for tensor in saved_tensors(whole, config.activations, kind)}
+        layers[KIND_WORDS[kind]] = tuple(
             row(tensor, planned[tensor.name], measured.by_name.get((layer, tensor.name), (0, 0)), here, whole)
-            for tensor in saved_tensors(here, config.activations, moe)
+            for tensor in saved_tensors(here, config.activations, kind)
         )
     return MemoryReport(divisor, here.tokens, layers, measured.stored, measured.alive)
-
-
-def layer_kinds(model: ModelConfig) -> list[str]:
-    """The kinds of layer a model has, dense first."""
-    kinds = ["dense layer"] if model.first_k_dense_replace else []
-    return [*kinds, "MoE layer"] if model.num_moe_layers else kinds
 
 
 def smallest_divisor(model: ModelConfig) -> int:
@@ -126,30 +120,25 @@ def smallest_divisor(model: ModelConfig) -> int:
 
 
 def num_elements(model: ModelConfig) -> int:
-    """Parameters of a dense and a MoE layer."""
-    layers = {0, model.num_hidden_layers - 1}
-    return sum(spec.num_elements for layer in layers for spec in layer_tensors(model, layer))
+    """Parameters of a layer of each kind."""
+    layers = (layer_of(model, kind) for kind in layer_kinds(model))
+    return sum(spec.num_elements for layer in layers for spec in layer.tensors(0))
 
 
 def narrowed(model: ModelConfig, divisor: int) -> ModelConfig:
     """The model with its widths and heads divided, at least 1 each."""
-    names = [
-        "hidden_size",
-        "intermediate_size",
-        "moe_intermediate_size",
-        "kv_lora_rank",
-        "num_attention_heads",
-    ]
-    names += ["q_lora_rank"] * (model.q_lora_rank is not None)
-    return dataclasses.replace(model, **{name: max(getattr(model, name) // divisor, 1) for name in names})
+    names = ("hidden_size", "intermediate_size", "moe_intermediate_size")
+    widths = {name: max(getattr(model, name) // divisor, 1) for name in names}
+    narrow = dataclasses.replace(model, **widths)
+    return mixer_of(model).narrowed(narrow, divisor)
 
 
-def two_layers(model: ModelConfig, kinds: list[str]) -> ModelConfig:
+def two_layers(model: ModelConfig, kinds: tuple[LayerKind, ...]) -> ModelConfig:
     """One layer of each kind, and a small vocabulary."""
     return dataclasses.replace(
         model,
         num_hidden_layers=len(kinds),
-        first_k_dense_replace=kinds.count("dense layer"),
+        first_k_dense_replace=kinds.count("dense"),
         vocab_size=VOCABULARY,
     )
 

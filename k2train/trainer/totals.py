@@ -11,6 +11,7 @@ from typing import NamedTuple
 
 import torch
 
+from k2train.architecture.layer import moe_layers
 from k2train.config.model import ModelConfig
 from k2train.model.context import Statistics
 from k2train.model.routing import load_violation
@@ -33,7 +34,7 @@ class StepTotals:
         self, model: ModelConfig, statistics: Statistics, stop_signal: int, device: torch.device
     ) -> None:
         """stop_signal: the number of a signal this rank has received, 0 for none."""
-        self._layers = [layer for layer in range(model.num_hidden_layers) if model.is_moe(layer)]
+        self._layers = moe_layers(model)
         self._shape = (len(self._layers), model.n_routed_experts)
         # Counts are exact in FP64 as long as a step has fewer than 2^53 tokens.
         loads_LE = torch.zeros(self._shape, dtype=torch.float64, device=device)

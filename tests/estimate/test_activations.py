@@ -4,23 +4,24 @@ import dataclasses
 
 import pytest
 
+from k2train.architecture.layer import layer_of
+from k2train.architecture.microbatch import workload
 from k2train.config.compose import load_config
 from k2train.config.errors import ConfigError
 from k2train.config.ops import OpsConfig
 from k2train.config.sections import ActivationsConfig
 from k2train.estimate.activations import check_policies, saved_tensors
-from k2train.estimate.layer_ops import attention_phase, workload
 
 NAMES = [field.name for field in dataclasses.fields(ActivationsConfig)]
 
 
-def by_name(w, policies, moe=True):
-    return {tensor.name: tensor for tensor in saved_tensors(w, policies, moe)}
+def by_name(w, policies, kind="moe"):
+    return {tensor.name: tensor for tensor in saved_tensors(w, policies, kind)}
 
 
 def test_every_name_belongs_to_a_dense_or_a_moe_layer(model, train, policies):
     w = workload(model, train, 1)
-    moe, dense = by_name(w, policies()), by_name(w, policies(), moe=False)
+    moe, dense = by_name(w, policies()), by_name(w, policies(), kind="dense")
     assert set(moe) | set(dense) == set(NAMES)
     assert set(moe) - set(dense) == {
         "routing", "expert_input", "swiglu_input", "swiglu_output", "shared_swiglu_input",
@@ -82,11 +83,12 @@ def test_fused_attention_keeps_a_log_sum_and_triton_rebuilds_scores_twice(
     output = by_name(w, policies())["attention_output"]
     statistics = 4 * w.tokens * model.num_attention_heads if fused else 0
     assert output.full_bytes == output.numbers * w.element_bytes + statistics
-    (attention,) = (op for op in attention_phase(w, False) if op.name == "attention")
-    query, value = model.qk_head_dim, model.v_head_dim
+    (attention,) = (op for op in layer_of(model, "dense").attention_ops(w) if op.name == "attention")
+    heads = layer_of(model, "dense").mixer.heads
+    query, value = heads.query, heads.value
     products = (4 * query + 3 * value) if kernel == "triton" else (3 * query + 2 * value)
     assert attention.backward_flops == pytest.approx(attention.flops * products / (query + value))
-    assert any(op.name == "row_statistics" for op in attention_phase(w, False)) == fused
+    assert any(op.name == "row_statistics" for op in layer_of(model, "dense").attention_ops(w)) == fused
 
 
 def test_a_model_without_query_latent_or_shared_experts_has_no_such_names(model, train, policies):
@@ -98,8 +100,8 @@ def test_a_model_without_query_latent_or_shared_experts_has_no_such_names(model,
 def test_k2_policies_leave_a_tenth_or_less_on_the_device():
     config = load_config(["experiment=k2"])
     w = workload(config.model, config.train, 16)
-    before = sum(tensor.device_bytes for tensor in saved_tensors(w, ActivationsConfig(), True))
-    after = sum(tensor.device_bytes for tensor in saved_tensors(w, config.activations, True))
+    before = sum(tensor.device_bytes for tensor in saved_tensors(w, ActivationsConfig(), "moe"))
+    after = sum(tensor.device_bytes for tensor in saved_tensors(w, config.activations, "moe"))
     assert after <= before / 10
 
 

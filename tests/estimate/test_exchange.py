@@ -5,6 +5,8 @@ import itertools
 
 import pytest
 
+from k2train.architecture.microbatch import workload
+from k2train.architecture.routing_tables import hit_probability
 from k2train.estimate.exchange import (
     ROUTE_OPERATIONS,
     combine_seconds,
@@ -13,7 +15,6 @@ from k2train.estimate.exchange import (
     route_seconds,
     token_bytes,
 )
-from k2train.estimate.layer_ops import hit_probability, workload
 
 
 @pytest.mark.parametrize("copies", ["per_expert", "per_rank", "per_node"])

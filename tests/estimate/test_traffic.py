@@ -2,7 +2,7 @@
 
 import pytest
 
-from k2train.estimate.layer_ops import workload
+from k2train.architecture.microbatch import workload
 from k2train.estimate.traffic import Network, local_peers, message_seconds
 
 

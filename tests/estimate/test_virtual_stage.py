@@ -73,7 +73,7 @@ def test_impossible_policies_are_refused(make_estimator, policies):
 def test_put_off_weight_gradients_pile_up_layer_after_layer(make_estimator, layers):
     """A layer that is done has left its queue and let go of what it saved; the one at work has its buffers beside that."""
     estimator = make_estimator()
-    moe, piece = estimator.moe, VirtualStage(1, 1 + layers)
+    moe, piece = estimator.layers["moe"], VirtualStage(1, 1 + layers)
     grows = moe.weight_queue_bytes - sum(tensor.stored_bytes for tensor in moe.saved)
     want = moe.backward_transient_bytes + (layers - 1) * max(grows, 0)
     assert estimator.virtual_stage(piece, put_off=True).backward_transient_bytes == want

@@ -7,8 +7,10 @@ import itertools
 import pytest
 import torch
 
+from k2train.architecture.embedding import EMBEDDING
+from k2train.architecture.head import FINAL_NORM, HEAD
 from k2train.config.compose import load_config
-from k2train.layout.tensors import EMBEDDING, FINAL_NORM, HEAD, model_tensors
+from k2train.layout.tensors import model_tensors
 from k2train.model.model import build_model
 from k2train.model.pieces import ModelPart, whole_model
 

@@ -9,6 +9,7 @@ import weakref
 import pytest
 import torch
 
+from k2train.architecture.layer import mixer_of
 from k2train.config.sections import ActivationsConfig
 from k2train.model.context import MicrobatchContext
 from k2train.model.loss import CrossEntropy
@@ -23,7 +24,7 @@ def widths(config) -> dict[str, list[int]]:
     heads, k = config.num_attention_heads, config.num_experts_per_tok
     hidden, width = config.hidden_size, config.moe_intermediate_size
     shared = width * config.n_shared_experts
-    qk, value = config.qk_head_dim, config.v_head_dim
+    qk, value = mixer_of(config).heads.query, mixer_of(config).heads.value
     table = {
         "layer_input": [hidden, 1],
         "input_norm_output": [hidden],

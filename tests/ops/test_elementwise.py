@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from k2train.architecture.layer import mixer_of
 from k2train.config.compose import load_config
 from k2train.config.model import YarnConfig
 from k2train.estimate.layer_costs import LOGITS_CHUNK_ELEMENTS
@@ -206,7 +207,7 @@ def test_balance_loss_is_1_when_even_and_the_number_of_experts_over_k_when_one_t
 def test_rotation_keeps_lengths_and_scores_depend_on_distance_alone():
     model = dataclasses.replace(load_config(["model=k2_tiny"]).model, qk_nope_head_dim=2)
     tables = rotary_tables(model, 12, torch.float64, torch.device("cpu"))
-    vector = torch.randn(model.qk_head_dim, dtype=torch.float64)
+    vector = torch.randn(mixer_of(model).heads.query, dtype=torch.float64)
     same = vector.expand(1, 12, 1, -1)
     rotated = rotary_queries(same, tables)[0, 0]
     torch.testing.assert_close(rotated.norm(dim=1), vector.norm().expand(12), rtol=1e-6, atol=1e-6)

@@ -16,6 +16,7 @@ import torch
 from k2train.activations.arena import HostArena
 from k2train.activations.offload import OffloadEngine
 from k2train.activations.store import ActivationStore
+from k2train.architecture.layer import mixer_of
 from k2train.config.compose import load_config
 from k2train.config.errors import ConfigError
 from k2train.device.cpu import CpuDevice
@@ -146,9 +147,7 @@ def test_in_a_model_the_store_of_activations_finds_a_name_for_all_it_saves(polic
     """Gradients are those of a run that keeps everything, to the bit, and nothing is refused for want of a name."""
     config = load_config(["experiment=tiny", f"activations={policies}"])
     tiny = dataclasses.replace(config.model, num_hidden_layers=2)
-    attend = dot_product_attention(
-        TE, tiny.num_attention_heads, tiny.qk_head_dim, tiny.v_head_dim, softmax_scale(tiny)
-    )
+    attend = dot_product_attention(TE, *dataclasses.astuple(mixer_of(tiny).heads)[:3], softmax_scale(tiny))
     chosen = OpsBackend("te", te=TeAttention(attend))
     tokens = torch.randint(tiny.vocab_size, (1, 20), generator=torch.Generator().manual_seed(0))
 

@@ -9,11 +9,12 @@ from collections.abc import Callable
 import pytest
 import torch
 
+from k2train.architecture.tensors import TensorSpec
 from k2train.config.model import ModelConfig
 from k2train.config.optim import LrPhase, OptimConfig
 from k2train.device.cpu import CpuDevice
 from k2train.layout.grid import RankGrid
-from k2train.layout.tensors import TensorSpec, model_tensors
+from k2train.layout.tensors import model_tensors
 from k2train.model.model import Model, build_model
 from k2train.model.pieces import ModelPart
 from k2train.optim.buckets import GradBuffers

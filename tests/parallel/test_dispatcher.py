@@ -7,11 +7,11 @@ from typing import Literal
 import pytest
 import torch
 
+from k2train.architecture.microbatch import workload
+from k2train.architecture.routing_tables import hit_probability, table_bytes
 from k2train.config.compose import load_config
 from k2train.config.sections import DispatchKind
 from k2train.device.cpu import CpuDevice
-from k2train.estimate.activations import table_bytes
-from k2train.estimate.layer_ops import hit_probability, workload
 from k2train.layout.grid import RankGrid
 from k2train.model.context import MicrobatchContext
 from k2train.model.dispatcher import Dispatcher

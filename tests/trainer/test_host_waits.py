@@ -11,6 +11,7 @@ from collections import Counter
 import pytest
 import torch
 
+from k2train.architecture.layer import layer_kind
 from k2train.config.compose import load_config
 from k2train.device.cpu import CpuDevice, CpuEvent, CpuReading, CpuStream
 from k2train.model.context import Statistics
@@ -81,7 +82,9 @@ def waits_of_a_step(run: Run) -> tuple[Counter[str], int, int]:
     run.device.waits.clear()
     train_step(run, read_batch(run, 1))
     layers = sum(
-        run.config.model.is_moe(layer) for model in run.models.values() for layer in model.part.layers
+        layer_kind(run.config.model, layer) == "moe"
+        for model in run.models.values()
+        for layer in model.part.layers
     )
     return Counter(run.device.waits), layers * run.num_microbatches, compute_steps(run)
 

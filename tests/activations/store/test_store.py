@@ -8,10 +8,11 @@ import gc
 import pytest
 import torch
 
+from k2train.architecture.layer import NOT_REBUILDABLE, layer_kind
+from k2train.architecture.work import Workload
 from k2train.config.compose import load_config
 from k2train.config.sections import ActivationsConfig
-from k2train.estimate.activations import NOT_REBUILDABLE, saved_tensors
-from k2train.estimate.layer_ops import Workload
+from k2train.estimate.activations import saved_tensors
 from k2train.ops.fp8 import dequantise, quantise
 
 LOSSLESS = ["none", "recompute", "offload", "recompute_offload"]
@@ -102,7 +103,7 @@ def test_bytes_are_those_the_estimate_predicts_for_every_name(family, make_model
     for layer in range(family.num_hidden_layers):
         want = {
             t.name: t.stored_bytes
-            for t in saved_tensors(workload, policies, family.is_moe(layer))
+            for t in saved_tensors(workload, policies, layer_kind(family, layer))
             if t.stored_bytes
         }
         got: dict[str, int] = {}
