@@ -6,6 +6,6 @@
 
 Each block says in one file which tensors it has and under which Hugging Face names, which
 operations it does and how many bytes they move, what it saves for the backward, and which rows
-QK-Clip may shrink. Layout, estimate, model, optimizer and checkpoint read that, and ask nobody else.
-`layer` puts the blocks of a config together.
+QK-Clip may shrink. Layout, estimate, model, optimizer and checkpoint read that, and ask nobody
+else. `layer` puts the blocks of a config together.
 """

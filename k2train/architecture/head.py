@@ -23,8 +23,8 @@ def head_ops(w: Workload, num_chunks: int = 1, num_owners: int = 1) -> tuple[Op,
     """Final norm, logits, and the loss: largest logit, softmax in the type of sums, its largest,
     scaled, and cast back.
 
-    num_chunks: times the head's weight is read, and its gradient sum updated. num_owners: ranks that
-    the weight's rows are cut among; the gradient of each one's rows is a product of its own.
+    num_chunks: times the head's weight is read, and its gradient sum updated. num_owners: ranks
+    that the weight's rows are cut among; the gradient of each one's rows is a product of its own.
     """
     tokens, hidden, vocab = w.tokens, w.model.hidden_size, w.model.vocab_size
     logits = product(w, "lm_head", tokens, hidden, vocab, "head_input")

@@ -1,5 +1,5 @@
-"""What every mixer shares: heads that score, their causal attention as operations, and their rows for
-QK-Clip.
+"""What every mixer shares: heads that score, their causal attention as operations, and their rows
+for QK-Clip.
 
 Sources: FlashAttention (arXiv 2307.08691) for the backward's products; Kimi K2 report, section 2.1,
 for QK-Clip.
@@ -63,8 +63,8 @@ class Heads:
         """Rotation, attention, and what is found of each row."""
         forward = w.tokens * self.score_flops(w.seq_len)
         # The backward rebuilds the scores and takes gradients of scores, values, queries and keys:
-        # three products of the query-key width and two of the value width, where the forward has one
-        # of each. The Triton kernels take queries and keys apart, and rebuild scores and their
+        # three products of the query-key width and two of the value width, where the forward has
+        # one of each. The Triton kernels take queries and keys apart, and rebuild scores and their
         # gradients for each.
         twice = 1 if w.attention == "triton" else 0
         products = (3 + twice) * self.query + (2 + twice) * self.value
@@ -77,12 +77,14 @@ class Heads:
             backward_flops=forward * products / (self.query + self.value),
             relative_speed=TRITON_SPEED if w.attention == "triton" else 1.0,
         )
-        # Queries and keys are written once more, rotated and put together with their unrotated part.
+        # Queries and keys are written once more, rotated and put together with their unrotated
+        # part.
         rotary = elementwise(w, "rotary", 4 * w.tokens * self.num * self.query)
         return [rotary, attention, *([self._row_statistics(w)] if w.fused_attention else [])]
 
     def _row_statistics(self, w: Workload) -> Op:
-        """A number of each row: forward the largest logit, backward the sum of output times gradient.
+        """A number of each row: forward the largest logit, backward the sum of output times
+        gradient.
 
         The largest logits are the attention's own but for cuDNN's. There a kernel reads every row's
         log-sum-exp, and that is all while no head's passes QK-Clip's tau; wanted exactly whatever

@@ -103,7 +103,8 @@ class LatentMixer:
 
     @property
     def clipped(self) -> Mapping[str, tuple[ClipRows, ...]]:
-        """Rows of one head in the projections that QK-Clip touches, by the tensor's name in the mixer.
+        """Rows of one head in the projections that QK-Clip touches, by the tensor's name in the
+        mixer.
 
         The rotated key is shared by all heads, so it stays and its queries take the whole of gamma.
         It is the tail of kv_a_proj_with_mqa.

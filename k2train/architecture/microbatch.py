@@ -19,8 +19,8 @@ def workload(
 ) -> Workload:
     """The microbatch that `train` asks for.
 
-    deepep: whether the layout leaves the exchange to DeepEP. Raises ConfigError for an `ops.backend`
-    that cannot run there.
+    deepep: whether the layout leaves the exchange to DeepEP. Raises ConfigError for an
+    `ops.backend` that cannot run there.
     """
     balance_loss = train.balance_loss_alpha > 0
     on_gpu = train.device != "cpu" and train.dtype == "bfloat16"

@@ -29,7 +29,8 @@ HOLDS_INDICES = ("routing",)
 
 @dataclass(frozen=True)
 class ExpertsChannel:
-    """The channel of a MoE layer. expert: one of `num_experts`; shared: None where there are none."""
+    """The channel of a MoE layer. expert: one of `num_experts`; shared: None where there are
+    none."""
 
     num_experts: int
     expert: Swiglu
@@ -79,8 +80,8 @@ class ExpertsChannel:
     def _router(self, w: Workload) -> Op:
         """Scores in the type of the sums.
 
-        From BF16 their gradient is FP32 beside BF16 factors, so it is multiplied in parts: two, side
-        by side, for the input gradient and three, one after another, for the weight gradient
+        From BF16 their gradient is FP32 beside BF16 factors, so it is multiplied in parts: two,
+        side by side, for the input gradient and three, one after another, for the weight gradient
         (ops.linear).
         """
         hidden, wide = self.expert.hidden, accumulation_bytes(w.dtype)

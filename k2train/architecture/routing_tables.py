@@ -8,12 +8,13 @@ from __future__ import annotations
 from k2train.architecture.work import Workload
 
 DEEPEP_NODE = 8
-"""Ranks of a node, as DeepEP's kernels take it: NUM_MAX_NVL_PEERS (github.com/deepseek-ai/DeepEP)."""
+"""Ranks of a node, as DeepEP's kernels take it: NUM_MAX_NVL_PEERS
+(github.com/deepseek-ai/DeepEP)."""
 
 
 def hit_probability(w: Workload, num_ranks: int) -> float:
-    """Chance that at least one of a token's experts is on given ranks, if every choice of experts is
-    as likely."""
+    """Chance that at least one of a token's experts is on given ranks, if every choice of experts
+    is as likely."""
     experts, chosen = w.model.n_routed_experts, w.model.num_experts_per_tok
     held = min(experts, num_ranks * (experts // w.ep))
     missed = 1.0
@@ -26,10 +27,10 @@ def table_bytes(w: Workload) -> int:
     """A route's index tables, 4 bytes an entry.
 
     Of every (token, expert) pair its row and its token, and with other ranks, of every row that
-    arrives, its place among the experts' rows and back. Where tokens are passed on: of every copy in
-    every hop its row and its place in the order of sums, and of every row where its copies begin
-    there; of every pair that arrives its place among the choices and its place in the order of sums;
-    as many as are to be expected.
+    arrives, its place among the experts' rows and back. Where tokens are passed on: of every copy
+    in every hop its row and its place in the order of sums, and of every row where its copies begin
+    there; of every pair that arrives its place among the choices and its place in the order of
+    sums; as many as are to be expected.
     """
     if w.deepep:
         return _deepep_table_bytes(w)

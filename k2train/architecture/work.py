@@ -1,4 +1,5 @@
-"""The words in which a block says what it does: operations of a microbatch, and what they leave saved.
+"""The words in which a block says what it does: operations of a microbatch, and what they leave
+saved.
 
 An operation is one kernel: its FLOPs, its bytes, the activation that it writes. How long that takes
 is for the estimate to say. T is the tokens of a microbatch, N = T * num_experts_per_tok its routed
@@ -48,8 +49,8 @@ class Op:
     relative_speed: float = 1.0
     """Share of what its kind reaches on the cluster."""
     queued: tuple[str, int, int] | None = None
-    """What waits for the weight gradient: the input's name, its bytes, and the bytes of the output's
-    gradient.
+    """What waits for the weight gradient: the input's name, its bytes, and the bytes of the
+    output's gradient.
 
     For a norm, whose weight's gradient waits ready to be added: its own name, 0, and the bytes of
     that gradient.
@@ -66,9 +67,9 @@ class Op:
 class Saved:
     """What a layer keeps of one named activation until its backward.
 
-    parts: its tensors, each (rows of the microbatch, numbers in a row), as FP8 tiles lie along rows.
-    extra_bytes: small numbers that share the name's fate, whole: a norm's inverse RMS in the type of
-    the sums, the log-sum-exp of fused attention, the routing.
+    parts: its tensors, each (rows of the microbatch, numbers in a row), as FP8 tiles lie along
+    rows. extra_bytes: small numbers that share the name's fate, whole: a norm's inverse RMS in the
+    type of the sums, the log-sum-exp of fused attention, the routing.
     """
 
     parts: tuple[tuple[int, int], ...] = ()
@@ -107,8 +108,8 @@ class Workload:
 
     @property
     def fused_attention(self) -> bool:
-        """Whether attention keeps a number of each head and token instead of making its scores again
-        from nothing."""
+        """Whether attention keeps a number of each head and token instead of making its scores
+        again from nothing."""
         return self.attention != "tiles"
 
     @property

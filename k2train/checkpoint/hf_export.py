@@ -1,7 +1,8 @@
 """A checkpoint into a Hugging Face model directory that transformers' from_pretrained opens.
 
-A training checkpoint gives its FP32 masters, cast to the dtype it computed in or the one asked for; an imported one its
-tensors as they are. The router's correction bias always keeps its FP32: top-k decisions are made with it.
+A training checkpoint gives its FP32 masters, cast to the dtype it computed in or the one asked for;
+an imported one its tensors as they are. The router's correction bias always keeps its FP32: top-k
+decisions are made with it.
 """
 
 from __future__ import annotations
@@ -53,9 +54,11 @@ class NamedTensor:
 
 @dataclasses.dataclass(frozen=True)
 class HfExport:
-    """What will be written: the architecture, the tensors in catalogue order, special tokens, generation settings.
+    """What will be written: the architecture, the tensors in catalogue order, special tokens,
+    generation settings.
 
-    tokenizer: what the checkpoint records of its run's (`hf_tokenizer.tokenizer_meta`); None for an imported one.
+    tokenizer: what the checkpoint records of its run's (`hf_tokenizer.tokenizer_meta`); None for an
+    imported one.
     """
 
     model: ModelConfig
@@ -82,9 +85,10 @@ def plan_export(
 ) -> HfExport:
     """Find every tensor of the model in a checkpoint.
 
-    dtype: None takes what the run computed in, or what is stored. tokenizer: the run's; None writes no
-    tokenizer, and the special tokens of the model that the checkpoint was imported from.
-    Raises CheckpointError where the checkpoint names no model, lacks a tensor, or holds one of another shape.
+    dtype: None takes what the run computed in, or what is stored. tokenizer: the run's; None writes
+    no tokenizer, and the special tokens of the model that the checkpoint was imported from. Raises
+    CheckpointError where the checkpoint names no model, lacks a tensor, or holds one of another
+    shape.
     """
     model = _model_of(checkpoint)
     specs = list(model_tensors(model))
@@ -113,8 +117,8 @@ def export_model(
 ) -> Path:
     """Write the model directory, one tensor at a time; returns its absolute path.
 
-    On any failure, Ctrl-C included, nothing is left. Raises ConfigError if `directory` exists and is not empty, or the
-    disk is too small, CheckpointError for a damaged shard.
+    On any failure, Ctrl-C included, nothing is left. Raises ConfigError if `directory` exists and
+    is not empty, or the disk is too small, CheckpointError for a damaged shard.
     """
     directory = Path(directory).resolve()
     check_new_directory("DIR", directory)
@@ -151,7 +155,8 @@ def _model_of(checkpoint: Checkpoint) -> ModelConfig:
 
 
 def _empty_shared_experts(model: ModelConfig) -> Iterator[NamedTensor]:
-    """transformers makes projections of width 0 where a model has no shared experts, and misses them in the files."""
+    """transformers makes projections of width 0 where a model has no shared experts, and misses
+    them in the files."""
     channel = ExpertsChannel.of(model)
     if channel.shared is not None:
         return

@@ -1,8 +1,8 @@
 """What a layer saves between forward and backward: bytes of every named activation, by policy.
 
-Names are the fields of `ActivationsConfig`. A policy splits a tensor's bytes into what stays on the device, what goes to
-the host, and what is rebuilt. FP8 is one byte a number and an FP32 scale for every 128 of a row. Source: K2 report,
-section 2.4.3.
+Names are the fields of `ActivationsConfig`. A policy splits a tensor's bytes into what stays on the
+device, what goes to the host, and what is rebuilt. FP8 is one byte a number and an FP32 scale for
+every 128 of a row. Source: K2 report, section 2.4.3.
 """
 
 from __future__ import annotations
@@ -30,7 +30,8 @@ class SavedTensor:
     full_bytes: int
     """As computed."""
     stored_bytes: int
-    """As kept between forward and backward, wherever that is; where it is rebuilt, the few numbers that go with it."""
+    """As kept between forward and backward, wherever that is; where it is rebuilt, the few numbers
+    that go with it."""
 
     @property
     def device_bytes(self) -> int:

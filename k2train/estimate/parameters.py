@@ -1,7 +1,8 @@
-"""Parameter counts from the catalogue of tensors: of the model, of a token's path through it, and of a rank.
+"""Parameter counts from the catalogue of tensors: of the model, of a token's path through it, and
+of a rank.
 
-K2: 1026.4 billion in all, 32.9 billion activated with both embeddings (docs/k2.md). A router's correction bias is a
-buffer, not a parameter, and is left out; it would add 23 040 numbers to K2.
+K2: 1026.4 billion in all, 32.9 billion activated with both embeddings (docs/k2.md). A router's
+correction bias is a buffer, not a parameter, and is left out; it would add 23 040 numbers to K2.
 """
 
 from __future__ import annotations
@@ -34,7 +35,8 @@ class LayerParameters:
 
 @dataclass(frozen=True)
 class ModelParameters:
-    """The whole model. embedding and head are equal in size and both counted in `total` and `activated`."""
+    """The whole model. embedding and head are equal in size and both counted in `total` and
+    `activated`."""
 
     embedding: int
     layers: tuple[LayerParameters, ...]

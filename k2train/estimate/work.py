@@ -1,8 +1,9 @@
-"""How long operations take: the roofline, max(FLOPs / rate, bytes / bandwidth), plus a fixed cost a kernel.
+"""How long operations take: the roofline, max(FLOPs / rate, bytes / bandwidth), plus a fixed cost a
+kernel.
 
-Three kinds of kernel, three achievable rates: matrix products, fused attention, and elementwise work that memory
-bandwidth bounds. Rates and the shares of them that are reached come from the `cluster` config.
-Source: Williams, Waterman, Patterson, "Roofline" (2009).
+Three kinds of kernel, three achievable rates: matrix products, fused attention, and elementwise
+work that memory bandwidth bounds. Rates and the shares of them that are reached come from the
+`cluster` config. Source: Williams, Waterman, Patterson, "Roofline" (2009).
 """
 
 from __future__ import annotations
@@ -14,7 +15,8 @@ from k2train.architecture.work import Kind, Op, accumulation_bytes
 from k2train.config.sections import ClusterConfig, Dtype
 
 MATMUL_SLOWDOWN: dict[Dtype, float] = {"bfloat16": 1.0, "float32": 2.0, "float64": 16.0}
-"""Matrix rate of BF16 over that of the type: TF32 runs at half of it on Hopper, FP64 at a fifteenth (H100 data sheet)."""
+"""Matrix rate of BF16 over that of the type: TF32 runs at half of it on Hopper, FP64 at a fifteenth
+(H100 data sheet)."""
 
 
 @dataclass(frozen=True)
@@ -41,8 +43,8 @@ class Machine:
     def backward_input(self, ops: Iterable[Op]) -> float:
         """Seconds of their input gradients.
 
-        A product's input gradient is a product of the same size. An elementwise kernel reads what it read, the
-        incoming gradient too, and writes one: about one and a half times the bytes.
+        A product's input gradient is a product of the same size. An elementwise kernel reads what
+        it read, the incoming gradient too, and writes one: about one and a half times the bytes.
         """
         return sum(self._backward_input(op) for op in ops)
 
@@ -54,7 +56,8 @@ class Machine:
         return self.seconds(flops / op.relative_speed, num_bytes, op.kind)
 
     def weight_grad(self, ops: Iterable[Op]) -> float:
-        """Seconds of their weight gradients, each summed into its FP32 buffer by the product itself (read and written)."""
+        """Seconds of their weight gradients, each summed into its FP32 buffer by the product itself
+        (read and written)."""
         return sum(self._weight_grad(op) for op in ops if op.queued is not None)
 
     def _weight_grad(self, op: Op) -> float:

@@ -1,7 +1,8 @@
 """How much the embedding, each layer and the head weigh in a pipeline: forward FLOPs for a token.
 
-Only the ratio counts, so this leaves out what is alike or small: elementwise work, communication, recomputation. The
-estimate of seconds, which has all of it, lies above this room. K2's head weighs about 2.2 of its layers.
+Only the ratio counts, so this leaves out what is alike or small: elementwise work, communication,
+recomputation. The estimate of seconds, which has all of it, lies above this room. K2's head weighs
+about 2.2 of its layers.
 """
 
 from __future__ import annotations

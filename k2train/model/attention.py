@@ -1,4 +1,5 @@
-"""What every mixer computes alike: its weights, causal attention of all heads, the output projection.
+"""What every mixer computes alike: its weights, causal attention of all heads, the output
+projection.
 
 A mixer's own file makes queries, keys and values (`latent_attention`).
 
@@ -71,7 +72,8 @@ class Attention(abc.ABC):
         slot: WeightGradSlot | None,
         saved: SavedActivations,
     ) -> torch.Tensor:
-        """Rotated queries, named "query": (B, H, S, K), or (B, S, H, K) with backend.heads_inside."""
+        """Rotated queries, named "query": (B, H, S, K), or (B, S, H, K) with
+        backend.heads_inside."""
 
     @abc.abstractmethod
     def keys_values(
@@ -90,8 +92,8 @@ class Attention(abc.ABC):
         slot: WeightGradSlot | None,
         saved: SavedActivations,
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """The heads' outputs, before the output projection (T, H * V), and the largest logit of each
-        head (H,)."""
+        """The heads' outputs, before the output projection (T, H * V), and the largest logit of
+        each head (H,)."""
         query = self.queries(normed_TD, num_sequences, slot, saved)
         key, value = self.keys_values(normed_TD, num_sequences, slot, saved)
         tokens, backend = normed_TD.shape[0], self.tools.backend

@@ -1,4 +1,5 @@
-"""SwiGLU feed-forwards: dense or shared (one for all tokens), and the routed experts this rank holds.
+"""SwiGLU feed-forwards: dense or shared (one for all tokens), and the routed experts this rank
+holds.
 
 Gate and up are one parameter, so that they are one product and SwiGLU saves one tensor.
 Letters: T tokens, M rows at local experts, L local experts, D hidden, F width.
@@ -77,7 +78,8 @@ class RoutedExperts:
         slot: WeightGradSlot | None,
         saved: SavedActivations,
     ) -> torch.Tensor:
-        """Every row through its expert, times its routing weight (M, D). No backward needs the result.
+        """Every row through its expert, times its routing weight (M, D). No backward needs the
+        result.
 
         offsets_L, rows_of_experts: the route's (`dispatcher.Route`).
         """

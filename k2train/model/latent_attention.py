@@ -1,5 +1,5 @@
-"""Multi-head latent attention: queries and keys-values through narrow latents, one rotary key shared
-by all heads.
+"""Multi-head latent attention: queries and keys-values through narrow latents, one rotary key
+shared by all heads.
 
 DeepSeek-V2 (arXiv 2405.04434, section 2.1); numerics of transformers' DeepseekV3Attention. Tensors
 and widths: `architecture.latent_attention`.

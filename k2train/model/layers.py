@@ -1,7 +1,7 @@
 """Transformer layers as phases.
 
-A dense layer is attention and mlp. A MoE layer is attention (with norm and router), route, dispatch, experts
-and combine; what travels between its phases:
+A dense layer is attention and mlp. A MoE layer is attention (with norm and router), route,
+dispatch, experts and combine; what travels between its phases:
 
     attention -> residual_TD normed_TD weights_TK experts_TK counts_E
     route     -> residual_TD normed_TD weights_TK
@@ -9,7 +9,8 @@ and combine; what travels between its phases:
     experts   -> partial_TD (residual + shared expert) rows_MD
     combine   -> x_TD
 
-Letters: T tokens, K experts per token, M rows at local experts, E experts, L local experts, D hidden.
+Letters: T tokens, K experts per token, M rows at local experts, E experts, L local experts, D
+hidden.
 """
 
 from __future__ import annotations
@@ -83,10 +84,12 @@ class RoutedAttentionPhase(AttentionPhase):
 
 
 class RoutePhase(CommunicationPhase):
-    """Who sends what, agreed on by all ranks; the host learns the numbers of rows, which become splits.
+    """Who sends what, agreed on by all ranks; the host learns the numbers of rows, which become
+    splits.
 
-    Between its start and its finish a pair's other half is given its next phase, so that the device has work
-    while the host waits. The backward has nothing to do here; its step keeps the halves of a pair in time.
+    Between its start and its finish a pair's other half is given its next phase, so that the device
+    has work while the host waits. The backward has nothing to do here; its step keeps the halves of
+    a pair in time.
     """
 
     def __init__(self, layer: int, dispatcher: Dispatcher) -> None:
@@ -116,7 +119,8 @@ class RoutePhase(CommunicationPhase):
 
 
 class DispatchPhase(CommunicationPhase):
-    """Tokens and their weights to their experts' rows; backward brings the gradients of both back."""
+    """Tokens and their weights to their experts' rows; backward brings the gradients of both
+    back."""
 
     def __init__(self, layer: int, dispatcher: Dispatcher) -> None:
         super().__init__(f"layer{layer}.dispatch")
@@ -149,7 +153,8 @@ class DispatchPhase(CommunicationPhase):
 
 
 class ExpertsPhase(ComputePhase):
-    """The routed experts on the rows that came here, and the shared experts on this rank's own tokens."""
+    """The routed experts on the rows that came here, and the shared experts on this rank's own
+    tokens."""
 
     layer: int
 
@@ -178,7 +183,8 @@ class ExpertsPhase(ComputePhase):
 
 
 class CombinePhase(CommunicationPhase):
-    """Rows back to their tokens and added up; backward copies every token's gradient to its rows."""
+    """Rows back to their tokens and added up; backward copies every token's gradient to its
+    rows."""
 
     def __init__(self, layer: int, dispatcher: Dispatcher) -> None:
         super().__init__(f"layer{layer}.combine")

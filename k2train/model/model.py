@@ -1,4 +1,5 @@
-"""A virtual stage's part of the model: its phases in order, its named pieces, and the simple one-rank path through it.
+"""A virtual stage's part of the model: its phases in order, its named pieces, and the simple
+one-rank path through it.
 
 Letters: B sequences, S positions, T = B x S tokens, D hidden, V vocabulary.
 """
@@ -47,7 +48,8 @@ AnyPhase = (
 
 
 class Model:
-    """The phases of one ModelPart. Inputs of the first are tokens, or the x_TD another virtual stage sent."""
+    """The phases of one ModelPart. Inputs of the first are tokens, or the x_TD another virtual
+    stage sent."""
 
     def __init__(self, config: ModelConfig, part: ModelPart, phases: list[AnyPhase]) -> None:
         self.config, self.part, self.phases = config, part, phases
@@ -66,7 +68,8 @@ class Model:
         initialise(self.pieces(), seed, self.config.initializer_range)
 
     def update_correction_biases(self, loads: Mapping[int, torch.Tensor], rate: float) -> None:
-        """Apply update_correction_bias to every layer held here; `loads` are a step's counts over all ranks."""
+        """Apply update_correction_bias to every layer held here; `loads` are a step's counts over
+        all ranks."""
         for layer, router in self.routers().items():
             update_correction_bias(router.bias, loads[layer], rate)
 
@@ -119,20 +122,23 @@ def forward(model: Model, inputs: Tensors, context: MicrobatchContext) -> tuple[
 
 
 def backward(model: Model, records: list[Any], grads: Grads, context: MicrobatchContext) -> Grads:
-    """All phases backward, last first; consumes the records and returns the gradients of the first phase's inputs."""
+    """All phases backward, last first; consumes the records and returns the gradients of the first
+    phase's inputs."""
     for phase in reversed(model.phases):
         grads = phase.backward(records.pop(), grads, context)
     return grads
 
 
 def forward_loss(model: Model, tokens_BS: torch.Tensor, context: MicrobatchContext) -> torch.Tensor:
-    """The loss of one microbatch without gradients: context.loss_scale times the summed token losses."""
+    """The loss of one microbatch without gradients: context.loss_scale times the summed token
+    losses."""
     (loss,), _ = forward(model, (tokens_BS,), context)
     return loss
 
 
 def forward_backward(model: Model, tokens_BS: torch.Tensor, context: MicrobatchContext) -> torch.Tensor:
-    """One microbatch forward and backward on one rank; gradients go to the context's sink (or queue); the loss."""
+    """One microbatch forward and backward on one rank; gradients go to the context's sink (or
+    queue); the loss."""
     (loss,), records = forward(model, (tokens_BS,), context)
     backward(model, records, (None,), context)
     return loss

@@ -1,4 +1,5 @@
-"""Which part of the model a rank's virtual stage holds, and how named tensors lie in its parameters."""
+"""Which part of the model a rank's virtual stage holds, and how named tensors lie in its
+parameters."""
 
 from __future__ import annotations
 
@@ -15,7 +16,8 @@ Index = tuple[int | slice, ...]
 
 @dataclasses.dataclass(frozen=True)
 class ModelPart:
-    """What one virtual stage holds. local_experts are the same ids in every MoE layer, in the order they are stored."""
+    """What one virtual stage holds. local_experts are the same ids in every MoE layer, in the order
+    they are stored."""
 
     layers: tuple[int, ...]
     embedding: bool
@@ -30,7 +32,8 @@ def whole_model(model: ModelConfig) -> ModelPart:
 
 @dataclasses.dataclass(frozen=True)
 class Piece:
-    """The named tensor `name` is `parameter[index]`. Fused parameters have many pieces; together they cover it once."""
+    """The named tensor `name` is `parameter[index]`. Fused parameters have many pieces; together
+    they cover it once."""
 
     name: str
     parameter: torch.Tensor

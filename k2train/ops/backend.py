@@ -1,4 +1,5 @@
-"""Which kernels a run's operations take: chosen once, when a run is built, and handed to what computes."""
+"""Which kernels a run's operations take: chosen once, when a run is built, and handed to what
+computes."""
 
 from __future__ import annotations
 
@@ -29,16 +30,18 @@ from k2train.ops.rotary import softmax_scale
 from k2train.ops.te_attention import TeAttention, build_te_attention
 from k2train.ops.te_grouped import build_te_grouped
 
-# Positions of the tensors that cuDNN is asked about: it refuses one alone, and no other number matters to it.
+# Positions of the tensors that cuDNN is asked about: it refuses one alone, and no other number
+# matters to it.
 _PROBE_LENGTH = 128
 
 
 @dataclasses.dataclass(frozen=True)
 class OpsBackend:
-    """The choice. attention: whose kernel. exact_above: beside cuDNN's, the logit up to which an upper bound will do.
+    """The choice. attention: whose kernel. exact_above: beside cuDNN's, the logit up to which an
+    upper bound will do.
 
-    triton: whether the largest logits beside cuDNN's attention may be Triton's. te: there with attention "te" alone.
-    grouped: whose kernels compute the experts' two products y and dx.
+    triton: whether the largest logits beside cuDNN's attention may be Triton's. te: there with
+    attention "te" alone. grouped: whose kernels compute the experts' two products y and dx.
     """
 
     attention: AttentionKernel = "tiles"
@@ -49,7 +52,8 @@ class OpsBackend:
 
     @property
     def heads_inside(self) -> bool:
-        """Whether queries, keys and values lie as (B, S, H, features), so that the output does without a copy."""
+        """Whether queries, keys and values lie as (B, S, H, features), so that the output does
+        without a copy."""
         return self.attention in ("cudnn", "te")
 
     @property
@@ -61,10 +65,11 @@ class OpsBackend:
 def choose_backend(
     ops: OpsConfig, model: ModelConfig, dtype: Dtype, tau: float | None, device: torch.device
 ) -> OpsBackend:
-    """What `ops` asks for, on this device. Raises ConfigError for a backend asked for by name that cannot run.
+    """What `ops` asks for, on this device. Raises ConfigError for a backend asked for by name that
+    cannot run.
 
-    tau: QK-Clip's limit, None where it is off. A device of type CUDA where torch finds none is a rehearsal's: what cuDNN
-    takes on a Hopper GPU is taken there.
+    tau: QK-Clip's limit, None where it is off. A device of type CUDA where torch finds none is a
+    rehearsal's: what cuDNN takes on a Hopper GPU is taken there.
     """
     kernel = attention_kernel(ops.backend, _site(model, dtype, device))
     triton = ops.backend != "torch" and _installed("triton")

@@ -1,4 +1,5 @@
-"""QK-Clip across ranks: which named tensors it touches, and all layers' logits as one tensor for a maximum over the world."""
+"""QK-Clip across ranks: which named tensors it touches, and all layers' logits as one tensor for a
+maximum over the world."""
 
 from __future__ import annotations
 
@@ -18,7 +19,8 @@ from k2train.optim.qk_clip import clip_rows, qk_clip_scale
 class ReducedLogits:
     """Of the largest logits of the whole batch, on the device.
 
-    gamma: (layers, H), None where tau is. numbers: (2,) FP64, the largest logit and how many heads are to be clipped.
+    gamma: (layers, H), None where tau is. numbers: (2,) FP64, the largest logit and how many heads
+    are to be clipped.
     """
 
     gamma: torch.Tensor | None
@@ -34,7 +36,8 @@ class QkClipper:
     def __init__(
         self, model: ModelConfig, tensors: Iterable[TensorSpec], tau: float | None, like: torch.Tensor
     ) -> None:
-        """tensors: those of this rank. like: a tensor whose type and device the reduced logits take."""
+        """tensors: those of this rank. like: a tensor whose type and device the reduced logits
+        take."""
         self._tau = tau
         self._shape = (model.num_hidden_layers, model.num_attention_heads)
         self._like = like
@@ -51,10 +54,11 @@ class QkClipper:
         return len(self._targets)
 
     def of_rank(self, max_logits: Mapping[int, torch.Tensor]) -> torch.Tensor:
-        """This rank's part (layers, H) of a maximum over the world: minus infinity for layers that live elsewhere.
+        """This rank's part (layers, H) of a maximum over the world: minus infinity for layers that
+        live elsewhere.
 
-        Raises ValueError where this rank holds the attention of a layer it gives no logits for: a clip asked for would
-        silently not happen.
+        Raises ValueError where this rank holds the attention of a layer it gives no logits for: a
+        clip asked for would silently not happen.
         """
         missing = {layer for layer, _ in self._targets.values()} - set(max_logits)
         if self._tau is not None and missing:
@@ -74,7 +78,8 @@ class QkClipper:
         return ReducedLogits(gamma_LH, torch.stack([largest, clipped]))
 
     def apply(self, masters: Iterable[tuple[str, torch.Tensor]], logits: ReducedLogits) -> None:
-        """Scale the given masters in place where they are query or key projections, on whatever device. Local."""
+        """Scale the given masters in place where they are query or key projections, on whatever
+        device. Local."""
         if logits.gamma is None:
             return
         for name, master in masters:

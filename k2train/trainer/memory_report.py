@@ -1,10 +1,11 @@
 """Bytes of every saved tensor, predicted beside measured: what `k2train report memory` prints.
 
-Measured means: one microbatch forward through one dense and one MoE layer of the config, with the store that training uses and
-the offload executed, and then the tensors counted that are really held, here and on the host. Beside the store's own sum stands
-that of the storages which are really alive because of the microbatch: those that go when it is forgotten. A model whose layers are too
-large for that is measured at a fraction of its widths (hidden, latents, feed-forwards, number of heads; head sizes, experts and
-choices stay), and the prediction beside it is for the same widths.
+Measured means: one microbatch forward through one dense and one MoE layer of the config, with the
+store that training uses and the offload executed, and then the tensors counted that are really
+held, here and on the host. Beside the store's own sum stands that of the storages which are really
+alive because of the microbatch: those that go when it is forgotten. A model whose layers are too
+large for that is measured at a fraction of its widths (hidden, latents, feed-forwards, number of
+heads; head sizes, experts and choices stay), and the prediction beside it is for the same widths.
 """
 
 from __future__ import annotations
@@ -68,10 +69,11 @@ class NameBytes:
 
 @dataclasses.dataclass(frozen=True)
 class MemoryReport:
-    """`divisor` of the widths at which was measured; the names of each kind of layer, "MoE layer" and "dense layer".
+    """`divisor` of the widths at which was measured; the names of each kind of layer, "MoE layer"
+    and "dense layer".
 
-    stored_bytes: on the device after the offload, the ends of the model included, as the store says. alive_bytes: of
-    storages that were freed when the microbatch was forgotten.
+    stored_bytes: on the device after the offload, the ends of the model included, as the store
+    says. alive_bytes: of storages that were freed when the microbatch was forgotten.
     """
 
     divisor: int
@@ -82,7 +84,8 @@ class MemoryReport:
 
     @property
     def other_bytes(self) -> int:
-        """Alive and not the store's: the row counts by which exchanges are undone, a few numbers for each expert."""
+        """Alive and not the store's: the row counts by which exchanges are undone, a few numbers
+        for each expert."""
         return self.alive_bytes - self.stored_bytes
 
     @property
@@ -112,7 +115,8 @@ def measure_memory(config: Config, device: Device) -> MemoryReport:
 
 
 def smallest_divisor(model: ModelConfig) -> int:
-    """The smallest power of two by which widths must be divided for the layers to fit MAX_ELEMENTS."""
+    """The smallest power of two by which widths must be divided for the layers to fit
+    MAX_ELEMENTS."""
     divisor = 1
     while num_elements(narrowed(model, divisor)) > MAX_ELEMENTS:
         divisor *= 2
@@ -144,7 +148,8 @@ def two_layers(model: ModelConfig, kinds: tuple[LayerKind, ...]) -> ModelConfig:
 
 
 def microbatch(config: Config, model: ModelConfig, device: Device) -> Workload:
-    """One sequence of the config's, cut to MAX_TOKENS, on a rank that holds all experts, where it is measured."""
+    """One sequence of the config's, cut to MAX_TOKENS, on a rank that holds all experts, where it
+    is measured."""
     here: Literal["cpu", "cuda"] = "cuda" if device.torch_device.type == "cuda" else "cpu"
     seq_len = min(config.train.seq_len, MAX_TOKENS)
     train = dataclasses.replace(config.train, seq_len=seq_len, microbatch_size=1, device=here)
@@ -153,7 +158,8 @@ def microbatch(config: Config, model: ModelConfig, device: Device) -> Workload:
 
 @dataclasses.dataclass(frozen=True)
 class Measured:
-    """by_name: bytes of every (layer, name) on the device and on the host. The others: see MemoryReport."""
+    """by_name: bytes of every (layer, name) on the device and on the host. The others: see
+    MemoryReport."""
 
     by_name: Mapping[tuple[int | None, str], tuple[int, int]]
     stored: int
@@ -163,7 +169,8 @@ class Measured:
 def measure(
     model: ModelConfig, here: Workload, policies: ActivationsConfig, device: Device, backend: OpsBackend
 ) -> Measured:
-    """A microbatch's forward and its offload; then everything is counted, and the microbatch forgotten."""
+    """A microbatch's forward and its offload; then everything is counted, and the microbatch
+    forgotten."""
     store = ActivationStore(policies, OffloadEngine(device, HostArena(device)))
     built = build_model(model, whole_model(model), DTYPES[here.dtype], device.torch_device, backend=backend)
     for parameter in {piece.parameter for piece in built.pieces()}:
@@ -206,7 +213,8 @@ def bytes_by_name(store: ActivationStore) -> dict[tuple[int | None, str], tuple[
 def row(
     tensor: SavedTensor, planned: SavedTensor, measured: tuple[int, int], here: Workload, whole: Workload
 ) -> NameBytes:
-    """A name's line. tensor, here: as measured; planned, whole: as configured; measured: bytes on the device, on the host."""
+    """A name's line. tensor, here: as measured; planned, whole: as configured; measured: bytes on
+    the device, on the host."""
     return NameBytes(
         tensor.name,
         tensor.policy,

@@ -1,4 +1,5 @@
-"""What is installed is what is in the clone: the wheel carries configs/ and the program finds it from anywhere."""
+"""What is installed is what is in the clone: the wheel carries configs/ and the program finds it
+from anywhere."""
 
 import os
 import subprocess
@@ -26,8 +27,15 @@ def test_the_wheel_finds_its_configs_from_any_directory(tmp_path: Path) -> None:
     )
     # The path comes first, so that the extracted package hides the editable installation.
     environment = {**os.environ, "PYTHONPATH": str(tmp_path / "installed")}
-    done = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True, cwd=tmp_path,
-                          env=environment, timeout=120)  # fmt: skip
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        check=True,
+        capture_output=True,
+        text=True,
+        cwd=tmp_path,
+        env=environment,
+        timeout=120,
+    )
     assert done.stdout.strip() == str(tmp_path / "installed" / "k2train" / "configs")
     (tmp_path / "configs" / "model").mkdir(parents=True)
     (tmp_path / "configs" / "model" / "mine.yaml").write_text(
@@ -38,6 +46,13 @@ def test_the_wheel_finds_its_configs_from_any_directory(tmp_path: Path) -> None:
     )
     for folder, place in ((None, tmp_path), (tmp_path / "configs", Path("/"))):
         named = {} if folder is None else {"K2TRAIN_CONFIG_DIR": str(folder)}
-        done = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True, cwd=place,
-                              env={**environment, **named}, timeout=120)  # fmt: skip
+        done = subprocess.run(
+            [sys.executable, "-c", code],
+            check=True,
+            capture_output=True,
+            text=True,
+            cwd=place,
+            env={**environment, **named},
+            timeout=120,
+        )
         assert done.stdout.strip() == "64"

@@ -24,9 +24,13 @@ def test_every_name_belongs_to_a_dense_or_a_moe_layer(model, train, policies):
     moe, dense = by_name(w, policies()), by_name(w, policies(), kind="dense")
     assert set(moe) | set(dense) == set(NAMES)
     assert set(moe) - set(dense) == {
-        "routing", "expert_input", "swiglu_input", "swiglu_output", "shared_swiglu_input",
+        "routing",
+        "expert_input",
+        "swiglu_input",
+        "swiglu_output",
+        "shared_swiglu_input",
         "shared_swiglu_output",
-    }  # fmt: skip
+    }
 
 
 def test_bytes_of_single_names_by_hand(model, train, policies):
@@ -44,7 +48,8 @@ def test_bytes_of_single_names_by_hand(model, train, policies):
     # Keys and values are two tensors, and FP8 tiles lie along a head's features.
     stored = by_name(w, policies(key_value="fp8"))["key_value"].stored_bytes
     assert stored == tokens * 4 * (48 + 4 + 24 + 4)
-    # Scores and weights in FP32, three indices of 8 bytes a row, 12 local experts' offsets, 2 sequences' loads.
+    # Scores and weights in FP32, three indices of 8 bytes a row, 12 local experts' offsets, 2
+    # sequences' loads.
     assert saved["routing"].full_bytes == tokens * 24 * 4 + rows * (4 + 3 * 8) + 12 * 4 + 2 * 24 * 8
 
 
@@ -71,9 +76,14 @@ def test_policies_only_move_bytes_or_drop_them(model, train, policies, policy):
 
 @pytest.mark.parametrize(
     ("device", "dtype", "backend", "kernel"),
-    [("cuda", "bfloat16", "auto", "cudnn"), ("auto", "bfloat16", "triton", "triton"), ("cuda", "bfloat16", "te", "te"),
-     ("cpu", "bfloat16", "auto", "tiles"), ("cuda", "float32", "torch", "tiles")],
-)  # fmt: skip
+    [
+        ("cuda", "bfloat16", "auto", "cudnn"),
+        ("auto", "bfloat16", "triton", "triton"),
+        ("cuda", "bfloat16", "te", "te"),
+        ("cpu", "bfloat16", "auto", "tiles"),
+        ("cuda", "float32", "torch", "tiles"),
+    ],
+)
 def test_fused_attention_keeps_a_log_sum_and_triton_rebuilds_scores_twice(
     model, train, policies, device, dtype, backend, kernel
 ):
@@ -105,10 +115,16 @@ def test_k2_policies_leave_a_tenth_or_less_on_the_device():
     assert after <= before / 10
 
 
-@pytest.mark.parametrize(("name", "policy"), [
-    ("layer_input", "recompute"), ("expert_input", "recompute"), ("routing", "recompute"), ("routing", "fp8"),
-    ("routing", "fp8_offload"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("name", "policy"),
+    [
+        ("layer_input", "recompute"),
+        ("expert_input", "recompute"),
+        ("routing", "recompute"),
+        ("routing", "fp8"),
+        ("routing", "fp8_offload"),
+    ],
+)
 def test_policies_that_cannot_be_carried_out_are_refused(policies, name, policy):
     with pytest.raises(ConfigError, match=f"activations.{name}={policy}"):
         check_policies(policies(**{name: policy}))

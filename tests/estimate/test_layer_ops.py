@@ -1,4 +1,5 @@
-"""FLOPs of the phases against sums over the catalogue, and the quadratic term by counting positions."""
+"""FLOPs of the phases against sums over the catalogue, and the quadratic term by counting
+positions."""
 
 import dataclasses
 
@@ -33,9 +34,10 @@ def test_weight_gradients_touch_every_local_matrix_once(model, train):
     w = workload(model, train, ep=4)
     ops = [op for _, phase in layer_of(model, "moe").phases(w) for op in phase]
     local = sum(
-        spec.num_elements for spec in layer_tensors(model, 1)
+        spec.num_elements
+        for spec in layer_tensors(model, 1)
         if spec.role == "matrix" and (spec.expert is None or spec.expert < model.n_routed_experts // 4)
-    )  # fmt: skip
+    )
     assert sum(op.weight_elements for op in ops) == local
 
 
@@ -106,7 +108,8 @@ def test_exact_largest_logits_cost_all_scores_once_more_and_count_for_no_utilisa
 
 
 def test_triton_attention_is_slower_and_makes_two_more_products(model, train, cluster):
-    """At a length where arithmetic bounds it: seven products at 0.7 of the rate where cuDNN makes five."""
+    """At a length where arithmetic bounds it: seven products at 0.7 of the rate where cuDNN makes
+    five."""
     machine = Machine(cluster, train.dtype)
     train = dataclasses.replace(train, device="cuda", seq_len=2**17)
     forward, backward = ([], [])
@@ -127,7 +130,8 @@ def test_the_head_does_its_three_products_in_the_forward(model, train, cluster):
     three_products = 3 * 2 * w.tokens * model.hidden_size * model.vocab_size / 5e14
     assert sum(phase.seconds for phase in costs.forward) > three_products
     assert sum(phase.seconds for phase in costs.backward_input) < three_products / 3
-    # The final norm's gradient alone is left: read in FP32, and its sum read and written, at 1e12 bytes a second.
+    # The final norm's gradient alone is left: read in FP32, and its sum read and written, at 1e12
+    # bytes a second.
     assert costs.weight_grad_seconds == pytest.approx(3 * 4 * model.hidden_size / 1e12)
     assert costs.weight_queue_bytes == 4 * model.hidden_size
 
@@ -142,7 +146,8 @@ def test_a_chunked_head_passes_over_its_weight_once_a_chunk(model, train):
 
 
 def test_gradients_of_norms_wait_in_the_type_of_the_sums(model, train, cluster, policies):
-    """BF16 products beside FP32 norms: what is left of a dense layer's queue without its products is four norms."""
+    """BF16 products beside FP32 norms: what is left of a dense layer's queue without its products
+    is four norms."""
     w = workload(model, train, 1)
     queue = transformer_layer(w, policies(), Machine(cluster, train.dtype), 0.0, "dense").weight_queue_bytes
     products = [
@@ -156,7 +161,8 @@ def test_gradients_of_norms_wait_in_the_type_of_the_sums(model, train, cluster, 
 
 
 def test_a_bf16_router_multiplies_its_fp32_gradient_in_parts(model, train, cluster):
-    """One product forward, a double one for the input, three for the weight; in FP32 one of each."""
+    """One product forward, a double one for the input, three for the weight; in FP32 one of
+    each."""
     narrow = next(
         op for op in layer_of(model, "moe").attention_ops(workload(model, train, 1)) if op.name == "router"
     )

@@ -62,7 +62,8 @@ def test_any_split_of_layers_and_experts_holds_exactly_its_tensors(family):
 
 
 def test_initial_values_depend_on_seed_and_name_alone(families):
-    """A part with some layers and experts starts from the same tensors as the whole model, in every type."""
+    """A part with some layers and experts starts from the same tensors as the whole model, in every
+    type."""
     config = families["odd"]
     whole = build_model(config, whole_model(config))
     whole.initialise(3)

@@ -49,7 +49,8 @@ def test_only_the_named_rows_of_a_clipped_head_change(dtype: torch.dtype) -> Non
 
 
 def test_clipped_weights_give_logits_scaled_by_gamma() -> None:
-    """q . k = (W_qc x) . (W_kc c) + (W_qr x) . k_r with the shared k_r: every head's logits shrink by its gamma."""
+    """q . k = (W_qc x) . (W_kc c) + (W_qr x) . k_r with the shared k_r: every head's logits shrink
+    by its gamma."""
     generator = torch.Generator().manual_seed(1)
     query = torch.randn(18, 7, dtype=torch.float64, generator=generator)
     key = torch.randn(27, 8, dtype=torch.float64, generator=generator)
@@ -77,7 +78,8 @@ def test_clipped_weights_give_logits_scaled_by_gamma() -> None:
 def test_the_same_batch_stays_at_tau_after_the_step(
     one_rank, model_config: ModelConfig, latent: int | None, dtype
 ) -> None:
-    """A real layer whose second head reaches 1000: after a step of rate 0 it reaches tau, the others what they did."""
+    """A real layer whose second head reaches 1000: after a step of rate 0 it reaches tau, the
+    others what they did."""
     config = dataclasses.replace(
         model_config, num_hidden_layers=1, first_k_dense_replace=1, q_lora_rank=latent
     )
