@@ -1,12 +1,16 @@
-"""What each activation policy costs in time, and what it saves, beside keeping every tensor; alternating in one run.
+"""What each activation policy costs in time, and what it saves, beside keeping every tensor;
+alternating in one run.
 
-One rank executes K2's schedule on a small K2 whose layers are cut into four virtual stages, so that microbatches wait for their
-backward and OFFLOAD and RELOAD really happen: forward, backward and weight gradients of a batch, no optimizer. All presets of
-configs/activations share weights and batch, lossless ones must give the loss of `none` to the bit, and each round times all
-of them in turns, starting with another one every time. The figure to trust is the median of the rounds' ratios.
+One rank executes K2's schedule on a small K2 whose layers are cut into four virtual stages, so that
+microbatches wait for their backward and OFFLOAD and RELOAD really happen: forward, backward and
+weight gradients of a batch, no optimizer. All presets of configs/activations share weights and
+batch, lossless ones must give the loss of `none` to the bit, and each round times all of them in
+turns, starting with another one every time. The figure to trust is the median of the rounds'
+ratios.
 
-Bytes come from a pass that is not timed. Device: the most that the store holds between two phases' steps. Host: the most in
-the arena's buffers. On a GPU the share of the copies' time that compute hides is printed too.
+Bytes come from a pass that is not timed. Device: the most that the store holds between two phases'
+steps. Host: the most in the arena's buffers. On a GPU the share of the copies' time that compute
+hides is printed too.
 
     python benchmarks/activations.py
     python benchmarks/activations.py --rounds 9 --override model.hidden_size=512
@@ -31,6 +35,7 @@ from k2train.config.schema import Config
 from k2train.device.build import build_device
 from k2train.layout.layout import Layout
 from k2train.model.context import MicrobatchContext, Statistics
+from k2train.model.loss import CrossEntropy
 from k2train.model.model import Model, build_model
 from k2train.model.pieces import ModelPart
 from k2train.model.saved import KeepEverything
@@ -45,19 +50,39 @@ BASE = "none"
 PRESETS = (BASE, "recompute", "recompute_fp8", "recompute_offload", "offload", "k2")
 LOSSLESS = ("recompute", "recompute_offload", "offload")
 SHAPE = (
-    "layout.pp=1", "layout.ep=1", "layout.vpp=4", "schedule=k2", "train.seq_len=256", "train.microbatch_size=2",
-    "model.num_hidden_layers=4", "model.hidden_size=256", "model.intermediate_size=768", "model.moe_intermediate_size=128",
-    "model.n_routed_experts=32", "model.num_experts_per_tok=4", "model.num_attention_heads=8", "model.q_lora_rank=128",
+    "layout.pp=1",
+    "layout.ep=1",
+    "layout.vpp=4",
+    "schedule=k2",
+    "train.seq_len=256",
+    "train.microbatch_size=2",
+    "model.num_hidden_layers=4",
+    "model.hidden_size=256",
+    "model.intermediate_size=768",
+    "model.moe_intermediate_size=128",
+    "model.n_routed_experts=32",
+    "model.num_experts_per_tok=4",
+    "model.num_attention_heads=8",
+    "model.q_lora_rank=128",
     "model.kv_lora_rank=96",
-)  # fmt: skip
+)
 """k2_tiny made wide enough that its kernels, not its bookkeeping, take the time."""
 
 
 class Side:
-    """One preset: its schedule, its store, and a pass over the batch. Models and gradient buffers are everybody's."""
+    """One preset: its schedule, its store, and a pass over the batch.
 
-    def __init__(self, preset: str, config: Config, models: Mapping[int, Model], gradients: PlainGradients,
-                 batch: torch.Tensor) -> None:  # fmt: skip
+    Models and gradient buffers are everybody's.
+    """
+
+    def __init__(
+        self,
+        preset: str,
+        config: Config,
+        models: Mapping[int, Model],
+        gradients: PlainGradients,
+        batch: torch.Tensor,
+    ) -> None:
         self.config, self.batch, self.gradients = config, batch, gradients
         self.schedule: Schedule = build_layouts(config)[1]
         device = build_device(batch.device, timed=True)
@@ -65,9 +90,8 @@ class Side:
         self.store = ActivationStore(config.activations, self.engine)
         # As in training: where every tensor is kept, autograd keeps it, and no store is in its way.
         self.keeps_everything = preset == BASE
-        self.stage = PipelineStage(
-            models, build_routes(self.schedule, 0), None, gradients, build_device(device)
-        )
+        self.device = build_device(batch.device)
+        self.stage = PipelineStage(models, build_routes(self.schedule, 0), None, gradients, self.device)
 
     def run(self, watch: Peak | None = None) -> float:
         """One pass; the loss. watch: notes what the store holds."""
@@ -81,7 +105,8 @@ class Side:
         return float(found.loss.item())
 
     def seconds(self) -> float:
-        """Wall time of one pass, which ends with reading the loss and, on a GPU, when its queues are empty."""
+        """Wall time of one pass, which ends with reading the loss and, on a GPU, when its queues
+        are empty."""
         began = time.perf_counter()
         self.run()
         if self.batch.is_cuda:
@@ -94,20 +119,27 @@ class Side:
 
         def make_context(virtual_stage: int, microbatch: int) -> MicrobatchContext:
             return MicrobatchContext(
-                num_sequences=train.microbatch_size, gradients=self.gradients, weight_grads=self.stage.queue,
-                key=(virtual_stage, microbatch), statistics=found, loss_scale=1 / train.global_batch_tokens,
-                balance_loss_scale=train.balance_loss_alpha / len(microbatches), targets=microbatches[microbatch][:, 1:],
+                num_sequences=train.microbatch_size,
+                gradients=self.gradients,
+                weight_grads=self.stage.queue,
+                key=(virtual_stage, microbatch),
+                statistics=found,
+                loss=CrossEntropy(microbatches[microbatch][:, 1:], 1 / train.global_batch_tokens),
+                balance_loss_scale=train.balance_loss_alpha / len(microbatches),
                 saved=self.store.microbatch() if use_store else KeepEverything(),
-                device=build_device(microbatches[microbatch].device),
-            )  # fmt: skip
+                device=self.device,
+            )
 
         return StepInputs(
-            lambda microbatch: microbatches[microbatch][:, :-1], make_context, len(microbatches)
+            lambda microbatch: microbatches[microbatch][:, :-1],
+            train.microbatch_size * train.seq_len,
+            make_context,
+            len(microbatches),
         )
 
 
 class Peak:
-    """The most that a store holds on the device whenever a step of the schedule is about to begin."""
+    """The most that a store holds on the device when a step of the schedule is about to begin."""
 
     def __init__(self, store: ActivationStore) -> None:
         self.store, self.device_bytes = store, 0
@@ -120,7 +152,10 @@ class Peak:
 
 @dataclasses.dataclass(frozen=True)
 class Result:
-    """One row of the table. ratio: the median over rounds of this preset's seconds over those of `none`."""
+    """One row of the table.
+
+    ratio: the median over rounds of this preset's seconds over those of `none`.
+    """
 
     tokens_per_second: float
     ratio: float
@@ -143,8 +178,12 @@ def build_models(config: Config, layout: Layout, device: torch.device) -> dict[i
 def build_sides(options: argparse.Namespace) -> dict[str, Side]:
     """A side for every preset."""
     device = torch.device("cuda", 0) if torch.cuda.is_available() else torch.device("cpu")
-    words = [*SHAPE, f"train.dtype={options.dtype}", f"train.global_batch_tokens={512 * options.microbatches}",
-             *options.override]  # fmt: skip
+    words = [
+        *SHAPE,
+        f"train.dtype={options.dtype}",
+        f"train.global_batch_tokens={512 * options.microbatches}",
+        *options.override,
+    ]
     configs = {preset: load_config([*words, f"activations={preset}"]) for preset in PRESETS}
     base = configs[BASE]
     layout, _ = build_layouts(base)
@@ -186,7 +225,8 @@ def measure(sides: Mapping[str, Side], rounds: int) -> dict[str, Result]:
 
 
 def hidden_share(side: Side) -> float | None:
-    """Share of the copies' time that compute hid; None on a CPU, whose copies are the host's own work, or without copies."""
+    """Share of the copies' time that compute hid; None on a CPU, whose copies are the host's own
+    work, or without copies."""
     if not side.batch.is_cuda:
         return None
     copies = side.engine.copy_seconds()
@@ -201,8 +241,10 @@ def print_table(results: Mapping[str, Result], rounds: int) -> None:
     )
     for preset, row in results.items():
         hidden = "-" if row.hidden is None else f"{row.hidden:.1%}"
-        print(f"{preset:18s}{row.tokens_per_second:10,.0f}{row.ratio:8.3f}{row.device_bytes / 1e6:12.1f} MB"
-              f"{row.host_bytes / 1e6:10.1f} MB{hidden:>9s}")  # fmt: skip
+        print(
+            f"{preset:18s}{row.tokens_per_second:10,.0f}{row.ratio:8.3f}{row.device_bytes / 1e6:12.1f} MB"
+            f"{row.host_bytes / 1e6:10.1f} MB{hidden:>9s}"
+        )
 
 
 def main() -> None:
@@ -217,9 +259,11 @@ def main() -> None:
     sides = build_sides(options)
     one = sides[BASE]
     model, train = one.config.model, one.config.train
-    print(f"hidden {model.hidden_size}, {model.num_hidden_layers} layers in {one.schedule.num_virtual_stages} virtual stages, "
-          f"{model.num_experts_per_tok} of {model.n_routed_experts} experts; {options.microbatches} microbatches of "
-          f"{train.microbatch_size} x {train.seq_len} tokens, {train.dtype}, {one.batch.device}, {options.threads} threads")  # fmt: skip
+    print(
+        f"hidden {model.hidden_size}, {model.num_hidden_layers} layers in {one.schedule.num_virtual_stages} virtual stages, "
+        f"{model.num_experts_per_tok} of {model.n_routed_experts} experts; {options.microbatches} microbatches of "
+        f"{train.microbatch_size} x {train.seq_len} tokens, {train.dtype}, {one.batch.device}, {options.threads} threads"
+    )
     print_table(measure(sides, options.rounds), options.rounds)
 
 

@@ -1,12 +1,14 @@
-"""Does storing activations as FP8 cost quality? Pairs of runs on real text: every tensor kept, and FP8 storage.
+"""Does storing activations as FP8 cost quality? Pairs of runs on real text: every tensor kept, and
+FP8 storage.
 
-Both are `experiment=tiny` on one rank and differ in `activations` alone: `none` against `recompute_fp8`, whose backward sees the
-inputs of experts and SwiGLUs through E4M3. The forward is the same, so the first loss is equal to the bit; from then on the
-runs drift apart as any two do whose gradients differ in their last digits, by about half a percent in so short a run. So
-there is a pair for each seed, and it is the mean over the seeds whose last losses must agree within 0.5 % (exit status 1
-otherwise).
+Both are `experiment=tiny` on one rank and differ in `activations` alone: `none` against
+`recompute_fp8`, whose backward sees the inputs of experts and SwiGLUs through E4M3. The forward is
+the same, so the first loss is equal to the bit; from then on the runs drift apart as any two do
+whose gradients differ in their last digits, by about half a percent in so short a run. So there is
+a pair for each seed, and it is the mean over the seeds whose last losses must agree within 0.5 %
+(exit status 1 otherwise).
 
-    python benchmarks/fp8_quality.py                              # 300 steps each, three minutes a run on one core
+    python benchmarks/fp8_quality.py                              # three minutes a run on one core
     python benchmarks/fp8_quality.py --steps 10 --every 5 --seeds 3 --picture /tmp/try.png
 """
 
@@ -34,11 +36,21 @@ Losses = dict[int, float]
 def train(preset: str, seed: int, run_dir: Path, options: argparse.Namespace) -> Losses:
     """One run in a process of its own. Raises CalledProcessError where it fails."""
     words = [
-        "experiment=tiny", "layout=single", "world=single", f"activations={preset}", f"run_dir={run_dir}",
-        f"train.steps={options.steps}", f"train.seed={seed}", f"train.eval_every_steps={options.every}",
-        f"train.eval_tokens={options.tokens}", f"train.final_eval_tokens={options.final_tokens}",
-        "train.checkpoint_every_steps=0", "telemetry.tensorboard=false", "telemetry.progress=none", *options.override,
-    ]  # fmt: skip
+        "experiment=tiny",
+        "layout=single",
+        "world=single",
+        f"activations={preset}",
+        f"run_dir={run_dir}",
+        f"train.steps={options.steps}",
+        f"train.seed={seed}",
+        f"train.eval_every_steps={options.every}",
+        f"train.eval_tokens={options.tokens}",
+        f"train.final_eval_tokens={options.final_tokens}",
+        "train.checkpoint_every_steps=0",
+        "telemetry.tensorboard=false",
+        "telemetry.progress=none",
+        *options.override,
+    ]
     environment = {**os.environ, "OMP_NUM_THREADS": str(options.threads)}
     command = [sys.executable, "-m", "k2train", "train", *words]
     subprocess.run(command, check=True, env=environment, stdout=subprocess.DEVNULL)
@@ -75,9 +87,14 @@ def draw(base: Losses, other: Losses, path: Path) -> None:
         steps, list(base.values()), color=TRAIN_COLOUR, linewidth=2.5, alpha=0.6, label=f"activations={BASE}"
     )
     losses.plot(
-        steps, list(other.values()), color=HELD_OUT_COLOUR, marker="o", markersize=3, linewidth=1,
+        steps,
+        list(other.values()),
+        color=HELD_OUT_COLOUR,
+        marker="o",
+        markersize=3,
+        linewidth=1,
         label=f"activations={FP8}",
-    )  # fmt: skip
+    )
     losses.set(ylabel="held-out loss (nats a token)", title="FP8 storage of activations, mean over the seeds")
     losses.legend(frameon=False)
     losses.grid(alpha=0.3)

@@ -1,16 +1,19 @@
-"""What one Hopper GPU does with this program's operations, layers and training, beside what the plan says, in 8 minutes.
+"""What one Hopper GPU does with this program's operations, layers and training, beside what the
+plan says, in 8 minutes.
 
-Nine sections, each in a process of its own with a hard limit, so that a hang or a crash costs one section. One line is
-printed for each result as it comes, with the plan's prediction where it has one; the same goes into a JSON file.
+Nine sections, each in a process of its own with a hard limit, so that a hang or a crash costs one
+section. One line is printed for each result as it comes, with the plan's prediction where it has
+one; the same goes into a JSON file.
 
     python benchmarks/gpu.py --json gpu.json
     python benchmarks/gpu.py --sections 1,4,9 --budget 240
-    python benchmarks/gpu.py --wheels wheels            packages that the machine lacks, from a folder
+    python benchmarks/gpu.py --wheels wheels            packages that the machine lacks
     python benchmarks/gpu.py --device cpu --tiny        every section at toy sizes, without a GPU
 
-The limits of the sections are shares of the budget; what one leaves goes to those behind it. A section that fails or is
-stopped says so in one line, keeps the results it has, and the next one goes on. It needs torch, Triton, numpy and PyYAML;
-transformers, Transformer Engine and what the tests import are used where they are there. docs/benchmarks.md has more.
+The limits of the sections are shares of the budget; what one leaves goes to those behind it. A
+section that fails or is stopped says so in one line, keeps the results it has, and the next one
+goes on. It needs torch, Triton, numpy and PyYAML; transformers, Transformer Engine and what the
+tests import are used where they are there. docs/benchmarks.md has more.
 """
 
 from __future__ import annotations
@@ -63,7 +66,8 @@ def main() -> int:
 def run_section(
     section: Section, limit: float, options: argparse.Namespace, packages: Sequence[str], folder: Path
 ) -> dict[str, Any]:
-    """Run one section in a process, killed with all it started at its limit; what came of it, as JSON holds it."""
+    """Run one section in a process, killed with all it started at its limit; what came of it, as
+    JSON holds it."""
     print(f"\n== {section.number}. {section.title} (limit {limit:.0f} s)", flush=True)
     log = folder / f"section{section.number}.jsonl"
     began = time.monotonic()
@@ -96,7 +100,10 @@ def start(
 
 
 def wait_for(process: subprocess.Popen[bytes], limit: float) -> str:
-    """`done`, `failed`, or `stopped at its limit`. The process and all it started are gone afterwards."""
+    """`done`, `failed`, or `stopped at its limit`.
+
+    The process and all it started are gone afterwards.
+    """
     try:
         return "done" if process.wait(max(limit, 1.0)) == 0 else f"failed (exit status {process.returncode})"
     except subprocess.TimeoutExpired:

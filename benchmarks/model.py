@@ -1,13 +1,15 @@
-"""Forward and backward tokens per second of our model beside transformers' DeepseekV3, alternating in one run.
+"""Forward and backward tokens per second of our model beside transformers' DeepseekV3, alternating
+in one run.
 
-Both sides hold the same weights and get the same batch, and must give the same loss before anything is timed.
-transformers runs with its fastest settings for the shape, found first by trying every experts and attention
-implementation it has for this device. A pair is one timing of each side, in turns, so that a noisy machine disturbs
-both alike; the figure to trust is the median of the pairs' ratios. Rows go by sequences x tokens: 8192 tokens a step, and 2048,
-of which Python and the calls of operations are a larger part (`experiment=tiny` runs 16 x 128); sequences of 128 to 1024,
-since attention is where the two sides differ most, and K2 trains on sequences of 4096. Processor time is printed too,
-since a shared machine disturbs it less than the wall clock; with several threads it also counts threads that wait for
-each other.
+Both sides hold the same weights and get the same batch, and must give the same loss before anything
+is timed. transformers runs with its fastest settings for the shape, found first by trying every
+experts and attention implementation it has for this device. A pair is one timing of each side, in
+turns, so that a noisy machine disturbs both alike; the figure to trust is the median of the pairs'
+ratios. Rows go by sequences x tokens: 8192 tokens a step, and 2048, of which Python and the calls
+of operations are a larger part (`experiment=tiny` runs 16 x 128); sequences of 128 to 1024, since
+attention is where the two sides differ most, and K2 trains on sequences of 4096. Processor time is
+printed too, since a shared machine disturbs it less than the wall clock; with several threads it
+also counts threads that wait for each other.
 
     python benchmarks/model.py
     python benchmarks/model.py --only k2_tiny/8x256 --pairs 15 --threads 1
@@ -31,13 +33,15 @@ import transformers
 from k2train.config.compose import load_config
 from k2train.config.model import ModelConfig
 from k2train.model.context import MicrobatchContext
+from k2train.model.loss import CrossEntropy
 from k2train.model.model import Model, build_model, forward_backward
 from k2train.model.pieces import whole_model
 from k2train.ops.weight_grad import PlainGradients
 
 EXPERTS = ("grouped_mm", "batched_mm", "eager")
 ATTENTION = ("sdpa", "eager")
-# It takes ten to twenty times as long as the others wherever it was tried; a layer's copies are kept until backward.
+# It takes ten to twenty times as long as the others wherever it was tried; a layer's copies are
+# kept until backward.
 MAX_GATHERED_BYTES = 4 * 2**30
 Step = Callable[[], torch.Tensor]
 
@@ -72,12 +76,23 @@ class Result:
 
 
 def shapes() -> dict[str, Shape]:
-    """What is compared: k2_tiny, and a wider model with more, smaller experts. Names end in sequences x tokens."""
+    """What is compared: k2_tiny, and a wider model with more, smaller experts.
+
+    Names end in sequences x tokens.
+    """
     tiny = load_config([]).model
     wide = dataclasses.replace(
-        tiny, vocab_size=2048, hidden_size=256, intermediate_size=768, moe_intermediate_size=128, n_routed_experts=32,
-        num_experts_per_tok=4, num_attention_heads=8, q_lora_rank=128, kv_lora_rank=96,
-    )  # fmt: skip
+        tiny,
+        vocab_size=2048,
+        hidden_size=256,
+        intermediate_size=768,
+        moe_intermediate_size=128,
+        n_routed_experts=32,
+        num_experts_per_tok=4,
+        num_attention_heads=8,
+        q_lora_rank=128,
+        kv_lora_rank=96,
+    )
     rows = [
         ("k2_tiny", tiny, seq_len, tokens) for tokens in (8192, 2048) for seq_len in (128, 256, 512, 1024)
     ]
@@ -89,7 +104,8 @@ def shapes() -> dict[str, Shape]:
 
 
 def gathered_bytes(config: ModelConfig, tokens: int) -> int:
-    """What transformers' batched_mm makes of a layer's experts: a copy of every token's own ones, and their gradient."""
+    """What transformers' batched_mm makes of a layer's experts: a copy of every token's own
+    ones, and their gradient."""
     weights = 3 * config.hidden_size * config.moe_intermediate_size
     return 2 * 4 * tokens * config.num_experts_per_tok * weights
 
@@ -102,9 +118,14 @@ def transformers_model(model: Model, attention: str, experts: str) -> torch.nn.M
     if config.rope_scaling is not None:
         rope = {**rope, **dataclasses.asdict(config.rope_scaling), "rope_type": "yarn"}
     hf_config = transformers.DeepseekV3Config(
-        **values, num_key_value_heads=config.num_attention_heads, rope_parameters=rope, use_cache=False,
-        num_mtp_layers=0, attn_implementation=attention, experts_implementation=experts,
-    )  # fmt: skip
+        **values,
+        num_key_value_heads=config.num_attention_heads,
+        rope_parameters=rope,
+        use_cache=False,
+        num_mtp_layers=0,
+        attn_implementation=attention,
+        experts_implementation=experts,
+    )
     other = transformers.DeepseekV3ForCausalLM(hf_config)
     state = other.state_dict()
     for piece in model.pieces():
@@ -143,7 +164,7 @@ def our_step(model: Model, tokens: torch.Tensor, targets: torch.Tensor) -> Step:
     def step() -> torch.Tensor:
         sink.zero()
         context = MicrobatchContext(
-            num_sequences=tokens.shape[0], gradients=sink, targets=targets, loss_scale=1 / tokens.numel()
+            num_sequences=tokens.shape[0], gradients=sink, loss=CrossEntropy(targets, 1 / tokens.numel())
         )
         return forward_backward(model, tokens, context)
 
@@ -159,7 +180,8 @@ def timing(step: Step) -> Timing:
 def fastest_transformers(
     model: Model, tokens: torch.Tensor, targets: torch.Tensor, tries: int
 ) -> tuple[Step, str]:
-    """The step of transformers' fastest setting and its name, by the best of a few timings of each, in turns.
+    """The step of transformers' fastest setting and its name, by the best of a few timings of each,
+    in turns.
 
     A setting whose first step takes over four times the best first step so far is dropped at once.
     """

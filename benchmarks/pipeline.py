@@ -1,18 +1,23 @@
-"""Our executor beside torch.distributed.pipelining: the same layers, microbatches and processes, alternating in one run.
+"""Our executor beside torch.distributed.pipelining: the same layers, microbatches and processes,
+alternating in one run.
 
-Four gloo processes with two virtual stages each run a small language model of residual MLP blocks under
+Four gloo processes with two virtual stages each run a small language model of residual MLP blocks
+under
 
-    ours     interleaved_1f1b; interleaved_1f1b with weight gradients split off; K2's schedule (pairs, split, extra warm-up)
+    ours     interleaved_1f1b; the same with weight gradients split off; K2's schedule (pairs, split,
+             extra warm-up)
     theirs   ScheduleInterleaved1F1B, ScheduleInterleavedZeroBubble
 
-Both sides use the very same parameters, must give the same loss and gradients before anything is timed, zero their
-gradients as part of the step, and get one round in turns, so that a noisy machine disturbs all alike. A round's time is
-from a barrier to a barrier; the figure to trust is the median of the rounds' ratios.
+Both sides use the very same parameters, must give the same loss and gradients before anything is
+timed, zero their gradients as part of the step, and get one round in turns, so that a noisy machine
+disturbs all alike. A round's time is from a barrier to a barrier; the figure to trust is the median
+of the rounds' ratios.
 
-Two shares say what our own code costs beside the tensors' work, both in processor seconds of one stage, so that waiting
-counts on neither side. "Runtime": the same action list over phases and messages that do nothing, which leaves the
-executor, its handlers and their bookkeeping. "Runtime, phases and dispatch": the same with the real phases on tensors
-of one row and eight columns, which adds everything that torch does for an operation besides its arithmetic.
+Two shares say what our own code costs beside the tensors' work, both in processor seconds of one
+stage, so that waiting counts on neither side. "Runtime": the same action list over phases and
+messages that do nothing, which leaves the executor, its handlers and their bookkeeping. "Runtime,
+phases and dispatch": the same with the real phases on tensors of one row and eight columns, which
+adds everything that torch does for an operation besides its arithmetic.
 
     python benchmarks/pipeline.py --rounds 15 --hidden 256 --microbatches 8
 """
@@ -25,7 +30,7 @@ import gc
 import itertools
 import statistics
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, Literal
 
 import torch
@@ -36,8 +41,10 @@ from torch.distributed import pipelining
 
 from k2train.device.cpu import CpuDevice
 from k2train.model.context import MicrobatchContext, Statistics
+from k2train.model.loss import CrossEntropy
 from k2train.model.phase import ComputePhase, ComputeRecord, Grads, Phase, Tensors
 from k2train.model.pieces import Piece
+from k2train.ops.embedding import EmbeddingWeightGrad
 from k2train.ops.linear import linear
 from k2train.ops.weight_grad import PlainGradients, WeightGradSlot
 from k2train.parallel.channels import build_channels
@@ -45,7 +52,7 @@ from k2train.parallel.communicator import World
 from k2train.parallel.pipeline import PipelineTransport
 from k2train.parallel.testing import run_distributed_test
 from k2train.runtime.executor import run_actions
-from k2train.runtime.stage import Here, PipelineStage, StepInputs, Transport
+from k2train.runtime.stage import PipelineStage, StepInputs, Transport
 from k2train.schedule import Schedule, ScheduleSpec, build_schedule, validate
 from k2train.schedule.messages import plan_messages
 from k2train.trainer.build import build_routes
@@ -97,16 +104,24 @@ class BlockPhase(ComputePhase):
         return [Piece("up", self.block.up.weight), Piece("down", self.block.down.weight)]
 
 
-class EmbeddingPhase(ComputePhase):
+class EmbeddingPhase:
+    """A look-up, whose backward is all weight gradient, as in our model."""
+
+    name = "embedding"
+    stream: Literal["compute"] = "compute"
+
     def __init__(self, embedding: nn.Embedding) -> None:
-        super().__init__("embedding")
-        self.embedding = embedding
+        self.weight = embedding.weight
 
-    def compute(self, inputs: Tensors, context: MicrobatchContext, slot: WeightGradSlot | None) -> Tensors:
-        return (F.embedding(inputs[0], self.embedding.weight),)
+    def forward(self, inputs: Tensors, context: MicrobatchContext) -> tuple[Tensors, torch.Tensor]:
+        with torch.no_grad():
+            return (F.embedding(inputs[0], self.weight),), inputs[0]
 
-    def pieces(self) -> list[Piece]:
-        return [Piece("embedding", self.embedding.weight)]
+    def backward(self, record: torch.Tensor, grad_outputs: Grads, context: MicrobatchContext) -> Grads:
+        (dx_TD,) = grad_outputs
+        assert dx_TD is not None
+        context.slot().put(EmbeddingWeightGrad(self.weight, record, dx_TD))
+        return (None,)
 
 
 class HeadPhase(ComputePhase):
@@ -117,9 +132,9 @@ class HeadPhase(ComputePhase):
         self.head = head
 
     def compute(self, inputs: Tensors, context: MicrobatchContext, slot: WeightGradSlot | None) -> Tensors:
-        assert context.targets is not None
+        assert isinstance(context.loss, CrossEntropy)
         logits_TV = linear(inputs[0], self.head.weight, slot)
-        loss = scaled_loss(logits_TV, context.targets, context.loss_scale)
+        loss = scaled_loss(logits_TV, context.loss.targets, context.loss.scale)
         context.statistics.add_loss(loss.detach())
         return (loss,)
 
@@ -149,6 +164,16 @@ class IdlePhase:
 NOTHING = (torch.zeros(1),)
 
 
+@dataclasses.dataclass(frozen=True)
+class Here:
+    """A message that is there."""
+
+    tensor: torch.Tensor
+
+    def wait(self) -> torch.Tensor:
+        return self.tensor
+
+
 @dataclasses.dataclass
 class NoTransport:
     """Messages that are there at once."""
@@ -163,6 +188,9 @@ class NoTransport:
 
     def finish(self) -> None:
         pass
+
+    def tensors(self) -> Iterator[torch.Tensor]:
+        return iter(())
 
     def abandon(self) -> None:
         pass
@@ -227,18 +255,26 @@ class OurSide:
     batch: torch.Tensor
 
     def step(self) -> float:
-        """Forward, backward and gradients of the whole batch; the loss where the last virtual stage is."""
+        """Forward, backward and gradients of the whole batch; the loss where the last virtual
+        stage is."""
         self.gradients.zero()
         statistics_of_step = Statistics()
         scale = 1.0 / self.batch[:, 0].numel()
 
         def make_context(virtual_stage: int, microbatch: int) -> MicrobatchContext:
             return MicrobatchContext(
-                num_sequences=1, gradients=self.gradients, weight_grads=self.stage.queue, key=(virtual_stage, microbatch),
-                statistics=statistics_of_step, loss_scale=scale, targets=self.batch[microbatch, 1],
-            )  # fmt: skip
+                num_sequences=1,
+                gradients=self.gradients,
+                weight_grads=self.stage.queue,
+                key=(virtual_stage, microbatch),
+                statistics=statistics_of_step,
+                loss=CrossEntropy(self.batch[microbatch, 1], scale),
+            )
 
-        inputs = StepInputs(lambda microbatch: self.batch[microbatch, 0], make_context, len(self.batch))
+        num_rows = self.batch.shape[2]
+        inputs = StepInputs(
+            lambda microbatch: self.batch[microbatch, 0], num_rows, make_context, len(self.batch)
+        )
         with self.stage.step(inputs):
             run_actions(self.schedule.stages[self.rank], self.stage)
         return 0.0 if statistics_of_step.loss is None else float(statistics_of_step.loss)
@@ -255,7 +291,10 @@ def our_side(
 def their_step(
     cls: Any, modules: dict[int, nn.Sequential], hidden: int, vocab: int, batch: torch.Tensor
 ) -> Step:
-    """One step of torch's runtime under schedule class `cls`. Shapes are given, so that it need not infer them."""
+    """One step of torch's runtime under schedule class `cls`.
+
+    Shapes are given, so that it need not infer them.
+    """
     ids = batch[0, 0]
     stages = []
     for index, module in modules.items():
@@ -298,7 +337,8 @@ def check_equal(ours: OurSide, theirs: Step, modules: dict[int, nn.Sequential]) 
 
 
 def timed(step: Step) -> tuple[float, float]:
-    """Wall seconds from barrier to barrier, and this process's processor seconds in the step itself."""
+    """Wall seconds from barrier to barrier, and this process's processor seconds in the step
+    itself."""
     dist.barrier()
     start, start_cpu = time.perf_counter(), time.process_time()
     step()
@@ -350,8 +390,10 @@ def run_rank(world: World, options: argparse.Namespace) -> dict[str, Any]:
         check_equal(side, other, modules)
         for side, other in itertools.product(sides.values(), theirs.values())
     ]
-    steps = {**{f"ours    {name}": side.step for name, side in sides.items()},
-             **{f"theirs  {name}": step for name, step in theirs.items()}}  # fmt: skip
+    steps = {
+        **{f"ours    {name}": side.step for name, side in sides.items()},
+        **{f"theirs  {name}": step for name, step in theirs.items()},
+    }
     gc.collect()
     gc.freeze()
     times: dict[str, list[tuple[float, float]]] = {name: [] for name in steps}
@@ -366,7 +408,8 @@ def run_rank(world: World, options: argparse.Namespace) -> dict[str, Any]:
 def own_seconds(
     options: argparse.Namespace, rank: int, schedules: dict[str, Schedule], modules: dict[int, nn.Sequential]
 ) -> dict[str, tuple[float, float]]:
-    """Processor seconds of a step of each schedule: over idle phases, and over the real ones on tiny tensors."""
+    """Processor seconds of a step of each schedule: over idle phases, and over the real ones on
+    tiny tensors."""
     tiny = {
         index: build_phases(module) for index, module in build_modules(options, TINY_HIDDEN, rank).items()
     }
@@ -380,26 +423,32 @@ def own_seconds(
 
 
 def report(results: list[dict[str, Any]], options: argparse.Namespace) -> None:
-    """The tables: wall seconds of a round are the slowest rank's, processor seconds the mean of the ranks."""
+    """The tables: wall seconds of a round are the slowest rank's, processor seconds the mean of
+    the ranks."""
     print(f"loss {results[-1]['loss']:.4f}; loss and all gradients equal on both sides")
     names = list(results[0]["times"])
     rounds = range(options.rounds)
     wall = {name: [max(r["times"][name][i][0] for r in results) for i in rounds] for name in names}
     cpu = {name: [statistics.mean(r["times"][name][i][1] for r in results) for i in rounds] for name in names}
-    best = min((name for name in names if name.startswith("theirs")),
-               key=lambda name: statistics.median(wall[name]))  # fmt: skip
+    best = min(
+        (name for name in names if name.startswith("theirs")), key=lambda name: statistics.median(wall[name])
+    )
     print(f"medians of {options.rounds} rounds; ratios to {best}, round by round, below 1 is better")
     print(f"  {'':40s}{'step':>12s}{'ratio':>8s}{'processor':>14s}{'ratio':>8s}")
     for name in names:
-        print(f"  {name:40s}{statistics.median(wall[name]) * 1e3:9.1f} ms{median_ratio(wall, name, best):8.3f}"
-              f"{statistics.median(cpu[name]) * 1e3:11.1f} ms{median_ratio(cpu, name, best):8.3f}")  # fmt: skip
+        print(
+            f"  {name:40s}{statistics.median(wall[name]) * 1e3:9.1f} ms{median_ratio(wall, name, best):8.3f}"
+            f"{statistics.median(cpu[name]) * 1e3:11.1f} ms{median_ratio(cpu, name, best):8.3f}"
+        )
     print("our own code in a stage's step, processor time and its share of the above")
     for name in (name for name in names if name.startswith("ours")):
         own = [r["own"][name.removeprefix("ours    ")] for r in results]
         runtime, dispatch = (statistics.mean(column) for column in zip(*own, strict=True))
         total = statistics.median(cpu[name])
-        print(f"  {name:40s}runtime {runtime * 1e3:.2f} ms, {runtime / total:.2%}; "
-              f"runtime, phases and dispatch {dispatch * 1e3:.1f} ms, {dispatch / total:.1%}")  # fmt: skip
+        print(
+            f"  {name:40s}runtime {runtime * 1e3:.2f} ms, {runtime / total:.2%}; "
+            f"runtime, phases and dispatch {dispatch * 1e3:.1f} ms, {dispatch / total:.1%}"
+        )
 
 
 def median_ratio(times: dict[str, list[float]], name: str, base: str) -> float:
@@ -424,8 +473,10 @@ def main() -> None:
     results = run_distributed_test(
         lambda world: run_rank(world, options), PP, "processes", timeout_seconds=options.timeout
     )
-    print(f"{PP} processes x {VPP} virtual stages, {options.microbatches} microbatches of {options.tokens} x "
-          f"{options.hidden}, {options.layers} blocks each, one thread a process")  # fmt: skip
+    print(
+        f"{PP} processes x {VPP} virtual stages, {options.microbatches} microbatches of {options.tokens} x "
+        f"{options.hidden}, {options.layers} blocks each, one thread a process"
+    )
     report(results, options)
 
 

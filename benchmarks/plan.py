@@ -2,8 +2,9 @@
 
     python benchmarks/plan.py            some minutes; --quick leaves out the longest step
 
-One core: everything is plain Python on one thread, so processor seconds are counted, and the best of the repeats is shown.
-Building, proving, simulating and accounting memory have a column each; seconds for a million actions should not rise.
+One core: everything is plain Python on one thread, so processor seconds are counted, and the best
+of the repeats is shown. Building, proving, simulating and accounting memory have a column each;
+seconds for a million actions should not rise.
 """
 
 from __future__ import annotations
@@ -40,11 +41,13 @@ COLUMNS = (
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else "")
     parser.add_argument("--quick", action="store_true", help="leave out K2's full batch on 32 nodes")
+    parser.add_argument("--only", help="one row, for example 'k2, 512 nodes'")
     parser.add_argument("--repeats", type=int, default=3)
     arguments = parser.parse_args()
     table = Table(*COLUMNS, title="k2train plan on one core")
     for name, overrides in cases(arguments.quick):
-        table.add_row(name, *measure(load_config(overrides), arguments.repeats))
+        if arguments.only in (None, name):
+            table.add_row(name, *measure(load_config(overrides), arguments.repeats))
     Console(width=120).print(table)
 
 

@@ -21,6 +21,7 @@ import torch
 from k2train.config.schema import Config
 from k2train.device.build import build_device
 from k2train.model.context import MicrobatchContext, Statistics
+from k2train.model.loss import CrossEntropy
 from k2train.model.model import Model, build_model
 from k2train.model.phase import Phase, Tensors
 from k2train.model.pieces import ModelPart
@@ -31,14 +32,15 @@ from k2train.ops.cross_entropy import linear_cross_entropy
 from k2train.ops.grouped import grouped_linear
 from k2train.ops.kernels import gpu_kernels
 from k2train.ops.weight_grad import AtOnce, PlainGradients, WeightGradQueue, add_product_into
-from k2train.optim.muon import newton_schulz
 from k2train.parallel.groups import build_groups
 from k2train.runtime.executor import run_actions
 from k2train.runtime.stage import PipelineStage, StepInputs
 from k2train.trainer.activations import build_activations, host_traffic
+from k2train.trainer.batch import read_batch
 from k2train.trainer.build import Run, build_layouts, build_routes, build_run
 from k2train.trainer.step import StepMetrics, train_step
 from k2train.trainer.worlds import run_world
+from k2train.update_rules.rules.muon import newton_schulz
 
 Attend = Callable[[torch.Tensor, torch.Tensor, torch.Tensor, float], torch.Tensor]
 
@@ -245,11 +247,16 @@ class ScheduledPass:
             saved: SavedActivations = KeepEverything() if store is None else store.microbatch()
             return MicrobatchContext(
                 num_sequences=train.microbatch_size, gradients=self.gradients, weight_grads=self.stage.queue,
-                key=(virtual_stage, microbatch), statistics=found, loss_scale=1 / train.global_batch_tokens,
-                targets=microbatches[microbatch][:, 1:], saved=saved,
+                key=(virtual_stage, microbatch), statistics=found, saved=saved,
+                loss=CrossEntropy(microbatches[microbatch][:, 1:], 1 / train.global_batch_tokens),
             )  # fmt: skip
 
-        return StepInputs(lambda m: microbatches[m][:, :-1], make_context, len(microbatches))
+        return StepInputs(
+            lambda m: microbatches[m][:, :-1],
+            train.microbatch_size * train.seq_len,
+            make_context,
+            len(microbatches),
+        )
 
 
 # Training.
@@ -283,7 +290,7 @@ def train_steps(config: Config, device: torch.device, before_steps: Callable[[Ru
         run = build_run(config, layout, schedule, corpus, groups, build_device(world.device))
         before_steps(run)
         for index in range(config.train.steps):
-            after_step(train_step(run, index))
+            after_step(train_step(run, read_batch(run, index)))
         run.optimizer.finish_gather()
 
     run_world("single", 1, device, config.train, run_rank)

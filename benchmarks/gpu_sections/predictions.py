@@ -21,9 +21,9 @@ from k2train.estimate.step import step_flops
 from k2train.estimate.virtual_stage import Estimator, build_estimator
 from k2train.estimate.work import Machine
 from k2train.layout.build import build_layout
-from k2train.layout.ownership import newton_schulz_cost
 from k2train.layout.weights import attention_flops
 from k2train.planner.plan import build_plan
+from k2train.update_rules.rules.muon import newton_schulz_cost
 
 
 @dataclasses.dataclass(frozen=True)

@@ -5,7 +5,8 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import time
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 
 import torch
 
@@ -17,52 +18,44 @@ from .configs import read_cluster
 _CLUSTERS = (("H200", "h200"), ("H100", "h100"), ("H800", "h800"))
 # K2's shapes at toy widths: what is left are the shapes' relations.
 TINY_MODEL = {
-    "vocab_size": 257, "hidden_size": 64, "intermediate_size": 96, "moe_intermediate_size": 32, "q_lora_rank": 32,
-    "kv_lora_rank": 32, "qk_nope_head_dim": 16, "qk_rope_head_dim": 16, "v_head_dim": 16, "num_attention_heads": 2,
-}  # fmt: skip
+    "vocab_size": 257,
+    "hidden_size": 64,
+    "intermediate_size": 96,
+    "moe_intermediate_size": 32,
+    "q_lora_rank": 32,
+    "kv_lora_rank": 32,
+    "qk_nope_head_dim": 16,
+    "qk_rope_head_dim": 16,
+    "v_head_dim": 16,
+    "num_attention_heads": 2,
+}
 
 
 @dataclass(frozen=True)
 class Sizes:
-    """Everything that is smaller in a tiny run."""
+    """Everything that is smaller in a tiny run; the defaults are those of a real one."""
 
-    copy_bytes: int
+    copy_bytes: int = 2**30
     """Of one side of a copy, on the device and over the bus."""
-    product_side: int
+    product_side: int = 8192
     """Of the square product that shows the ceiling."""
-    attention_lengths: tuple[int, ...]
-    accuracy_lengths: tuple[int, ...]
-    accuracy_heads: int
-    seq_len: int
-    num_experts: int
-    expert_rows: int
-    vocab_size: int
-    """Of the slice that is trained; the head is measured with K2's own."""
-    train_steps: int
-    train_microbatches: int
-    offload_microbatches: int
-    repeats: int
-    overrides: dict[str, int]
+    attention_lengths: tuple[int, ...] = (4096, 8192)
+    accuracy_lengths: tuple[int, ...] = (4096, 1000)
+    accuracy_heads: int = 4
+    seq_len: int = 4096
+    num_experts: int = 24
+    expert_rows: int = 1300
+    vocab_size: int = 32768
+    """Of the slice that is trained, whose embedding and head would else take longer to
+    initialise than to train; the head is measured with K2's own."""
+    train_steps: int = 20
+    train_microbatches: int = 4
+    offload_microbatches: int = 8
+    repeats: int = 20
+    overrides: Mapping[str, int] = field(default_factory=dict)
     """Changes to K2's model."""
 
 
-REAL = Sizes(
-    copy_bytes=2**30,
-    product_side=8192,
-    attention_lengths=(4096, 8192),
-    accuracy_lengths=(4096, 1000),
-    accuracy_heads=4,
-    seq_len=4096,
-    num_experts=24,
-    expert_rows=1300,
-    # A checkpoint's worth of embedding and head would take longer to initialise than to train.
-    vocab_size=32768,
-    train_steps=20,
-    train_microbatches=4,
-    offload_microbatches=8,
-    repeats=20,
-    overrides={},
-)
 TINY = Sizes(
     copy_bytes=2**16,
     product_side=64,
@@ -83,7 +76,10 @@ TINY = Sizes(
 
 @dataclass(frozen=True)
 class Setting:
-    """What a section is given. dtype: of the compute, BF16 on a GPU. cluster: the plan's device; None for one it has not."""
+    """What a section is given.
+
+    dtype: of the compute, BF16 on a GPU. cluster: the plan's device; None for one it has not.
+    """
 
     device: torch.device
     dtype: torch.dtype
@@ -116,7 +112,7 @@ def build_setting(options: argparse.Namespace) -> Setting:
     """options: of `child`."""
     device = torch.device("cuda", 0) if options.device == "cuda" else torch.device("cpu")
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else None
-    sizes = TINY if options.tiny else REAL
+    sizes = TINY if options.tiny else Sizes()
     if options.repeats:
         sizes = dataclasses.replace(sizes, repeats=options.repeats)
     return Setting(

@@ -5,8 +5,8 @@ A checkpoint says nothing about the layout that wrote it, so any layout can resu
     write_checkpoint(directory, tensors, meta)      one writer; begin, partial_path, write_shards, read_entries, commit for many
     open_checkpoint(directory) -> Checkpoint        .meta .names() .load(name, rows) .verify()
     RowPiece, LazyTensor                            a row range of a tensor; a tensor made when its turn comes
-    step_directory, latest_checkpoint, prune_checkpoints, checkpoint_steps, checkpoint_problem,
-    clean_leftovers
+    step_directory, latest_checkpoint, newest_checkpoint, prune_checkpoints, checkpoint_steps,
+    checkpoint_problem, clean_leftovers
     open_hf_model, import_model (hf_import); plan_export, export_model (hf_export)     Hugging Face, both ways
     CheckpointError                                 a ConfigError that names the directory or the shard
 """
@@ -17,6 +17,7 @@ from k2train.checkpoint.run_checkpoints import (
     checkpoint_problem,
     checkpoint_steps,
     latest_checkpoint,
+    newest_checkpoint,
     prune_checkpoints,
     step_directory,
 )
@@ -36,6 +37,7 @@ __all__ = [
     "clean_leftovers",
     "commit",
     "latest_checkpoint",
+    "newest_checkpoint",
     "open_checkpoint",
     "partial_path",
     "prune_checkpoints",

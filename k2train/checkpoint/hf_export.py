@@ -21,6 +21,7 @@ from k2train.checkpoint.errors import CheckpointError
 from k2train.checkpoint.hf_config import CONFIG_FILE, to_hf_config
 from k2train.checkpoint.hf_import import GENERATION_FILE
 from k2train.checkpoint.hf_source import INDEX_FILE
+from k2train.checkpoint.hf_tokenizer import token_fields, write_tokenizer
 from k2train.checkpoint.reader import Checkpoint
 from k2train.checkpoint.safetensors_file import LazyTensor, lazy, write_file
 from k2train.checkpoint.staging import publish, staged, write_text
@@ -49,12 +50,16 @@ class NamedTensor:
 
 @dataclasses.dataclass(frozen=True)
 class HfExport:
-    """What will be written: the architecture, the tensors in catalogue order, and the tokens and generation settings."""
+    """What will be written: the architecture, the tensors in catalogue order, special tokens, generation settings.
+
+    tokenizer: what the checkpoint records of its run's (`hf_tokenizer.tokenizer_meta`); None for an imported one.
+    """
 
     model: ModelConfig
     tensors: tuple[NamedTensor, ...]
     tokens: Mapping[str, Any]
     generation: Mapping[str, Any] | None
+    tokenizer: Mapping[str, Any] | None = None
 
     @property
     def num_bytes(self) -> int:
@@ -69,9 +74,13 @@ class HfExport:
         return str(sizes.most_common(1)[0][0]).removeprefix("torch.")
 
 
-def plan_export(checkpoint: Checkpoint, dtype: str | None = None) -> HfExport:
-    """Find every tensor of the model in a checkpoint; `dtype` None takes what the run computed in, or what is stored.
+def plan_export(
+    checkpoint: Checkpoint, dtype: str | None = None, tokenizer: Mapping[str, Any] | None = None
+) -> HfExport:
+    """Find every tensor of the model in a checkpoint.
 
+    dtype: None takes what the run computed in, or what is stored. tokenizer: the run's; None writes no
+    tokenizer, and the special tokens of the model that the checkpoint was imported from.
     Raises CheckpointError where the checkpoint names no model, lacks a tensor, or holds one of another shape.
     """
     model = _model_of(checkpoint)
@@ -85,9 +94,11 @@ def plan_export(checkpoint: Checkpoint, dtype: str | None = None) -> HfExport:
         NamedTensor(spec.name, _lazy(checkpoint, spec, sources[spec.name] or "", dtype)) for spec in specs
     )
     hf = checkpoint.meta.get("hf") or {}
-    return HfExport(
-        model, (*tensors, *_empty_shared_experts(model)), hf.get("tokens") or {}, hf.get("generation_config")
-    )
+    tokens, generation = hf.get("tokens") or {}, hf.get("generation_config")
+    if tokenizer is not None:
+        tokens = token_fields(tokenizer)
+        generation = tokens
+    return HfExport(model, (*tensors, *_empty_shared_experts(model)), tokens, generation, tokenizer)
 
 
 def export_model(
@@ -119,6 +130,8 @@ def export_model(
         _write_json(temporary / CONFIG_FILE, to_hf_config(export.model, export.dtype, export.tokens))
         if export.generation is not None:
             _write_json(temporary / GENERATION_FILE, export.generation)
+        if export.tokenizer is not None:
+            write_tokenizer(export.tokenizer, temporary)
         publish(temporary, directory)
     return directory
 

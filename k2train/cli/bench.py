@@ -1,4 +1,5 @@
-"""`k2train bench NAME`: the scripts of benchmarks/, which stand in a clone and are not part of the installed package."""
+"""`k2train bench NAME`: the scripts of benchmarks/, which stand in a clone and are not part of
+the installed package."""
 
 from __future__ import annotations
 

@@ -1,4 +1,5 @@
-"""`k2train data build` makes an indexed dataset from text files; `k2train data show` says what one holds."""
+"""`k2train data build` makes an indexed dataset from text files; `k2train data show` says what
+one holds."""
 
 from __future__ import annotations
 
@@ -51,16 +52,19 @@ def _build(args: list[str]) -> int:
 
 
 def report_lines(report: BuildReport) -> Iterator[str]:
-    """The end of a build: what was written, and every bad line's count with the first of them named."""
+    """The end of a build: what was written, and every bad line's count with the first of them
+    named."""
     facts = report.sidecar
     if report.bad_file is not None:
         yield f"{facts.num_bad_lines} malformed lines left out, all listed in {report.bad_file}"
         yield from (f"  {describe(bad)}" for bad in report.bad_lines)
         if facts.num_bad_lines > SHOWN_BAD_LINES:
             yield f"  and {facts.num_bad_lines - SHOWN_BAD_LINES} more"
-    yield (f"{report.prefix}: {facts.num_documents} documents, {facts.num_tokens} tokens, {facts.num_bytes} bytes of text "
-           f"({facts.num_bytes / facts.num_tokens:.2f} a token) from {report.num_files} files; "
-           f"tokenizer {facts.tokenizer}, vocabulary {facts.vocab_size}")  # fmt: skip
+    yield (
+        f"{report.prefix}: {facts.num_documents} documents, {facts.num_tokens} tokens, {facts.num_bytes} bytes of text "
+        f"({facts.num_bytes / facts.num_tokens:.2f} a token) from {report.num_files} files; "
+        f"tokenizer {facts.tokenizer}, vocabulary {facts.vocab_size}"
+    )
     yield f"train on it with 'data.blend=[{{prefix: {report.prefix}}}]' and the same data.tokenizer"
 
 

@@ -11,12 +11,12 @@ import shutil
 from collections.abc import Mapping
 from pathlib import Path
 
-from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
 from k2train.config.compose import config_dir
 from k2train.config.errors import ConfigError
+from k2train.telemetry.tables import fact_table, output_console
 from k2train.trainer.cores import SYSFS, numa_node, pci_address
 
 USAGE = "usage: k2train doctor\n\nPrints versions, devices and optional packages; exit status 1 where training cannot start."
@@ -60,7 +60,7 @@ def run(args: list[str]) -> int:
         return 0
     if args:
         raise ConfigError("doctor", " ".join(args), "takes no arguments")
-    console = Console()
+    console = output_console()
     console.print(_machine_table())
     console.print(_package_table())
     missing = [package.name for package in REQUIRED if _version(package.name) is None]
@@ -76,7 +76,7 @@ def _version(name: str) -> str | None:
 
 
 def _machine_table() -> Table:
-    table = Table("machine", "", title_justify="left", show_header=False)
+    table = fact_table(None, [])
     table.add_row("python", platform.python_version())
     table.add_row("cores", str(os.cpu_count()))
     table.add_row("memory", f"{_memory_bytes() / 1e9:.1f} GB")
@@ -141,7 +141,7 @@ def gpu_facts(name: str, num_bytes: int, node: int | None) -> str:
 
 
 def _package_table() -> Table:
-    table = Table("package", "version", "used for")
+    table = fact_table(None, [], ("package", "version", "used for"))
     for package in REQUIRED:
         table.add_row(package.name, _version(package.name) or "MISSING", package.purpose)
     for package in OPTIONAL:

@@ -15,16 +15,21 @@ _KEY = re.compile(r"[A-Za-z_][A-Za-z0-9_.]*=")
 def split_words(args: Sequence[str], text_keys: Sequence[str], what: str) -> tuple[str, dict[str, Any]]:
     """The directory, and the values by key.
 
-    Keys in `text_keys` take what follows the first `=` as it is, so that a path may hold spaces and signs that Hydra's
-    grammar gives a meaning; the others are read as Hydra reads them. `what` says what DIR is, for the error where it is
-    missing. Raises ConfigError for a missing or second directory and a key given twice.
+    Keys in `text_keys` take what follows the first `=` as it is, so that a path may hold spaces and
+    signs that Hydra's grammar gives a meaning; the others are read as Hydra reads them. `what` says
+    what DIR is, for the error where it is missing. Raises ConfigError for a missing or second
+    directory and a key given twice.
     """
     places = [word for word in args if not _KEY.match(word)]
     if not places:
         raise ConfigError("DIR", "(missing)", "must be given as the first word", what)
     if len(places) > 1:
-        raise ConfigError("DIR", " ".join(places), "must be one directory",
-                          f"everything else is key=value; did you mean key={places[1]}?")  # fmt: skip
+        raise ConfigError(
+            "DIR",
+            " ".join(places),
+            "must be one directory",
+            f"everything else is key=value; did you mean key={places[1]}?",
+        )
     values: dict[str, Any] = {}
     for word in args:
         if not _KEY.match(word):

@@ -1,4 +1,5 @@
-"""`k2train import-hf DIR out=CHECKPOINT`: a Hugging Face model directory into a checkpoint that a run can start from."""
+"""`k2train import-hf DIR out=CHECKPOINT`: a Hugging Face model directory into a checkpoint that
+a run can start from."""
 
 from __future__ import annotations
 
@@ -60,8 +61,13 @@ def run(args: list[str]) -> int:
             done += num_bytes
             display.advance(1, f"tensors  {gigabytes(done)} of {gigabytes(source.num_bytes)}")
 
-        out = import_model(source, config.out, verify=config.verify, max_shard_bytes=config.max_shard_bytes,
-                           on_bytes=on_bytes)  # fmt: skip
+        out = import_model(
+            source,
+            config.out,
+            verify=config.verify,
+            max_shard_bytes=config.max_shard_bytes,
+            on_bytes=on_bytes,
+        )
     print(f"checkpoint: {out}")
     print(f"train from it with `k2train train train.init_from={out}` and the same model")
     return 0
@@ -70,10 +76,14 @@ def run(args: list[str]) -> int:
 def describe(source: HfModel) -> None:
     """Print what is about to be imported, and what is not."""
     checked, model = source.checked, source.model
-    print(f"{source.directory}: {len(checked.tensors)} tensors, {gigabytes(source.num_bytes)}; "
-          f"{model.num_hidden_layers} layers, {model.n_routed_experts} experts")  # fmt: skip
+    print(
+        f"{source.directory}: {len(checked.tensors)} tensors, {gigabytes(source.num_bytes)}; "
+        f"{model.num_hidden_layers} layers, {model.n_routed_experts} experts"
+    )
     if checked.num_dequantized:
         print(f"note: {checked.num_dequantized} block-FP8 weights become BF16")
     if checked.skipped_layers:
-        print(f"note: {', '.join(checked.skipped_layers)} left out: multi-token-prediction layers, which are not part "
-              f"of the {model.num_hidden_layers} layers and which transformers does not load either")  # fmt: skip
+        print(
+            f"note: {', '.join(checked.skipped_layers)} left out: multi-token-prediction layers, which are not part "
+            f"of the {model.num_hidden_layers} layers and which transformers does not load either"
+        )

@@ -19,6 +19,7 @@ COMMANDS = {
     "train": "train a model; a run directory that holds a checkpoint is resumed",
     "plan": "predict memory, step time and exposed communication, without a GPU",
     "rehearse": "run one rank's step at real size without a GPU: memory, time, traffic, host waits",
+    "evaluate": "score a run's checkpoint on held-out text",
     "report": "show a run again: its metrics, its loss curve",
     "data": "build and inspect corpora",
     "import-hf": "turn a Hugging Face model directory into a checkpoint",

@@ -16,7 +16,6 @@ import os
 from collections.abc import Sequence
 from pathlib import Path
 
-from k2train.cli.show import show
 from k2train.config.compose import expand_sweep, load_config, parse_overrides
 from k2train.config.errors import ConfigError
 from k2train.config.help import render_help
@@ -26,16 +25,17 @@ from k2train.config.sweep import is_multirun, without_flags
 from k2train.planner.advice import Advice, advise, all_to_all_note
 from k2train.planner.export import plan_document
 from k2train.planner.plan import Plan, build_plan
-from k2train.planner.sweep import Row, compared, plan_rows, sweep_table
+from k2train.planner.sweep import Point, Refused, Row, compared, plan_rows, sweep_table
 from k2train.planner.tables import plan_tables
 from k2train.schedule.render import render_timeline
 from k2train.schedule.trace import write_trace
+from k2train.telemetry.tables import show
 
 USAGE = "k2train plan [-m] [key=value ...]"
 
 
 def run(args: list[str]) -> int:
-    """Plan what the overrides say and print it; returns 0. Raises ConfigError."""
+    """Plan what the overrides say and print it; 1 where nothing fits, else 0. Raises ConfigError."""
     if any(word in ("-h", "--help") for word in args):
         print(render_help(Config, "Predict memory, step time and exposed communication.", USAGE))
         return 0
@@ -51,40 +51,57 @@ def run(args: list[str]) -> int:
 
 
 def _single(config: Config) -> int:
-    """One plan, its tables and its files."""
+    """One plan, its tables and its files; 0 where it fits, else 1."""
     pictures = config.plan.timeline is not None or config.plan.trace is not None
     plan = build_plan(config, record=pictures)
     advice = None if plan.fits else advise(plan)
     show(*plan_tables(plan, advice, all_to_all_note(plan)))
     for path in _write(plan, advice):
         print(f"wrote {path}")
-    return 0
+    return 0 if plan.fits else 1
 
 
 def _compare(config: Config) -> int:
     """`plan.compare`: the same model and cluster under several schedules."""
     rows = plan_rows(compared(config))
-    nodes = f"{config.name} on {rows[0].world} devices ({config.cluster.name})"
-    show(*sweep_table(f"Schedules side by side: {nodes}", rows))
-    _write_rows(config.plan, rows)
-    return 0
+    world = next(row.world for row in rows if isinstance(row, Row))
+    nodes = f"{config.name} on {world} devices ({config.cluster.name})"
+    return _show_rows(f"Schedules side by side: {nodes}", rows, config.plan)
 
 
 def _sweep(words: Sequence[str]) -> int:
     """`-m`: every point of the sweep, and under every schedule of `plan.compare` where that is given."""
     keys = swept_keys(words)
-    points = []
+    points: list[Point] = []
     for overrides in expand_sweep(words):
-        config: Config = load_config(overrides)
-        check_files(config.plan)
-        refuse_pictures(config.plan)
         labels = {key.rsplit(".", 1)[-1]: _value(overrides, key) for key in keys}
-        variants = compared(config) if config.plan.compare else [({}, config)]
-        points += [({**labels, **more}, variant) for more, variant in variants]
-    rows = plan_rows(points)
-    show(*sweep_table(f"Sweep: {points[0][1].name}", rows))
-    _write_rows(points[0][1].plan, rows)
-    return 0
+        points += [({**labels, **more}, config) for more, config in _variants(overrides)]
+    configs = [config for _, config in points if isinstance(config, Config)]
+    if not configs:
+        plan_rows(points)
+    columns = {label: "" for labels, _ in points for label in labels}
+    rows = plan_rows([({**columns, **labels}, config) for labels, config in points])
+    return _show_rows(f"Sweep: {configs[0].name}", rows, configs[0].plan)
+
+
+def _variants(overrides: Sequence[str]) -> list[Point]:
+    """One point of a sweep under every schedule that is compared; the mistake in it where it has one."""
+    try:
+        config: Config = load_config(overrides)
+    except ConfigError as error:
+        return [({}, error)]
+    check_files(config.plan)
+    refuse_pictures(config.plan)
+    return compared(config) if config.plan.compare else [({}, config)]
+
+
+def _show_rows(title: str, rows: Sequence[Row | Refused], section: PlanConfig) -> int:
+    """Print and write the rows; 0 where one of them fits, else 1."""
+    show(*sweep_table(title, rows))
+    if section.json is not None:
+        _write_json(section.json, [dataclasses.asdict(row) for row in rows])
+        print(f"wrote {section.json}")
+    return 0 if any(isinstance(row, Row) and row.fits for row in rows) else 1
 
 
 def swept_keys(words: Sequence[str]) -> list[str]:
@@ -145,12 +162,6 @@ def _write(plan: Plan, advice: Advice | None) -> list[str]:
         write_trace(plan.simulation, section.trace)
         written.append(section.trace)
     return written
-
-
-def _write_rows(section: PlanConfig, rows: Sequence[Row]) -> None:
-    if section.json is not None:
-        _write_json(section.json, [dataclasses.asdict(row) for row in rows])
-        print(f"wrote {section.json}")
 
 
 def _write_json(path: str, document: object) -> None:

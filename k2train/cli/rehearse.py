@@ -10,16 +10,19 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import sys
+import time
+from collections.abc import Callable
 from pathlib import Path
 
 from k2train.cli.plan import check_writable
-from k2train.cli.show import show
 from k2train.config.compose import load_config
 from k2train.config.errors import ConfigError
 from k2train.config.help import render_help
 from k2train.config.schema import Config
 from k2train.layout.build import build_layout
 from k2train.rehearsal.stub import load_stub
+from k2train.telemetry.tables import show
 
 USAGE = "k2train rehearse [key=value ...]"
 
@@ -38,7 +41,7 @@ def run(args: list[str]) -> int:
     from k2train.rehearsal.run import rehearse
     from k2train.rehearsal.tables import rehearsal_tables
 
-    rehearsal = rehearse(config)
+    rehearsal = rehearse(config, progress(time.perf_counter()))
     show(*rehearsal_tables(rehearsal))
     section = config.rehearse
     if section.json is not None:
@@ -49,6 +52,15 @@ def run(args: list[str]) -> int:
         render_memory(rehearsal, section.picture)
         print(f"wrote {section.picture}")
     return 0
+
+
+def progress(started: float) -> Callable[[str], None]:
+    """Says each phase as it begins, on standard error, so that tables in a pipe stay tables."""
+
+    def say(phase: str) -> None:
+        print(f"{time.perf_counter() - started:6.1f} s  {phase}", file=sys.stderr, flush=True)
+
+    return say
 
 
 def as_rehearsed(config: Config) -> Config:

@@ -1,12 +1,12 @@
-"""`k2train report`: a finished or running run again, from its metrics.jsonl; `k2train report memory` is in report_memory."""
+"""`k2train report`: a finished or running run again, from its metrics.jsonl.
+
+`k2train report memory` is in report_memory.
+"""
 
 from __future__ import annotations
 
 import dataclasses
 from pathlib import Path
-
-from rich.console import Console
-from rich.table import Table
 
 from k2train.config.compose import parse_overrides
 from k2train.config.convert import from_dict
@@ -15,6 +15,7 @@ from k2train.config.fields import key
 from k2train.config.help import render_help
 from k2train.telemetry.metrics import read_metrics
 from k2train.telemetry.plot import draw_loss_curve
+from k2train.telemetry.tables import NumberTable, broken_heading, new_table, show
 
 USAGE = """k2train report run_dir=DIR [rows=N]
        k2train report memory [key=value ...]   bytes of every saved activation of a config"""
@@ -29,7 +30,8 @@ class ReportConfig:
 
 
 def run(args: list[str]) -> int:
-    """Print a table of the run's steps and draw its loss curve anew; with the word memory first, report_memory."""
+    """Print a table of the run's steps and draw its loss curve anew; with the word memory first,
+    report_memory."""
     if args[:1] == ["memory"]:
         from k2train.cli.report_memory import run as report_memory
 
@@ -43,16 +45,20 @@ def run(args: list[str]) -> int:
     run_dir = Path(report.run_dir)
     metrics = read_metrics(run_dir / "metrics.jsonl")
     if not metrics:
-        raise ConfigError("run_dir", report.run_dir, "holds no metrics.jsonl with a finished step",
-                          "give the directory that `k2train train` printed")  # fmt: skip
-    Console().print(metrics_table(metrics, report.rows))
+        raise ConfigError(
+            "run_dir",
+            report.run_dir,
+            "holds no metrics.jsonl with a finished step",
+            "give the directory that `k2train train` printed",
+        )
+    show(metrics_table(metrics, report.rows))
     picture = run_dir / "loss.png"
     draw_loss_curve(metrics, picture, run_dir.name)
     print(f"loss curve: {picture}")
     return 0
 
 
-def metrics_table(metrics: list[dict[str, float]], rows: int) -> Table:
+def metrics_table(metrics: list[dict[str, float]], rows: int) -> NumberTable:
     """Evenly spaced steps of a run, the first and the last included."""
     columns = [
         "step",
@@ -65,7 +71,8 @@ def metrics_table(metrics: list[dict[str, float]], rows: int) -> Table:
         "load_violation",
         "tokens_per_second",
     ]
-    table = Table(*columns)
+    table = new_table("", [broken_heading(column) for column in columns])
+    table.title = None
     count = min(rows, len(metrics))
     chosen = sorted({round(index * (len(metrics) - 1) / max(1, count - 1)) for index in range(count)})
     for line in (metrics[index] for index in chosen):

@@ -1,23 +1,21 @@
-"""`k2train report memory`: bytes of every saved activation under the chosen policies, predicted beside measured."""
+"""`k2train report memory`: bytes of every saved activation under the chosen policies, predicted
+beside measured."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable
 
 import torch
-from rich.console import Console
-from rich.table import Table
 
 from k2train.config.compose import config_dir, group_options, load_config
 from k2train.config.help import render_help
 from k2train.config.schema import Config
 from k2train.device.build import build_device
 from k2train.estimate.activations import check_policies
-from k2train.planner.tables import new_table
+from k2train.telemetry.tables import NumberTable, new_table, output_console
 from k2train.trainer.memory_report import MemoryReport, NameBytes, measure_memory
 
 USAGE = "k2train report memory [group=name ...] [key=value ...]"
-WIDTH = 110
 COLUMNS = ("computed", "planned", "predicted_device", "measured_device", "predicted_host", "measured_host")
 
 
@@ -32,27 +30,28 @@ def run(args: list[str]) -> int:
         return 0
     config: Config = load_config(args)
     check_policies(config.activations)
-    # But for what GPU kernels keep, bytes are the same wherever they are measured: a config made for GPUs can be looked at
-    # without one.
+    # But for what GPU kernels keep, bytes are the same wherever they are measured: a config made
+    # for GPUs can be looked at without one.
     here = torch.device("cuda" if torch.cuda.is_available() and config.train.device != "cpu" else "cpu")
     report = measure_memory(config, build_device(here))
-    console = Console(width=None if Console().is_terminal else WIDTH)
+    console = output_console()
     for kind, rows in report.layers.items():
-        console.print(memory_table(kind, report, rows))
+        console.print(memory_table(f"{kind} in {config.train.dtype}", report, rows))
     console.print(
-        f"largest difference between predicted and measured: {100 * report.largest_difference:.2f} % of a name's bytes",
-        highlight=False,
+        f"largest difference between predicted and measured: {100 * report.largest_difference:.2f} % of a name's bytes"
     )
     console.print(
         f"device, both layers and the model's ends: the store says {report.stored_bytes:,} bytes, alive are "
-        f"{report.alive_bytes:,} for the microbatch",
-        highlight=False,
+        f"{report.alive_bytes:,} for the microbatch"
     )
     return 0
 
 
-def memory_table(what: str, report: MemoryReport, rows: Iterable[NameBytes]) -> Table:
-    """One layer's names, in the config's order, and their sums."""
+def memory_table(what: str, report: MemoryReport, rows: Iterable[NameBytes]) -> NumberTable:
+    """One layer's names, in the config's order, and their sums.
+
+    what: the kind of layer and its type.
+    """
     at = "the config's widths" if report.divisor == 1 else f"1/{report.divisor} of the widths"
     title = f"{what}, bytes a token: computed and kept as configured; plan against run at {at}"
     headings = ["name", "policy", "computed", "kept", "device: plan", "run", "host: plan", "run"]

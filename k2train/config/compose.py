@@ -42,6 +42,24 @@ def load_config(overrides: Sequence[str] = (), root: type[T] = Config, config_na
     return from_dict(root, compose_dict(overrides, config_name))
 
 
+def load_run(overrides: Sequence[str]) -> Config:
+    """The config that the run in the words' `run_dir` was started with, changed by the overrides. Raises ConfigError."""
+    groups = group_options(config_dir())
+    parsed = parse_overrides(overrides)
+    chosen = [word for word in parsed if word.key_or_group in groups]
+    (run_dir,) = [str(word.value()) for word in parsed if word.key_or_group == "run_dir"]
+    try:
+        with initialize_config_dir(str(Path(run_dir).absolute()), version_base="1.3"):
+            lines = [permit(word) for word in parsed if word not in chosen]
+            plain = OmegaConf.to_container(hydra_compose("config", overrides=lines), resolve=True)
+    except (HydraException, OmegaConfBaseException) as error:
+        raise ConfigError("run_dir", run_dir, _first_line(error)) from error
+    assert isinstance(plain, dict)
+    for word in chosen:
+        plain[word.key_or_group] = compose_dict([word.input_line or ""])[word.key_or_group]
+    return from_dict(Config, plain)
+
+
 def compose_dict(overrides: Sequence[str], config_name: str = "config") -> dict[str, Any]:
     """The composed config as plain dicts, interpolations resolved."""
     parsed = parse_overrides(overrides)

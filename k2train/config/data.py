@@ -48,6 +48,10 @@ class DataConfig:
     name: str = key("name shown in reports")
     blend: tuple[CorpusConfig, ...] = key("corpora and weights; empty takes the Python standard library's sources",
                                           default=())  # fmt: skip
+    valid: tuple[CorpusConfig, ...] = key(
+        "corpora of held-out text of one's own, in the same format; empty holds out the validation share of data.split",
+        default=(),
+    )
     split: str = key("shares of training, validation and test documents", default="95,5,0")
     cache_dir: str = key("directory for built corpora and shuffle indices", default="data")
     tokenizer: TokenizerConfig = key("how text becomes token ids", factory=TokenizerConfig)

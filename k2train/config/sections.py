@@ -226,6 +226,21 @@ class TelemetryConfig:
     progress: Literal["auto", "bar", "lines", "none"] = key(
         "progress display; auto draws a bar on a terminal", default="auto"
     )
+    log_first_steps: int = key(
+        "steps at the start of a run with a line of progress each", default=10, unit="steps", minimum=0
+    )
+    log_every_seconds: float = key(
+        "longest time without a line of progress, counted at the end of steps",
+        default=60.0,
+        unit="seconds",
+        above=0,
+    )
+    log_every_steps: int | None = key(
+        "most steps without a line of progress; null takes a fortieth of the run",
+        default=None,
+        unit="steps",
+        minimum=1,
+    )
     trace_step: int | None = key(
         "step whose execution is recorded into run_dir/trace.json (open it in Perfetto, beside plan.trace); null for none",
         default=None,

@@ -1,10 +1,12 @@
 """Text files in, one indexed dataset out.
 
-    files -> tasks of ~8 MB -> workers: read, tokenize, write a part -> one writer: append the parts in task order
+    files -> tasks of ~8 MB -> workers: read, tokenize, write a part -> one writer: append the parts
+    in task order
 
-Tasks and their order depend on the files alone, so the bytes of the dataset do not depend on the number of workers. At
-most two tasks a worker are in flight, so memory stays at some 8 MB of input a task (a .gz file, which cannot be cut, is
-read as a stream), plus what megatron-core's builder keeps: the length and place of every document, about 100 bytes each.
+Tasks and their order depend on the files alone, so the bytes of the dataset do not depend on the
+number of workers. At most two tasks a worker are in flight, so memory stays at some 8 MB of input a
+task (a .gz file, which cannot be cut, is read as a stream), plus what megatron-core's builder
+keeps: the length and place of every document, about 100 bytes each.
 """
 
 from __future__ import annotations
@@ -44,7 +46,8 @@ Task = tuple[Unit, ...]
 
 @dataclasses.dataclass(frozen=True)
 class BuildReport:
-    """What a build made: the side-car's counts, the first bad lines, and the file that lists them all (None: none)."""
+    """What a build made: the side-car's counts, the first bad lines, and the file that lists them
+    all (None: none)."""
 
     prefix: str
     sidecar: Sidecar
@@ -66,8 +69,9 @@ class Progress:
 def build_dataset(config: DataBuildConfig, progress: Progress | None = None) -> BuildReport:
     """Build `config.output` from `config.input`.
 
-    Raises ConfigError for inputs that cannot be read, an output that exists, input without a document, and for the
-    first bad line if `on_bad_line` is stop. Whatever is raised, nothing is left at the output.
+    Raises ConfigError for inputs that cannot be read, an output that exists, input without a
+    document, and for the first bad line if `on_bad_line` is stop. Whatever is raised, nothing is
+    left at the output.
     """
     target = _target(config)
     progress = progress or Progress()
@@ -81,8 +85,12 @@ def build_dataset(config: DataBuildConfig, progress: Progress | None = None) -> 
         try:
             bad = _encode_all(config, job, tasks, writer, progress, Path(f"{staged}{BAD_SUFFIX}"))
             if writer.num_documents == 0:
-                raise ConfigError("input", _words(config.input), "holds no document" + bad.first_reason(),
-                                  "check the files, and text_key for .jsonl and .parquet")  # fmt: skip
+                raise ConfigError(
+                    "input",
+                    _words(config.input),
+                    "holds no document" + bad.first_reason(),
+                    "check the files, and text_key for .jsonl and .parquet",
+                )
             sidecar = writer.finish(bad.count)
         finally:
             writer.close()
@@ -92,7 +100,8 @@ def build_dataset(config: DataBuildConfig, progress: Progress | None = None) -> 
 
 
 class BadLines:
-    """Counts bad lines, keeps the first, and writes all of them to a file that exists only if there are some."""
+    """Counts bad lines, keeps the first, and writes all of them to a file that exists only if there
+    are some."""
 
     def __init__(self, path: Path) -> None:
         self.count = 0
@@ -121,8 +130,14 @@ def describe(bad: BadLine) -> str:
     return f"{bad.path}:{bad.line}: {bad.reason}"
 
 
-def _encode_all(config: DataBuildConfig, job: Job, tasks: list[Task], writer: DatasetWriter, progress: Progress,
-                bad_path: Path) -> BadLines:  # fmt: skip
+def _encode_all(
+    config: DataBuildConfig,
+    job: Job,
+    tasks: list[Task],
+    writer: DatasetWriter,
+    progress: Progress,
+    bad_path: Path,
+) -> BadLines:
     """Append the documents of all tasks in order; returns what was bad."""
     bad = BadLines(bad_path)
     lines_before: dict[str, int] = {}
@@ -130,8 +145,12 @@ def _encode_all(config: DataBuildConfig, job: Job, tasks: list[Task], writer: Da
         for task, encoded in zip(tasks, _results(config.workers, job, tasks), strict=True):
             for found in _numbered(task, encoded, lines_before):
                 if config.on_bad_line == "stop":
-                    raise ConfigError("input", f"{found.path}:{found.line}", found.reason,
-                                      "mend the line, or set on_bad_line=skip")  # fmt: skip
+                    raise ConfigError(
+                        "input",
+                        f"{found.path}:{found.line}",
+                        found.reason,
+                        "mend the line, or set on_bad_line=skip",
+                    )
                 bad.add(found)
             _append(writer, encoded, job.dtype)
             progress.advance(sum(unit.num_bytes for unit in task), writer.num_documents, writer.num_tokens)
@@ -213,11 +232,19 @@ def _target(config: DataBuildConfig) -> Path:
     """The output prefix, checked. Raises ConfigError."""
     target = Path(config.output).expanduser()
     if config.output.endswith(os.sep) or target.is_dir():
-        raise ConfigError("output", config.output, "is a directory, the output is the prefix of three files",
-                          f"for example output={target / 'corpus'}")  # fmt: skip
+        raise ConfigError(
+            "output",
+            config.output,
+            "is a directory, the output is the prefix of three files",
+            f"for example output={target / 'corpus'}",
+        )
     if target.suffix in _SUFFIXES:
-        raise ConfigError("output", config.output, "names a file, the output is the prefix of three files",
-                          f"output={target.with_suffix('')}")  # fmt: skip
+        raise ConfigError(
+            "output",
+            config.output,
+            "names a file, the output is the prefix of three files",
+            f"output={target.with_suffix('')}",
+        )
     existing = [f"{target}{suffix}" for suffix in _SUFFIXES if os.path.exists(f"{target}{suffix}")]
     if existing and not config.overwrite:
         raise ConfigError(
@@ -232,8 +259,12 @@ def _staging(target: Path) -> Iterator[Path]:
         with staging(target) as staged:
             yield staged
     except OSError as error:
-        raise ConfigError("output", target, f"cannot be written: {error.strerror}",
-                          "name a place that can be written and has room") from error  # fmt: skip
+        raise ConfigError(
+            "output",
+            target,
+            f"cannot be written: {error.strerror}",
+            "name a place that can be written and has room",
+        ) from error
 
 
 def _words(inputs: Iterable[str]) -> str:

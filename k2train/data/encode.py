@@ -1,5 +1,5 @@
-"""The worker's half of a build: text in, a file of ids out. Imports neither torch nor megatron-core, so a worker
-process starts in a fraction of a second."""
+"""The worker's half of a build: text in, a file of ids out. Imports neither torch nor
+megatron-core, so a worker process starts in a fraction of a second."""
 
 from __future__ import annotations
 
@@ -29,7 +29,8 @@ class Job:
 
 @dataclasses.dataclass(frozen=True)
 class Encoded:
-    """The documents of a task: ids in file `part`, the documents' lengths, and what was no document.
+    """The documents of a task: ids in file `part`, the documents' lengths, and what was no
+    document.
 
     bad: a list for each unit, lines numbered within the unit; lines: the lines of each unit.
     """
@@ -49,7 +50,8 @@ class Encoder:
         self._tokenizer: Tokenizer = build_tokenizer(job.tokenizer)
 
     def encode(self, index: int, task: tuple[Unit, ...]) -> Encoded:
-        """Write the documents of a task into a part file. Raises ConfigError for a file that cannot be read."""
+        """Write the documents of a task into a part file. Raises ConfigError for a file that cannot
+        be read."""
         part = Path(self._job.scratch) / f"part-{index:08d}"
         lengths: list[int] = []
         num_bytes = 0

@@ -1,16 +1,19 @@
 """One split of one dataset, read epoch after epoch through megatron-core's GPTDataset.
 
-A GPTDataset of one epoch concatenates the split's documents in a shuffled order, cuts the stream into windows of
-seq_len + 1 tokens that overlap by one (so every token is a target once), and shuffles the windows. Each epoch is its
-own GPTDataset with its own seed, which keeps the order independent of how many epochs a run needs (see order.py).
+A GPTDataset of one epoch concatenates the split's documents in a shuffled order, cuts the stream
+into windows of seq_len + 1 tokens that overlap by one (so every token is a target once), and
+shuffles the windows. Each epoch is its own GPTDataset with its own seed, which keeps the order
+independent of how many epochs a run needs (see order.py).
 
-Held-out splits keep the windows in the order of the stream instead: whole documents one after another, so that a
-compressor can be given the very text that a number of samples covers (its figure suffers when windows are torn apart).
+Held-out splits keep the windows in the order of the stream instead: whole documents one after
+another, so that a compressor can be given the very text that a number of samples covers (its figure
+suffers when windows are torn apart).
 
-A GPTDataset's three index arrays are cached and mapped from disk, so that the processes of a node share them. GPTDataset's own
-caching is not used for writing: it would write from the first rank only, beside the corpus, and piece by piece. Here
-any process may build, in a directory of its own that is then renamed; whoever comes second drops its copy. Nothing
-communicates; where many processes start at once, let one of a node go first to spare the others the work.
+A GPTDataset's three index arrays are cached and mapped from disk, so that the processes of a node
+share them. GPTDataset's own caching is not used for writing: it would write from the first rank
+only, beside the corpus, and piece by piece. Here any process may build, in a directory of its own
+that is then renamed; whoever comes second drops its copy. Nothing communicates; where many
+processes start at once, let one of a node go first to spare the others the work.
 """
 
 from __future__ import annotations
@@ -80,7 +83,8 @@ class EpochReader:
         return torch.cat([item["tokens"], item["labels"][-1:]])
 
     def _epoch(self, epoch: int) -> tuple[Any, npt.NDArray[np.int64] | None]:
-        """The GPTDataset of an epoch, and for held-out splits where in it the windows of the stream are, in order."""
+        """The GPTDataset of an epoch, and for held-out splits where in it the windows of the stream
+        are, in order."""
         if epoch not in self._open:
             while len(self._open) >= _OPEN_EPOCHS:
                 self._open.pop(next(iter(self._open)))
@@ -93,14 +97,18 @@ class EpochReader:
             if not directory.is_dir():
                 self._write_indices(directory, seed)
         except OSError as error:
-            raise ConfigError("data.cache_dir", self._window.cache_dir,
-                              f"cannot hold shuffle indices: {error.strerror}",
-                              "name a directory that can be written") from error  # fmt: skip
+            raise ConfigError(
+                "data.cache_dir",
+                self._window.cache_dir,
+                f"cannot hold shuffle indices: {error.strerror}",
+                "name a directory that can be written",
+            ) from error
         order = None if self._split == "train" else np.load(directory / _ORDER, mmap_mode="r")
         return self._gpt_dataset(seed, str(directory)), order
 
     def _write_indices(self, directory: Path, seed: int) -> None:
-        # an empty path makes GPTDataset build in memory on every rank, with no file and no communication
+        # an empty path makes GPTDataset build in memory on every rank, with no file and no
+        # communication
         built = self._gpt_dataset(seed, "")
         directory.parent.mkdir(parents=True, exist_ok=True)
         scratch = directory.parent / f".building-{uuid.uuid4().hex}"
@@ -122,31 +130,53 @@ class EpochReader:
         from k2train.data.megatron import GPTDataset, GPTDatasetConfig, Split
 
         prefix = self._indexed.path_prefix
-        config = GPTDatasetConfig(random_seed=seed, sequence_length=self._window.seq_len, blend=([prefix], None),
-                                  split=self._window.split, path_to_cache=path_to_cache,
-                                  tokenizer=_TokenizerFacts(self._window.tokenizer), reset_position_ids=False,
-                                  reset_attention_mask=False, eod_mask_loss=False,
-                                  create_attention_mask=False)  # fmt: skip
+        config = GPTDatasetConfig(
+            random_seed=seed,
+            sequence_length=self._window.seq_len,
+            blend=([prefix], None),
+            split=self._window.split,
+            path_to_cache=path_to_cache,
+            tokenizer=_TokenizerFacts(self._window.tokenizer),
+            reset_position_ids=False,
+            reset_attention_mask=False,
+            eod_mask_loss=False,
+            create_attention_mask=False,
+        )
         with _without_cache_warning():
             return GPTDataset(self._indexed, prefix, self._documents, None, Split[self._split], config)
 
     def _cache_key(self, seed: int) -> str:
-        """The indices depend on the documents' lengths, which the index file holds, and on how they are cut."""
+        """The indices depend on the documents' lengths, which the index file holds, and on how they
+        are cut."""
         stat = os.stat(f"{self._indexed.path_prefix}.idx")
         window = self._window
         version = importlib.metadata.version("megatron-core")  # another version may shuffle otherwise
-        parts = (version, os.path.abspath(self._indexed.path_prefix), stat.st_size, stat.st_mtime_ns, window.seq_len,
-                 window.split, window.tokenizer.identity, self._split, seed)  # fmt: skip
+        parts = (
+            version,
+            os.path.abspath(self._indexed.path_prefix),
+            stat.st_size,
+            stat.st_mtime_ns,
+            window.seq_len,
+            window.split,
+            window.tokenizer.identity,
+            self._split,
+            seed,
+        )
         return hashlib.sha256(repr(parts).encode()).hexdigest()[:32]
 
 
 @contextmanager
 def _without_cache_warning() -> Iterator[None]:
-    """GPTDataset warns when it builds without a cache directory of its own, which is what is asked of it here."""
+    """GPTDataset warns when it builds without a cache directory of its own, which is what is asked
+    of it here."""
     logger = logging.getLogger("megatron.core.datasets.gpt_dataset")
-    level = logger.level
-    logger.setLevel(logging.ERROR)
+
+    def errors_only(record: logging.LogRecord) -> bool:
+        return record.levelno >= logging.ERROR
+
+    # A filter of its own for each call: training and evaluation may both be here, in two threads.
+    logger.addFilter(errors_only)
     try:
         yield
     finally:
-        logger.setLevel(level)
+        logger.removeFilter(errors_only)

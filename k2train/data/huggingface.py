@@ -78,16 +78,21 @@ def _load(file: Path) -> Any:
 
 
 def _end_of_document(file: Path, vocabulary: dict[str, int]) -> int:
-    """The id of `eos_token` in tokenizer_config.json beside the file, else of the first well-known name."""
+    """The id of `eos_token` in tokenizer_config.json beside the file, else of the first well-known
+    name."""
     named = _configured_eos(file.with_name("tokenizer_config.json"))
     if named is not None and named in vocabulary:
         return vocabulary[named]
     for name in _END_OF_DOCUMENT:
         if name in vocabulary:
             return vocabulary[name]
-    raise ConfigError(_FIELD, file, "has no end-of-document token",
-                      "name it as eos_token in tokenizer_config.json beside it, or add one of "
-                      + " ".join(_END_OF_DOCUMENT))  # fmt: skip
+    raise ConfigError(
+        _FIELD,
+        file,
+        "has no end-of-document token",
+        "name it as eos_token in tokenizer_config.json beside it, or add one of "
+        + " ".join(_END_OF_DOCUMENT),
+    )
 
 
 def _configured_eos(config_file: Path) -> str | None:
@@ -101,13 +106,15 @@ def _configured_eos(config_file: Path) -> str | None:
 
 
 def _byte_level_table(tokenizer: Any, vocabulary: dict[str, int], vocab_size: int) -> list[bytes] | None:
-    """The bytes of every id of a byte-level tokenizer; None for other kinds, whose ids have no bytes of their own.
+    """The bytes of every id of a byte-level tokenizer; None for other kinds, whose ids have no
+    bytes of their own.
 
-    With it, half a character at the edge of a sample decodes to its own bytes rather than to a replacement sign.
+    With it, half a character at the edge of a sample decodes to its own bytes rather than to a
+    replacement sign.
     """
     if not isinstance(tokenizer.decoder, tokenizers.decoders.ByteLevel):
         return None
-    byte_of = _byte_level_alphabet()
+    byte_of = byte_level_alphabet()
     added = {token.content for token in tokenizer.get_added_tokens_decoder().values()}
     table = [b""] * vocab_size
     for text, token in vocabulary.items():
@@ -116,8 +123,9 @@ def _byte_level_table(tokenizer: Any, vocabulary: dict[str, int], vocab_size: in
     return table
 
 
-def _byte_level_alphabet() -> dict[str, int]:
-    """GPT-2's spelling of bytes: printable Latin-1 stands for itself, the others are numbered from U+0100 upwards."""
+def byte_level_alphabet() -> dict[str, int]:
+    """GPT-2's spelling of bytes: printable Latin-1 stands for itself, the others are numbered from
+    U+0100 upwards."""
     printable = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
     others = [byte for byte in range(256) if byte not in set(printable)]
     alphabet = {chr(byte): byte for byte in printable}

@@ -1,7 +1,9 @@
-"""Opens a dataset in megatron-core's indexed format, after checking that its files are what they say.
+"""Opens a dataset in megatron-core's indexed format, after checking that its files are what they
+say.
 
-megatron-core itself checks with `assert` and maps the files unread, so a truncated .bin would show as a wrong read in
-the middle of a run. The header is small and public: magic, version, type code, counts, then lengths and byte offsets.
+megatron-core itself checks with `assert` and maps the files unread, so a truncated .bin would show
+as a wrong read in the middle of a run. The header is small and public: magic, version, type code,
+counts, then lengths and byte offsets.
 """
 
 from __future__ import annotations
@@ -22,7 +24,8 @@ _REBUILD = "copy the dataset again from its source, or build it again with `k2tr
 
 
 def open_indexed(prefix: str, field: str) -> Any:
-    """megatron-core's IndexedDataset of `prefix`; ConfigError (under `field`) if its files are missing or damaged."""
+    """megatron-core's IndexedDataset of `prefix`; ConfigError (under `field`) if its files are
+    missing or damaged."""
     check_files(prefix, field)
     from k2train.data.megatron import IndexedDataset
 
@@ -30,7 +33,8 @@ def open_indexed(prefix: str, field: str) -> Any:
 
 
 def check_files(prefix: str, field: str) -> None:
-    """Raise ConfigError unless PREFIX.idx and PREFIX.bin exist, are well formed and agree about their sizes."""
+    """Raise ConfigError unless PREFIX.idx and PREFIX.bin exist, are well formed and agree about
+    their sizes."""
     _check_exist(prefix, field)
     index = Path(f"{prefix}.idx")
     code, num_sequences, num_documents = _read_header(index, field)
@@ -77,7 +81,8 @@ def _read_header(index: Path, field: str) -> tuple[int, int, int]:
 
 
 def _check_data_size(prefix: str, field: str, id_bytes: int, num_sequences: int) -> None:
-    """The last sequence must end inside the .bin; lengths and offsets are read from the index without loading it all."""
+    """The last sequence must end inside the .bin; lengths and offsets are read from the index
+    without loading it all."""
     index = np.memmap(f"{prefix}.idx", mode="r")
     last = _HEADER_BYTES + 4 * (num_sequences - 1)
     length = int(np.frombuffer(index[last : last + 4].tobytes(), dtype=np.int32)[0])

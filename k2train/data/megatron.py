@@ -1,9 +1,10 @@
 """The only door to megatron-core.
 
-Importing any module of megatron-core runs `megatron/core/__init__.py`, which takes seconds (it imports torch's compiler)
-and warns about every optional package it does not find. So nothing here is imported at the top of another module:
-callers import this one inside the function that needs it, and the import's own warnings are held back, since they are
-about parts of megatron-core (its model, optimizer and inference) that this program never calls.
+Importing any module of megatron-core runs `megatron/core/__init__.py`, which takes seconds (it
+imports torch's compiler) and warns about every optional package it does not find. So nothing here
+is imported at the top of another module: callers import this one inside the function that needs it,
+and the import's own warnings are held back, since they are about parts of megatron-core (its model,
+optimizer and inference) that this program never calls.
 """
 
 from __future__ import annotations

@@ -1,8 +1,9 @@
 """Reads the documents of a unit, one after another, and reports what it cannot read by line.
 
-Every line of a .jsonl file and every row of a .parquet file becomes either a document or a `BadLine`; nothing is passed
-over. A .txt file is one document, unless it holds lines that consist of `<|endoftext|>`, the usual separator, or is so
-long that it is cut at the next line end (a document is held in memory whole).
+Every line of a .jsonl file and every row of a .parquet file becomes either a document or a
+`BadLine`; nothing is passed over. A .txt file is one document, unless it holds lines that consist
+of `<|endoftext|>`, the usual separator, or is so long that it is cut at the next line end (a
+document is held in memory whole).
 """
 
 from __future__ import annotations
@@ -24,7 +25,8 @@ _BYTE_ORDER_MARK = b"\xef\xbb\xbf"
 
 @dataclasses.dataclass(frozen=True)
 class BadLine:
-    """A line (from 1, within its unit) or Parquet row (from 1, within its file) that is no document."""
+    """A line (from 1, within its unit) or Parquet row (from 1, within its file) that is no
+    document."""
 
     path: str
     line: int
@@ -39,7 +41,8 @@ class LineCount:
 
 
 def read_unit(unit: Unit, text_key: str, count: LineCount) -> Iterator[tuple[int, str] | BadLine]:
-    """(line, text) of each document, or what is wrong with it. Raises ConfigError if the file cannot be read further."""
+    """(line, text) of each document, or what is wrong with it. Raises ConfigError if the file
+    cannot be read further."""
     try:
         if unit.kind == "parquet":
             yield from _read_parquet(unit, text_key)
@@ -48,12 +51,17 @@ def read_unit(unit: Unit, text_key: str, count: LineCount) -> Iterator[tuple[int
         else:
             yield from _read_text(unit, count)
     except (OSError, EOFError, zlib.error) as error:
-        raise ConfigError("input", unit.path, f"cannot be read after line {count.lines}: {error}",
-                          "the file is damaged: fetch it again, or leave it out") from error  # fmt: skip
+        raise ConfigError(
+            "input",
+            unit.path,
+            f"cannot be read after line {count.lines}: {error}",
+            "the file is damaged: fetch it again, or leave it out",
+        ) from error
 
 
 def _lines(unit: Unit) -> Iterator[bytes]:
-    """The lines that begin inside the unit. A range that does not begin a line leaves the rest of it to the one before."""
+    """The lines that begin inside the unit. A range that does not begin a line leaves the rest of
+    it to the one before."""
     opener: Any = gzip.open if unit.gzipped else open
     with opener(unit.path, "rb") as stream:
         position = max(unit.start - 1, 0)
@@ -157,15 +165,20 @@ def _read_parquet(unit: Unit, text_key: str) -> Iterator[tuple[int, str] | BadLi
         with pq.ParquetFile(unit.path) as parquet:
             groups = list(range(unit.start, unit.stop))
             for batch in parquet.iter_batches(batch_size=1024, row_groups=groups, columns=[text_key]):
-                # as bytes, because pyarrow would raise for the whole batch on the first value that is not UTF-8
+                # as bytes, because pyarrow would raise for the whole batch on the first value that
+                # is not UTF-8
                 for value in batch.column(0).cast(pa.large_string()).cast(pa.large_binary()).to_pylist():
                     row += 1
                     text, reason = _parquet_text(value, text_key)
                     yield (row, text) if text is not None else BadLine(unit.path, row, reason)
     except pa.ArrowException as error:
         first = str(error).splitlines()[0]
-        raise ConfigError("input", unit.path, f"cannot be read after row {row}: {first}",
-                          "the file is damaged: fetch it again, or leave it out") from error  # fmt: skip
+        raise ConfigError(
+            "input",
+            unit.path,
+            f"cannot be read after row {row}: {first}",
+            "the file is damaged: fetch it again, or leave it out",
+        ) from error
 
 
 def _parquet_text(value: bytes | None, text_key: str) -> tuple[str | None, str]:

@@ -8,7 +8,9 @@ from typing import Any
 
 import numpy as np
 
+from k2train.config.convert import from_dict
 from k2train.config.data import TokenizerConfig
+from k2train.config.errors import ConfigError
 from k2train.config.fields import check_ranges, key
 from k2train.data.indexed import open_indexed
 from k2train.data.sidecar import Sidecar, check_tokenizer, read_sidecar
@@ -55,18 +57,36 @@ def _origin(sidecar: Sidecar | None) -> Iterator[str]:
 
 
 def _first_documents(config: ShowConfig, indexed: Any, sidecar: Sidecar | None) -> Iterator[str]:
-    tokenizer = build_tokenizer(config.tokenizer)
-    if sidecar is not None and sidecar.tokenizer_identity != tokenizer.identity:
-        if config.tokenizer == TokenizerConfig():
-            yield "  (give tokenizer.kind and tokenizer.path to see its text)"
-            return
-        check_tokenizer(sidecar, tokenizer, config.prefix, "prefix")
+    tokenizer = _tokenizer_of(config, sidecar)
+    if tokenizer is None:
+        yield "  (give tokenizer.kind and tokenizer.path to see its text)"
+        return
     for document in range(min(config.documents, len(indexed))):
         yield f"  document {document}: {_beginning(tokenizer, indexed[document], config.characters)}"
 
 
+def _tokenizer_of(config: ShowConfig, sidecar: Sidecar | None) -> Tokenizer | None:
+    """The one that was given, else the one that the side-car names; None where that is not to be
+    found.
+
+    Raises ConfigError where the given one has not built the dataset.
+    """
+    tokenizer = build_tokenizer(config.tokenizer)
+    if sidecar is None or sidecar.tokenizer_identity == tokenizer.identity:
+        return tokenizer
+    if config.tokenizer != TokenizerConfig():
+        check_tokenizer(sidecar, tokenizer, config.prefix, "prefix")
+    kind, _, path = sidecar.tokenizer.partition(" ")
+    try:
+        named = build_tokenizer(from_dict(TokenizerConfig, {"kind": kind, "path": path}, "tokenizer"))
+    except (ConfigError, OSError):
+        return None
+    return named if named.identity == sidecar.tokenizer_identity else None
+
+
 def _beginning(tokenizer: Tokenizer, ids: Any, characters: int) -> str:
-    """The first characters as a Python string literal: control characters must not reach the terminal."""
+    """The first characters as a Python string literal: control characters must not reach the
+    terminal."""
     head = np.asarray(ids[: 8 * characters], dtype=np.int64)
     if len(head) and (int(head.max()) >= tokenizer.vocab_size or int(head.min()) < 0):
         return f"ids {head[:16].tolist()}, outside the vocabulary of tokenizer {tokenizer.name}"

@@ -1,8 +1,9 @@
 """PREFIX.json: what an indexed dataset holds, written beside it by `k2train data build`.
 
-megatron-core's format stores ids and lengths but not which tokenizer made them, so a corpus read with the wrong one
-trains on nonsense without an error. The side-car lets training check that. Datasets that other programs wrote have
-none and are taken as they are; their ids are checked against the vocabulary as they are read.
+megatron-core's format stores ids and lengths but not which tokenizer made them, so a corpus read
+with the wrong one trains on nonsense without an error. The side-car lets training check that.
+Datasets that other programs wrote have none and are taken as they are; their ids are checked
+against the vocabulary as they are read.
 """
 
 from __future__ import annotations
@@ -39,7 +40,8 @@ def sidecar_path(prefix: str | Path) -> Path:
 
 
 def read_sidecar(prefix: str | Path, field: str) -> Sidecar | None:
-    """The side-car of `prefix`, None where there is none. Raises ConfigError (under `field`) if it cannot be read."""
+    """The side-car of `prefix`, None where there is none. Raises ConfigError (under `field`) if it
+    cannot be read."""
     path = sidecar_path(prefix)
     if not path.is_file():
         return None
@@ -63,6 +65,9 @@ def write_sidecar(path: Path, sidecar: Sidecar) -> None:
 def check_tokenizer(sidecar: Sidecar, tokenizer: Tokenizer, prefix: str, field: str) -> None:
     """Raise ConfigError unless `tokenizer` is the one that made the dataset."""
     if sidecar.tokenizer_identity != tokenizer.identity:
-        raise ConfigError(field, prefix,
-                          f"was built with the tokenizer {sidecar.tokenizer}, this run has {tokenizer.name}",
-                          "set data.tokenizer to the one that built it, or build the dataset again")  # fmt: skip
+        raise ConfigError(
+            field,
+            prefix,
+            f"was built with the tokenizer {sidecar.tokenizer}, this run has {tokenizer.name}",
+            "set data.tokenizer to the one that built it, or build the dataset again",
+        )

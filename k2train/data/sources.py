@@ -1,7 +1,8 @@
 """Finds the text files of a build and cuts them into tasks.
 
-A task is some 8 MB of input: a byte range of a .jsonl file, a row group of a .parquet file, or several small files.
-The cut depends on the files alone, so any number of workers makes the same dataset.
+A task is some 8 MB of input: a byte range of a .jsonl file, a row group of a .parquet file, or
+several small files. The cut depends on the files alone, so any number of workers makes the same
+dataset.
 """
 
 from __future__ import annotations
@@ -21,7 +22,8 @@ Kind = Literal["txt", "jsonl", "parquet"]
 
 @dataclasses.dataclass(frozen=True)
 class Unit:
-    """Part of a file that one worker reads: bytes start .. stop of text, or row groups start .. stop of Parquet.
+    """Part of a file that one worker reads: bytes start .. stop of text, or row groups start ..
+    stop of Parquet.
 
     first_row: Parquet rows before it. num_bytes: its share of the file, for progress.
     """
@@ -36,7 +38,8 @@ class Unit:
 
 
 def find_files(inputs: Sequence[str]) -> list[Path]:
-    """The files named, and those below the directories named in order of their path. Raises ConfigError.
+    """The files named, and those below the directories named in order of their path. Raises
+    ConfigError.
 
     Files of other kinds below a directory are passed over; named directly they are an error.
     """
@@ -53,7 +56,8 @@ def find_files(inputs: Sequence[str]) -> list[Path]:
 
 
 def cut_tasks(files: Iterable[Path], text_key: str) -> list[tuple[Unit, ...]]:
-    """All files as tasks, in order. Raises ConfigError for a Parquet file that cannot be read or lacks the column."""
+    """All files as tasks, in order. Raises ConfigError for a Parquet file that cannot be read or
+    lacks the column."""
     tasks: list[tuple[Unit, ...]] = []
     pending: list[Unit] = []
     size = 0
@@ -135,8 +139,12 @@ def _parquet_units(file: Path, text_key: str, size: int) -> Iterator[Unit]:
         if text_key not in schema.names:
             raise ConfigError("text_key", text_key, f"is no column of {file}", f"its columns are {names}")
         if not _holds_text(schema.field(text_key).type):
-            raise ConfigError("text_key", text_key, f"holds {schema.field(text_key).type} in {file}, not text",
-                              f"its columns are {names}")  # fmt: skip
+            raise ConfigError(
+                "text_key",
+                text_key,
+                f"holds {schema.field(text_key).type} in {file}, not text",
+                f"its columns are {names}",
+            )
         groups = parquet.metadata.num_row_groups
         row = 0
         for group in range(groups):

@@ -1,4 +1,5 @@
-"""Training, validation and test documents: contiguous shares of a dataset, as megatron-core cuts them."""
+"""Training, validation and test documents: contiguous shares of a dataset, as megatron-core cuts
+them."""
 
 from __future__ import annotations
 
@@ -43,7 +44,8 @@ def parse_split(text: str) -> tuple[float, float, float]:
 def document_ranges(shares: tuple[float, float, float], num_documents: int) -> dict[SplitName, range]:
     """The documents of each split: contiguous, disjoint, complete.
 
-    The cuts are those of megatron-core's BlendedMegatronDatasetBuilder: round(share so far x documents).
+    The cuts are those of megatron-core's BlendedMegatronDatasetBuilder: round(share so far x
+    documents).
     """
     cuts = [0]
     for index in range(len(SPLITS)):

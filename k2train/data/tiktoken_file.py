@@ -1,8 +1,10 @@
-"""tiktoken: a file of ranks such as Kimi K2's `tiktoken.model`, or one of the library's own encodings by name.
+"""tiktoken: a file of ranks such as Kimi K2's `tiktoken.model`, or one of the library's own
+encodings by name.
 
-A rank file holds the byte strings and their ranks and nothing else. What else Kimi's released tokenizer fixes is fixed
-here too: the pattern that cuts text into words, 256 ids after the ranks for special tokens, and the places where very
-long text is cut before it reaches the library (which fails on words of some 100 thousand characters).
+A rank file holds the byte strings and their ranks and nothing else. What else Kimi's released
+tokenizer fixes is fixed here too: the pattern that cuts text into words, 256 ids after the ranks
+for special tokens, and the places where very long text is cut before it reaches the library (which
+fails on words of some 100 thousand characters).
 Source: the tokenizer files released with Kimi-K2-Base.
 """
 
@@ -30,16 +32,18 @@ _UPPER = r"[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}&&[^\p{Han}]]"
 _LOWER = r"[\p{Ll}\p{Lm}\p{Lo}\p{M}&&[^\p{Han}]]"
 _LEAD = r"[^\r\n\p{L}\p{N}]?"
 _CONTRACTION = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)?"
-KIMI_PATTERN = "|".join((
-    r"[\p{Han}]+",
-    f"{_LEAD}{_UPPER}*{_LOWER}+{_CONTRACTION}",
-    f"{_LEAD}{_UPPER}+{_LOWER}*{_CONTRACTION}",
-    r"\p{N}{1,3}",
-    r" ?[^\s\p{L}\p{N}]+[\r\n]*",
-    r"\s*[\r\n]+",
-    r"\s+(?!\S)",
-    r"\s+",
-))  # fmt: skip
+KIMI_PATTERN = "|".join(
+    (
+        r"[\p{Han}]+",
+        f"{_LEAD}{_UPPER}*{_LOWER}+{_CONTRACTION}",
+        f"{_LEAD}{_UPPER}+{_LOWER}*{_CONTRACTION}",
+        r"\p{N}{1,3}",
+        r" ?[^\s\p{L}\p{N}]+[\r\n]*",
+        r"\s*[\r\n]+",
+        r"\s+(?!\S)",
+        r"\s+",
+    )
+)
 
 
 class TiktokenTokenizer:
@@ -75,8 +79,8 @@ class TiktokenTokenizer:
 
 
 def cut_long(text: str) -> Iterator[str]:
-    """Pieces of at most MAX_TEXT_CHARACTERS, in each of which no run of spaces or of non-spaces exceeds
-    MAX_RUN_CHARACTERS. Joined they are `text`."""
+    """Pieces of at most MAX_TEXT_CHARACTERS, in each of which no run of spaces or of non-spaces
+    exceeds MAX_RUN_CHARACTERS. Joined they are `text`."""
     for start in range(0, len(text), MAX_TEXT_CHARACTERS):
         yield from _cut_runs(text[start : start + MAX_TEXT_CHARACTERS], MAX_RUN_CHARACTERS)
 
@@ -103,7 +107,9 @@ def _from_ranks(file: Path, pattern: str | None) -> tuple[tiktoken.Encoding, int
         raise ConfigError(_FIELD, file, "must hold the ranks 0, 1, 2, ... once each")
     special = _special_tokens(file.with_name("tokenizer_config.json"), len(ranks))
     try:
-        encoding = tiktoken.Encoding(file.name, pat_str=pattern or KIMI_PATTERN, mergeable_ranks=ranks, special_tokens=special)  # fmt: skip
+        encoding = tiktoken.Encoding(
+            file.name, pat_str=pattern or KIMI_PATTERN, mergeable_ranks=ranks, special_tokens=special
+        )
     except ValueError as error:
         raise ConfigError(
             "tokenizer.pattern", pattern, f"is not a pattern of the tiktoken library: {error}"
@@ -112,8 +118,8 @@ def _from_ranks(file: Path, pattern: str | None) -> tuple[tiktoken.Encoding, int
 
 
 def _special_tokens(config_file: Path, first: int) -> dict[str, int]:
-    """Names for the NUM_SPECIAL ids after the ranks. [EOS] is the one that tokenizer_config.json beside the ranks names
-    as eos_token, else the second, as in Kimi's."""
+    """Names for the NUM_SPECIAL ids after the ranks. [EOS] is the one that tokenizer_config.json
+    beside the ranks names as eos_token, else the second, as in Kimi's."""
     eos_id = first + 1
     if config_file.is_file():
         try:
@@ -142,8 +148,12 @@ def _by_name(name: str) -> tuple[tiktoken.Encoding, int]:
     try:
         encoding = tiktoken.get_encoding(name)
     except Exception as error:  # whatever the library's HTTP client raises
-        raise ConfigError(_FIELD, name, f"is not in tiktoken's cache and cannot be fetched: {type(error).__name__}",
-                          "set TIKTOKEN_CACHE_DIR to a directory that holds it, or give a rank file") from error  # fmt: skip
+        raise ConfigError(
+            _FIELD,
+            name,
+            f"is not in tiktoken's cache and cannot be fetched: {type(error).__name__}",
+            "set TIKTOKEN_CACHE_DIR to a directory that holds it, or give a rank file",
+        ) from error
     return encoding, encoding.eot_token
 
 

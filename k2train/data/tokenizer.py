@@ -1,11 +1,13 @@
 """What a tokenizer is here, and the byte-level one.
 
-A tokenizer turns a document's text into ids and back and can say how many bytes of text a run of ids stands for; that
-is all that building a corpus and reporting bits per byte need. The end-of-document id is put after every document by
-the builder, never by `encode`, and stands for no bytes.
+A tokenizer turns a document's text into ids and back and can say how many bytes of text a run of
+ids stands for; that is all that building a corpus and reporting bits per byte need. The
+end-of-document id is put after every document by the builder, never by `encode`, and stands for no
+bytes.
 
-The byte tokenizer is 256 byte values and the end-of-document id 256, so it needs no file, knows every text, and its
-loss divided by ln 2 is bits per byte. The other kinds live in `huggingface.py` and `tiktoken_file.py`.
+The byte tokenizer is 256 byte values and the end-of-document id 256, so it needs no file, knows
+every text, and its loss divided by ln 2 is bits per byte. The other kinds live in `huggingface.py`
+and `tiktoken_file.py`.
 """
 
 from __future__ import annotations
@@ -24,7 +26,8 @@ class Tokenizer(Protocol):
     """Text to ids and back.
 
     name: for reports, with the file it came from.
-    identity: equal for two tokenizers exactly when they map text to ids alike; written beside a corpus.
+    identity: equal for two tokenizers exactly when they map text to ids alike; written beside a
+        corpus.
     vocab_size: ids are 0 .. vocab_size - 1, special tokens included.
     eod_id: the end-of-document id.
     """
@@ -35,7 +38,8 @@ class Tokenizer(Protocol):
     eod_id: int
 
     def encode(self, text: str) -> Ids:
-        """Ids of `text`, special tokens neither added nor recognised. Raises UnicodeEncodeError on lone surrogates."""
+        """Ids of `text`, special tokens neither added nor recognised. Raises UnicodeEncodeError on
+        lone surrogates."""
         ...
 
     def decode(self, ids: Ids) -> bytes:
@@ -67,7 +71,8 @@ class ByteTokenizer:
 
 
 def build_tokenizer(config: TokenizerConfig) -> Tokenizer:
-    """The tokenizer of a config. Raises ConfigError where its file cannot be read or has no end-of-document token."""
+    """The tokenizer of a config. Raises ConfigError where its file cannot be read or has no
+    end-of-document token."""
     if config.kind == "byte":
         return ByteTokenizer()
     assert config.path is not None  # TokenizerConfig checks it

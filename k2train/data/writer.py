@@ -1,8 +1,8 @@
 """Writes one indexed dataset so that it either exists whole or not at all.
 
-Everything is written under a temporary name beside the target and renamed when complete. Three renames are not one,
-so the index goes last and an old index is removed first: without an .idx there is no dataset, and at no moment does an
-index stand beside data that it does not describe.
+Everything is written under a temporary name beside the target and renamed when complete. Three
+renames are not one, so the index goes last and an old index is removed first: without an .idx there
+is no dataset, and at no moment does an index stand beside data that it does not describe.
 """
 
 from __future__ import annotations
@@ -36,7 +36,8 @@ class DatasetWriter:
         self.num_bytes = 0
 
     def add(self, ids: Ids, num_bytes: int) -> None:
-        """Append one document of `num_bytes` bytes of text; the end-of-document id is added here."""
+        """Append one document of `num_bytes` bytes of text; the end-of-document id is added
+        here."""
         document = np.empty(len(ids) + 1, dtype=self.dtype)
         document[:-1] = ids
         document[-1] = self._tokenizer.eod_id
@@ -58,10 +59,17 @@ class DatasetWriter:
     def finish(self, num_bad_lines: int = 0) -> Sidecar:
         """Write the index and the side-car."""
         self._builder.finalize(f"{self.prefix}.idx")
-        sidecar = Sidecar(format=FORMAT, tokenizer=self._tokenizer.name, tokenizer_identity=self._tokenizer.identity,
-                          vocab_size=self._tokenizer.vocab_size, eod_id=self._tokenizer.eod_id,
-                          num_documents=self.num_documents, num_tokens=self.num_tokens,
-                          num_bytes=self.num_bytes, num_bad_lines=num_bad_lines)  # fmt: skip
+        sidecar = Sidecar(
+            format=FORMAT,
+            tokenizer=self._tokenizer.name,
+            tokenizer_identity=self._tokenizer.identity,
+            vocab_size=self._tokenizer.vocab_size,
+            eod_id=self._tokenizer.eod_id,
+            num_documents=self.num_documents,
+            num_tokens=self.num_tokens,
+            num_bytes=self.num_bytes,
+            num_bad_lines=num_bad_lines,
+        )
         write_sidecar(Path(f"{self.prefix}.json"), sidecar)
         return sidecar
 
@@ -72,7 +80,8 @@ class DatasetWriter:
 
 @contextmanager
 def staging(target: Path) -> Iterator[Path]:
-    """A directory on the target's file system that is gone afterwards, whatever happened. Yields a prefix inside it."""
+    """A directory on the target's file system that is gone afterwards, whatever happened. Yields a
+    prefix inside it."""
     target.parent.mkdir(parents=True, exist_ok=True)
     directory = Path(tempfile.mkdtemp(prefix=f".{target.name}.building-", dir=target.parent))
     try:
@@ -82,9 +91,11 @@ def staging(target: Path) -> Iterator[Path]:
 
 
 def publish(staged: Path, target: Path, extra: tuple[str, ...] = (), same: bool = False) -> None:
-    """Rename the staged dataset to its place, the index last. `extra` are further suffixes, absent ones are removed.
+    """Rename the staged dataset to its place, the index last. `extra` are further suffixes, absent
+    ones are removed.
 
-    same: whatever is there already holds the same bytes, so its index stays and another process may open it meanwhile.
+    same: whatever is there already holds the same bytes, so its index stays and another process may
+        open it meanwhile.
     """
     if not same:
         Path(f"{target}.idx").unlink(missing_ok=True)

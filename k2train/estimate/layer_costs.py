@@ -81,10 +81,17 @@ class LayerCosts:
     saved: tuple[SavedTensor, ...]
     forward_transient_bytes: int
     backward_transient_bytes: int
+    put_off_transient_bytes: int
+    """The backward's where weight gradients are put off: factors of the phases that are done wait beside it."""
     weight_queue_bytes: int
     forward_flops: float
     """Of the model: no recomputation, attention counted causally."""
     recompute_flops: float
+
+    @property
+    def left_bytes(self) -> int:
+        """What its backward leaves where weight gradients are put off: factors, less what was saved."""
+        return self.weight_queue_bytes - sum(tensor.stored_bytes for tensor in self.saved)
 
 
 def transformer_layer(
@@ -99,16 +106,15 @@ def transformer_layer(
         forward = _around_experts(forward, *exchange.forward)
         backward = _around_experts(backward, *exchange.backward)
     ops = [op for _, phase in phases for op in phase]
-    moved = 2 * w.rows * w.model.hidden_size * w.element_bytes if moe and w.ep > 1 else 0
-    unkept = sum(tensor.full_bytes - tensor.stored_bytes for tensor in saved)
+    transients = [_transient(w, name, ops, saved) for name, ops in phases]
     return LayerCosts(
         tuple(forward),
         tuple(backward),
         machine.weight_grad(ops),
         saved,
-        # As if nothing that a layer makes were freed before it ends: an upper bound.
-        unkept + moved,
-        unkept + moved + _gradient_bytes(w, moe),
+        max(transient.forward_bytes for transient in transients),
+        max(transient.backward_bytes for transient in transients),
+        put_off_transient((transient.backward_bytes, transient.left_bytes) for transient in transients),
         _queue_bytes(ops),
         sum(op.flops for op in ops),
         sum(op.flops for op in _recomputed(ops, saved)),
@@ -126,6 +132,7 @@ def embedding(w: Workload, machine: Machine) -> LayerCosts:
         machine.seconds(0.0, embedding_grad_bytes(w), "elementwise") + further,
         (),
         output,
+        2 * summed,
         2 * summed,
         output,
         0.0,
@@ -158,6 +165,7 @@ def head(w: Workload, machine: Machine, num_owners: int = 1) -> LayerCosts:
         machine.weight_grad([norm]),
         kept,
         chunk * w.model.vocab_size * (2 * w.element_bytes + 4),
+        stream * w.element_bytes,
         stream * w.element_bytes,
         _queue_bytes([norm]),
         logits.flops,
@@ -214,16 +222,55 @@ def _casts(machine: Machine, ops: Iterable[Op], saved: Iterable[SavedTensor]) ->
     )
 
 
-def _gradient_bytes(w: Workload, moe: bool) -> int:
-    """Gradients alive at once in a layer's backward: around its feed-forward or around its attention, whichever is more."""
-    model, tokens = w.model, w.tokens
-    heads = model.num_attention_heads
-    attention = tokens * (2 * model.hidden_size + heads * (2 * model.qk_head_dim + 2 * model.v_head_dim))
-    if moe:
-        forward = w.rows * (2 * model.hidden_size + 3 * model.moe_intermediate_size)
-    else:
-        forward = tokens * (2 * model.hidden_size + 3 * model.intermediate_size)
-    return w.element_bytes * max(attention, forward)
+@dataclass(frozen=True)
+class _Transient:
+    """Memory that a compute phase and the exchanges around it take while they run.
+
+    As if nothing that a phase makes were freed before the phase ends: an upper bound.
+    """
+
+    forward_bytes: int
+    backward_bytes: int
+    left_bytes: int
+    """What its backward leaves where weight gradients are put off: factors, less what the forward saved."""
+
+
+def _transient(w: Workload, name: str, ops: Sequence[Op], saved: Sequence[SavedTensor]) -> _Transient:
+    """Of one phase. What is saved in another form than it is computed in is there in both."""
+    experts = name == "experts"
+    made = {op.produces for op in ops} | ({"expert_input", "post_norm_output"} if experts else set())
+    mine = [tensor for tensor in saved if tensor.name in made]
+    unkept = sum(tensor.full_bytes - tensor.stored_bytes for tensor in mine)
+    # Rows on their way, as many as two hops take: forward the experts' output and a hop of it, back the
+    # gradients of the rows in both hops.
+    moved = 2 * w.rows * w.model.hidden_size * w.element_bytes if experts and w.ep > 1 else 0
+    left = _queue_bytes(ops) - sum(tensor.stored_bytes for tensor in mine)
+    return _Transient(unkept + moved, unkept + moved + _gradient_bytes(w, name), left)
+
+
+def put_off_transient(parts: Iterable[tuple[int, int]]) -> int:
+    """The most that an input gradient takes beside what the forward saved, with weight gradients put off.
+
+    parts: in the order of the forward, (bytes of its own backward, bytes that it leaves when it is done).
+    The backward goes from the last to the first. A part that is done has let go of what it saved and
+    left its products' factors.
+    """
+    most = left = 0
+    for of_its_own, left_by_it in reversed(list(parts)):
+        most = max(most, left + of_its_own)
+        left += left_by_it
+    return most
+
+
+def _gradient_bytes(w: Workload, phase: str) -> int:
+    """Gradients alive at once in a phase's backward."""
+    model = w.model
+    if phase == "attention":
+        heads = model.num_attention_heads * (2 * model.qk_head_dim + 2 * model.v_head_dim)
+        return w.element_bytes * w.tokens * (2 * model.hidden_size + heads)
+    if phase == "experts":
+        return w.element_bytes * w.rows * (2 * model.hidden_size + 3 * model.moe_intermediate_size)
+    return w.element_bytes * w.tokens * (2 * model.hidden_size + 3 * model.intermediate_size)
 
 
 def _queue_bytes(ops: Iterable[Op]) -> int:

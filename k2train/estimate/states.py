@@ -1,17 +1,20 @@
-"""What a rank holds from step to step: parameters, gradient sums, masters and moments; and what the update costs.
+"""What a rank holds from step to step, and what the update costs.
 
-Parameters have the compute type; gradient sums, masters, momentum (Muon) and both moments (AdamW) have four bytes a
-number, eight in float64 runs. The last three live with a parameter's owner (ZeRO-1), so they shrink as replicas grow,
-while parameters and gradients do not. Ownership is dealt out by the same functions that training uses.
-Source: docs/design.md, "MuonClip with ZeRO-1"; K2 report, section 2.4.2.
+A rank holds parameters, gradient sums, masters and the update rules' states. Parameters have the
+compute type. Gradient sums, masters and the update rules' states have four bytes a number, eight in
+float64 runs. Masters and states live with a parameter's owner (ZeRO-1), so they shrink as replicas
+grow, while parameters and gradients do not. Ownership is dealt out by the same functions that
+training uses, from what each rule says of itself. Source: docs/design.md, "MuonClip with ZeRO-1";
+K2 report, section 2.4.2.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import math
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 from k2train.config.model import ModelConfig
@@ -19,22 +22,11 @@ from k2train.config.optim import OptimConfig
 from k2train.config.sections import Dtype
 from k2train.estimate.work import ELEMENT_BYTES, accumulation_bytes
 from k2train.layout.layout import VirtualStage
-from k2train.layout.ownership import assign_owners, newton_schulz_cost, row_ranges
+from k2train.layout.ownership import assign_owners, row_ranges
 from k2train.layout.staging import NUM_SLOTS, largest_batch, slot_elements
-from k2train.layout.tensors import layer_tensors
-
-
-@dataclass(frozen=True)
-class Matrix:
-    """A parameter of a stage, once for every copy of a model piece on it. piece: which of the stage's pieces has it."""
-
-    piece: int
-    shape: tuple[int, ...]
-    muon: bool
-
-    @property
-    def num_elements(self) -> int:
-        return math.prod(self.shape)
+from k2train.layout.tensors import TensorSpec, embedding_tensors, head_tensors, layer_tensors
+from k2train.update_rules.chosen import chosen_rules
+from k2train.update_rules.rule import Rules, UpdateRule, numbers_kept, numbers_moved
 
 
 @dataclass(frozen=True)
@@ -48,17 +40,21 @@ class StageStates:
     parameter_bytes: int
     gradient_bytes: int
     optimizer_bytes: int
-    """Masters, momentum and moments of the rank that owns most."""
+    """Masters and states of the rank that owns most."""
     optimizer_mean_bytes: float
     """The same, on average over the stage's ranks."""
     staging_bytes: int
-    """Device memory that the states pass through where they live on the host, on the rank that needs most."""
-    muon_elements: int
-    """Parameters that Muon updates, on the rank with most of them."""
-    adamw_elements: int
-    """Parameters that AdamW updates, on the rank with most of them."""
-    newton_schulz_flops: float
-    """Of the rank with most to orthogonalise."""
+    """Device memory that states in host memory pass through, on the rank that needs most."""
+    whole_elements: int
+    """Parameters that are updated as whole matrices, on the rank with most of them."""
+    whole_numbers: int
+    """Masters and states of those, on the rank with most of them."""
+    row_elements: int
+    """Parameters that are updated in rows, on the rank with most of them."""
+    row_numbers_moved: int
+    """Numbers that the update of those reads or writes, on the rank with most of them."""
+    matmul_flops: float
+    """Of the update (Newton-Schulz), on the rank with most of them."""
 
 
 def stage_states(
@@ -69,70 +65,101 @@ def stage_states(
     ep: int,
     owners: tuple[int, int],
 ) -> StageStates:
-    """States of a stage that holds these pieces. owners: ranks that replicate a dense parameter, and an expert."""
-    muon = optim.name == "muonclip"
-    dense = list(_dense(pieces, model, muon))
-    experts = list(_local_experts(pieces, model, muon, ep))
-    dense_loads = _loads(dense, owners[0], optim.newton_schulz_steps)
-    expert_loads = _loads(experts, owners[1], optim.newton_schulz_steps)
-    # Every pairing of a dense owner and an expert owner occurs at most once, so the two maxima may meet on a rank.
-    worst = [_worst(loads) for loads in (dense_loads, expert_loads)]
+    """States of a stage that holds these pieces.
+
+    owners: ranks that replicate a dense parameter, and an expert. Raises ConfigError for an
+    optim.name that is none.
+    """
+    rules = chosen_rules(optim)
+    held = [(index, spec) for index, piece in enumerate(pieces) for spec in _trained(piece, model, ep)]
+    dense = [(index, spec) for index, spec in held if spec.expert is None]
+    groups = dense, [(index, spec) for index, spec in held if spec.expert is not None]
+    loads = [_loads(group, rules, num_owners) for group, num_owners in zip(groups, owners, strict=True)]
+    # Every pairing of a dense owner and an expert owner occurs at most once, so the two maxima may
+    # meet on a rank.
+    worst = [_worst(of_group) for of_group in loads]
     width = accumulation_bytes(dtype)
-    numbers = [sum(m.num_elements for m in group) for group in (dense, experts)]
+    numbers = [sum(spec.num_elements for _, spec in group) for group in groups]
     return StageStates(
         dense_elements=numbers[0],
         expert_elements=numbers[1],
         parameter_bytes=sum(numbers) * ELEMENT_BYTES[dtype],
         gradient_bytes=sum(numbers) * width,
-        optimizer_bytes=round(sum(load.states for load in worst)) * width,
-        optimizer_mean_bytes=width * sum(_mean_states(loads) for loads in (dense_loads, expert_loads)),
+        optimizer_bytes=width * sum(load.numbers for load in worst),
+        optimizer_mean_bytes=width * sum(_mean_numbers(of_group) for of_group in loads),
         staging_bytes=NUM_SLOTS * width * max(load.slot for load in worst),
-        muon_elements=sum(load.muon for load in worst),
-        adamw_elements=sum(load.adamw for load in worst),
-        newton_schulz_flops=sum(load.flops for load in worst),
+        whole_elements=sum(load.whole for load in worst),
+        whole_numbers=sum(load.whole_numbers for load in worst),
+        row_elements=sum(load.rows for load in worst),
+        row_numbers_moved=sum(load.row_numbers_moved for load in worst),
+        matmul_flops=sum(load.flops for load in worst),
     )
 
 
 @dataclass(frozen=True)
 class _Load:
-    """What one owner has. slot: entries of one of its staging slots."""
+    """What one owner has; the fields are those of StageStates. slot: entries of a staging slot."""
 
-    muon: int
-    adamw: int
-    states: int
+    whole: int
+    whole_numbers: int
+    rows: int
+    row_numbers_moved: int
+    numbers: int
     flops: float
     slot: int
 
 
-def _loads(matrices: Sequence[Matrix], num_owners: int, steps: int) -> list[_Load]:
-    """The load of every owner: Muon's matrices whole, by Newton-Schulz cost; the rest in rows."""
-    whole = [matrix for matrix in matrices if matrix.muon]
-    costs = [newton_schulz_cost(matrix.shape, steps) for matrix in whole]
-    owned: list[Counter[tuple[int, tuple[int, ...]]]] = [Counter() for _ in range(num_owners)]
-    rows: list[Counter[int]] = [Counter() for _ in range(num_owners)]
-    flops = [0.0] * num_owners
-    for matrix, cost, owner in zip(whole, costs, assign_owners(costs, num_owners), strict=True):
-        owned[owner][matrix.piece, matrix.shape] += 1
-        flops[owner] += cost
-    for matrix in matrices:
-        if not matrix.muon:
-            row = math.prod(matrix.shape[1:])
-            for owner, (start, stop) in enumerate(row_ranges(matrix.shape[0], num_owners)):
-                rows[owner][matrix.piece] += (stop - start) * row
-    return [_load(*load) for load in zip(owned, rows, flops, strict=True)]
+@dataclass(frozen=True)
+class _Owned:
+    """Entries that one owner updates, by piece of the model, rule and (if updated whole) shape."""
+
+    matrices: Counter[tuple[int, UpdateRule, tuple[int, ...]]]
+    """How many matrices."""
+    rows: Counter[tuple[int, UpdateRule]]
+    """How many entries."""
+    flops: list[float]
+    """Of every matrix."""
 
 
-def _load(owned: Counter[tuple[int, tuple[int, ...]]], rows: Counter[int], flops: float) -> _Load:
-    """owned: how many matrices of each piece and shape. rows: entries of each piece that AdamW updates."""
-    stretches = Counter(rows)  # a piece's bucket has one stretch for an owner
-    for (piece, shape), count in owned.items():
+def _loads(held: Sequence[tuple[int, TensorSpec]], rules: Rules, num_owners: int) -> list[_Load]:
+    """The load of every owner: tensors that are updated whole by cost, the others in rows."""
+    owned = [_Owned(Counter(), Counter(), []) for _ in range(num_owners)]
+    tensors = [(piece, spec.shape, rules.of(spec.role)) for piece, spec in held]
+    whole = [tensor for tensor in tensors if tensor[2].whole_matrices]
+    costs = [rule.matmul_flops(shape) for _, shape, rule in whole]
+    for (piece, shape, rule), cost, owner in zip(whole, costs, assign_owners(costs, num_owners), strict=True):
+        owned[owner].matrices[piece, rule, shape] += 1
+        owned[owner].flops.append(cost)
+    for piece, shape, rule in tensors:
+        if not rule.whole_matrices:
+            row = math.prod(shape[1:])
+            for owner, (start, stop) in enumerate(row_ranges(shape[0], num_owners)):
+                owned[owner].rows[piece, rule] += (stop - start) * row
+    return [_load(of_owner) for of_owner in owned]
+
+
+def _load(owned: _Owned) -> _Load:
+    stretches: Counter[int] = Counter()  # a piece's bucket has one stretch for an owner
+    whole: Counter[UpdateRule] = Counter()
+    for (piece, rule, shape), count in owned.matrices.items():
         stretches[piece] += count * math.prod(shape)
-    adamw = rows.total()
-    muon = stretches.total() - adamw
-    batch = largest_batch((shape, count) for (_, shape), count in owned.items())
-    states = 2 * muon + 3 * adamw  # master and momentum; master and two moments
-    slot = slot_elements(max(stretches.values(), default=0), batch)
-    return _Load(muon, adamw, states, flops, slot)
+        whole[rule] += count * math.prod(shape)
+    rows: Counter[UpdateRule] = Counter()
+    for (piece, rule), entries in owned.rows.items():
+        stretches[piece] += entries
+        rows[rule] += entries
+    batch = largest_batch((shape, count) for (_, _, shape), count in owned.matrices.items())
+    whole_numbers = sum(numbers_kept(rule) * entries for rule, entries in whole.items())
+    kept = max((numbers_kept(rule) for rule in whole), default=0)
+    return _Load(
+        whole=whole.total(),
+        whole_numbers=whole_numbers,
+        rows=rows.total(),
+        row_numbers_moved=sum(numbers_moved(rule) * entries for rule, entries in rows.items()),
+        numbers=whole_numbers + sum(numbers_kept(rule) * entries for rule, entries in rows.items()),
+        flops=sum(owned.flops),
+        slot=slot_elements(max(stretches.values(), default=0), batch, kept),
+    )
 
 
 _NAMES = tuple(field.name for field in dataclasses.fields(_Load))
@@ -142,32 +169,21 @@ def _worst(loads: Sequence[_Load]) -> _Load:
     return _Load(*(max(getattr(load, name) for load in loads) for name in _NAMES))
 
 
-def _mean_states(loads: Sequence[_Load]) -> float:
-    return sum(load.states for load in loads) / len(loads)
+def _mean_numbers(loads: Sequence[_Load]) -> float:
+    return sum(load.numbers for load in loads) / len(loads)
 
 
-def _dense(pieces: Iterable[VirtualStage], model: ModelConfig, muon: bool) -> Iterable[Matrix]:
-    for index, piece in enumerate(pieces):
-        if piece.embedding:
-            yield Matrix(index, (model.vocab_size, model.hidden_size), False)
-        for layer in piece.layers:
-            for spec in layer_tensors(model, layer):
-                if spec.trained and spec.expert is None:
-                    yield Matrix(index, spec.shape, muon and spec.role == "matrix")
-        if piece.head:
-            yield Matrix(index, (model.hidden_size,), False)
-            yield Matrix(index, (model.vocab_size, model.hidden_size), False)
+def _trained(piece: VirtualStage, model: ModelConfig, ep: int) -> Iterator[TensorSpec]:
+    """What an optimizer updates on a rank that holds this piece.
 
-
-def _local_experts(
-    pieces: Iterable[VirtualStage], model: ModelConfig, muon: bool, ep: int
-) -> Iterable[Matrix]:
-    """Every ep rank holds as many experts of the same shapes, so the first one's stand for all."""
-    for index, piece in enumerate(pieces):
-        for layer in piece.layers:
-            if model.is_moe(layer):
-                up = (model.moe_intermediate_size, model.hidden_size)
-                for _ in range(model.n_routed_experts // ep):
-                    yield Matrix(index, up, muon)
-                    yield Matrix(index, up, muon)
-                    yield Matrix(index, up[::-1], muon)
+    Every expert-parallel rank holds as many experts of the same shapes, so the first one's stand
+    for all.
+    """
+    experts = range(model.n_routed_experts // ep)
+    of_layers = (spec for layer in piece.layers for spec in layer_tensors(model, layer, experts))
+    specs = itertools.chain(
+        embedding_tensors(model) if piece.embedding else (),
+        of_layers,
+        head_tensors(model) if piece.head else (),
+    )
+    return (spec for spec in specs if spec.trained)

@@ -53,28 +53,28 @@ def update_seconds(
 
 
 def _owner_seconds(states: StageStates, optim: OptimConfig, machine: Machine) -> float:
-    """Newton-Schulz and the elementwise update of the fullest owner."""
-    products = machine.seconds(states.newton_schulz_flops, 0.0, "matmul")
+    """Matrix products (Newton-Schulz) and the elementwise update of the fullest owner."""
+    products = machine.seconds(states.matmul_flops, 0.0, "matmul")
     if optim.states == "host":
         return _host_seconds(states, products, machine)
-    num_elements = states.muon_elements + states.adamw_elements
+    num_elements = states.whole_elements + states.row_elements
     return products + _elementwise_seconds(num_elements, states.optimizer_bytes, machine)
 
 
 def _host_seconds(states: StageStates, products: float, machine: Machine) -> float:
-    """The update of states in host memory (docs/decisions/0008-host-states.md), the masters' way to the device included.
+    """The update of states in host memory, the masters' way to the device included.
 
-    Muon's masters and momentum cross the bus in and out at once, beside Newton-Schulz; AdamW's gradients cross it
-    outwards and the host updates its rows meanwhile. What takes longest counts. Then every master crosses inwards once
-    more, for the all-gather.
+    Matrices that are updated whole cross the bus with their states, in and out at once, beside their
+    update. Of parameters that are updated in rows only gradients cross it, outwards, and the host
+    updates them meanwhile. What takes longest counts. Then every master crosses inwards once more,
+    for the all-gather. Why: docs/decisions/0008-host-states.md.
     """
     network, width = Network(machine.cluster), accumulation_bytes(machine.dtype)
-    muon, adamw = states.muon_elements, states.adamw_elements
-    device = products + _elementwise_seconds(muon, 2 * width * muon, machine)
-    outwards = network.host_copy(width * (2 * muon + adamw))
-    # The gradient is read, master and moments are read and written.
-    host = 7 * width * adamw / machine.cluster.host_update_bytes_per_second
-    return max(device, outwards, host) + network.host_copy(width * (muon + adamw))
+    whole, rows = states.whole_elements, states.row_elements
+    device = products + _elementwise_seconds(whole, width * states.whole_numbers, machine)
+    outwards = network.host_copy(width * (states.whole_numbers + rows))
+    host = width * states.row_numbers_moved / machine.cluster.host_update_bytes_per_second
+    return max(device, outwards, host) + network.host_copy(width * (whole + rows))
 
 
 def _elementwise_seconds(num_elements: int, state_bytes: int, machine: Machine) -> float:

@@ -13,7 +13,15 @@ from k2train.config.ops import DEFAULT_OPS, OpsConfig
 from k2train.config.sections import ActivationsConfig, ClusterConfig, TrainConfig
 from k2train.estimate.activations import SavedTensor, check_policies
 from k2train.estimate.exchange import combine_seconds, dispatch_seconds, route_seconds
-from k2train.estimate.layer_costs import Exchange, LayerCosts, TimedPhase, embedding, head, transformer_layer
+from k2train.estimate.layer_costs import (
+    Exchange,
+    LayerCosts,
+    TimedPhase,
+    embedding,
+    head,
+    put_off_transient,
+    transformer_layer,
+)
 from k2train.estimate.layer_ops import Workload, workload
 from k2train.estimate.traffic import Network, message_seconds
 from k2train.estimate.work import Machine
@@ -72,7 +80,9 @@ class Estimator:
             saved=saved,
             forward_transient_bytes=max((part.forward_transient_bytes for part in parts), default=0),
             backward_transient_bytes=max((part.backward_transient_bytes for part in parts), default=0),
-            put_off_transient_bytes=put_off_transient(parts),
+            put_off_transient_bytes=put_off_transient(
+                (part.put_off_transient_bytes, part.left_bytes) for part in parts
+            ),
             weight_queue_bytes=sum(part.weight_queue_bytes for part in parts),
             forward_flops=sum(part.forward_flops for part in parts),
             recompute_flops=sum(part.recompute_flops for part in parts),
@@ -86,18 +96,6 @@ class Estimator:
         parts = [self.embedding] if piece.embedding else []
         parts += [self.layer(layer) for layer in piece.layers]
         return [*parts, self.head] if piece.head else parts
-
-
-def put_off_transient(parts: Sequence[LayerCosts]) -> int:
-    """The most that an input gradient takes beside what the forward saved, with weight gradients put off.
-
-    Layers go from the last to the first. One that is done has let go of what it saved and left its products' factors.
-    """
-    most = left = 0
-    for part in reversed(parts):
-        most = max(most, left + part.backward_transient_bytes)
-        left += part.weight_queue_bytes - sum(tensor.stored_bytes for tensor in part.saved)
-    return most
 
 
 def build_estimator(

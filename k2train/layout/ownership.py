@@ -1,10 +1,11 @@
-"""Who updates which parameter under ZeRO-1: whole matrices for Muon, ranges of rows for AdamW.
+"""Who updates which parameter under ZeRO-1: whole tensors by cost, or ranges of rows.
 
-Muon orthogonalises whole matrices, so a matrix has exactly one owner among the ranks that replicate it. The owner alone
-keeps its FP32 master and momentum and alone runs Newton-Schulz on it, so matrices are dealt out by the cost of that.
-AdamW is elementwise, so its parameters are cut into rows. Everything here is a function of integers: every rank
-computes the same answer without talking to the others. Sources: docs/design.md, "MuonClip with ZeRO-1"; Graham,
-"Bounds on multiprocessing timing anomalies" (1969), for the greedy rule and its bound.
+A rule that needs whole matrices (Muon orthogonalises them) gives each matrix exactly one owner
+among the ranks that replicate it. The owner alone keeps its states and alone makes the update, so
+matrices are dealt out by what the update costs. For an elementwise rule (AdamW) tensors are cut
+into rows. Everything here is a function of integers: every rank computes the same answer without
+talking to the others. Sources: docs/design.md, "MuonClip with ZeRO-1"; Graham, "Bounds on
+multiprocessing timing anomalies" (1969), for the greedy rule and its bound.
 """
 
 from __future__ import annotations
@@ -17,11 +18,11 @@ from k2train.config.errors import ConfigError
 
 
 def assign_owners(costs: Sequence[float], num_owners: int) -> tuple[int, ...]:
-    """An owner in `range(num_owners)` for each cost: dearest first, each to the owner with the least so far.
+    """An owner in `range(num_owners)` for each cost: dearest first, each to the least loaded owner.
 
-    Deterministic: equal costs are taken in the order given, and of equally loaded owners the one with fewer items,
-    then the lower number, is chosen. No owner gets more than the mean plus (1 - 1/num_owners) of the dearest item.
-    Raises ConfigError for no owners or a negative cost.
+    Deterministic: equal costs are taken in the order given, and of equally loaded owners the one
+    with fewer items, then the lower number, is chosen. No owner gets more than the mean plus
+    (1 - 1/num_owners) of the dearest item. Raises ConfigError for no owners or a negative cost.
     """
     _check_owners(num_owners)
     if any(cost < 0 for cost in costs):
@@ -36,9 +37,10 @@ def assign_owners(costs: Sequence[float], num_owners: int) -> tuple[int, ...]:
 
 
 def row_ranges(num_rows: int, num_owners: int) -> tuple[tuple[int, int], ...]:
-    """The half-open range of rows of every owner, in order; sizes differ by at most one, the longer ones first.
+    """The half-open range of rows of every owner, in order; sizes differ by at most one.
 
-    With fewer rows than owners the last ones get empty ranges. Raises ConfigError for no owners or negative rows.
+    The longer ranges come first. With fewer rows than owners the last ones are empty. Raises
+    ConfigError for no owners or negative rows.
     """
     _check_owners(num_owners)
     if num_rows < 0:
@@ -46,17 +48,6 @@ def row_ranges(num_rows: int, num_owners: int) -> tuple[tuple[int, int], ...]:
     size, longer = divmod(num_rows, num_owners)
     starts = [owner * size + min(owner, longer) for owner in range(num_owners + 1)]
     return tuple(itertools.pairwise(starts))
-
-
-def newton_schulz_cost(shape: Sequence[int], steps: int) -> int:
-    """FLOPs of `steps` iterations of X <- a X + (b XXᵀ + c (XXᵀ)²) X on a matrix, turned so that it is wide.
-
-    With n rows and m >= n columns an iteration is XXᵀ (2 n n m), its square (2 n n n) and the product with X (2 n n m).
-    """
-    if len(shape) != 2:
-        raise ConfigError("shape", tuple(shape), "Newton-Schulz needs a matrix")
-    short, long = sorted(shape)
-    return steps * (4 * short * short * long + 2 * short**3)
 
 
 def _check_owners(num_owners: int) -> None:

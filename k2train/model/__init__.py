@@ -7,6 +7,7 @@ context      MicrobatchContext, Statistics: what a phase may touch besides its i
 phase        Phase (protocol), ComputePhase, CommunicationPhase
 layers       the phases of dense and MoE layers, and what travels between them
 ends         EmbeddingPhase, HeadPhase
+loss         Loss (protocol), CrossEntropy: what the head computes of a microbatch
 attention    LatentAttention (MLA), Rotary
 routing      Router, choose_experts, update_correction_bias, load_violation
 feed_forward FeedForward, RoutedExperts

@@ -1,6 +1,6 @@
 """The first and the last phase: token embedding, and final norm with head and loss.
 
-Letters: T tokens, D hidden, V vocabulary.
+Letters: B sequences, S tokens of one, T tokens of all, 1 a kept dimension, D hidden, V vocabulary.
 """
 
 from __future__ import annotations
@@ -16,7 +16,6 @@ from k2train.layout.tensors import EMBEDDING, FINAL_NORM, HEAD
 from k2train.model.context import MicrobatchContext
 from k2train.model.phase import ComputePhase, ComputeRecord, Grads, Tensors
 from k2train.model.pieces import Allocator, Piece
-from k2train.ops.cross_entropy import linear_cross_entropy
 from k2train.ops.dtypes import accumulation_dtype
 from k2train.ops.embedding import EmbeddingWeightGrad
 from k2train.ops.norm import inverse_rms, rms_norm
@@ -24,7 +23,8 @@ from k2train.ops.weight_grad import WeightGradSlot, add_product
 
 
 class EmbeddingPhase:
-    """Tokens (T,) or (B, S) -> x_TD. A look-up: its backward is written out, and is all weight gradient."""
+    """Tokens (T,) or (B, S) -> x_TD. A look-up: its backward is written out, and is all weight
+    gradient."""
 
     name = "embedding"
     stream: Literal["compute"] = "compute"
@@ -50,10 +50,11 @@ class EmbeddingPhase:
 
 
 class HeadPhase(ComputePhase):
-    """Final norm, head and cross-entropy: x_TD -> the microbatch's part of the loss, in FP32.
+    """Final norm, then the context's loss with the head's weight: x_TD -> the microbatch's part of
+    the objective, in FP32.
 
-    The loss is the root, so `backward` takes its gradient as 1 whatever it is given, and the head's own weight gradient
-    goes to the sink during the forward (see ops.cross_entropy).
+    The loss is the root, so `backward` takes its gradient as 1 whatever it is given. The head's own
+    weight gradient goes to the sink during the forward (see ops.cross_entropy).
     """
 
     def __init__(self, model: ModelConfig, allocator: Allocator) -> None:
@@ -67,18 +68,17 @@ class HeadPhase(ComputePhase):
         return [Piece(FINAL_NORM, self.norm), Piece(HEAD, self.weight)]
 
     def compute(self, inputs: Tensors, context: MicrobatchContext, slot: WeightGradSlot | None) -> Tensors:
-        assert context.targets is not None, "the head needs the context's targets"
+        assert context.loss is not None, "the head needs the context's loss"
         (x_TD,) = inputs
         rstd_T1 = inverse_rms(x_TD, self.eps)
         context.saved.name("head_input", x_TD, extras=(rstd_T1,))
         hidden_TD = rms_norm(x_TD, rstd_T1, self.norm, slot)
-        targets_T = context.targets.reshape(-1)
         if slot is None:
-            loss = linear_cross_entropy(hidden_TD, self.weight, targets_T, context.loss_scale)
+            loss = context.loss(hidden_TD, self.weight)
         else:
             assert context.gradients is not None, "the head's weight gradient needs a sink in the forward"
             add = functools.partial(add_product, context.gradients, self.weight)
-            loss = linear_cross_entropy(hidden_TD, self.weight.detach(), targets_T, context.loss_scale, add)
+            loss = context.loss(hidden_TD, self.weight.detach(), add)
         context.statistics.add_loss(loss.detach())
         return (loss,)
 

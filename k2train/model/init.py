@@ -6,8 +6,10 @@ bits of its seed, and among K2's 70 thousand tensors some would start equal.
 
 from __future__ import annotations
 
+import collections
 import hashlib
 from collections.abc import Iterable
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import torch
@@ -18,8 +20,12 @@ _BLOCK_ELEMENTS = 2**24
 
 
 def initialise(pieces: Iterable[Piece], seed: int, std: float) -> None:
-    """Fill the pieces: norms with 1, correction biases with 0, matrices with normal values of deviation `std`."""
-    for piece in pieces:
+    """Fill the pieces: norms with 1, correction biases with 0, matrices with normal values of deviation `std`.
+
+    Every tensor has a generator of its own, so as many are drawn at once as torch may use threads.
+    """
+
+    def fill(piece: Piece) -> None:
         tensor = piece.tensor
         if not piece.trained:
             tensor.zero_()
@@ -27,6 +33,9 @@ def initialise(pieces: Iterable[Piece], seed: int, std: float) -> None:
             tensor.fill_(1.0)
         else:
             _fill_normal(tensor, piece.name, seed, std)
+
+    with ThreadPoolExecutor(torch.get_num_threads()) as pool:
+        collections.deque(pool.map(fill, pieces), maxlen=0)
 
 
 def _fill_normal(tensor: torch.Tensor, name: str, seed: int, std: float) -> None:

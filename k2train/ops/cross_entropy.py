@@ -1,10 +1,11 @@
 """Linear layer and cross-entropy in one, a chunk of tokens at a time.
 
-The logits of K2's microbatch (4096 tokens x 163840) take 2.7 GB in FP32 and are needed for an instant. Here a chunk's
-logits become its loss and its gradients on the spot and are gone. Doing the gradients in the forward saves the third
-product that recomputing logits would cost, about 0.8 MoE layers' worth a microbatch on K2's last stage.
+The logits of K2's microbatch (4096 tokens x 163840) take 2.7 GB in FP32 and are needed for an
+instant. Here a chunk's logits become its loss and its gradients on the spot and are gone. Doing the
+gradients in the forward saves the third product that recomputing logits would cost, about 0.8 MoE
+layers' worth a microbatch on K2's last stage.
 
-Letters: T tokens, C tokens of a chunk, D features, V vocabulary.
+Letters: T tokens, C tokens of a chunk, 1 a kept dimension, D features, V vocabulary.
 """
 
 from __future__ import annotations
@@ -21,15 +22,18 @@ from k2train.ops.softmax import consuming_softmax
 from k2train.ops.weight_grad import add_product_into
 
 IGNORED_TARGET = -100
+"""The target that counts nothing (torch's default ignore_index). Nothing else defines it."""
 AddWeightGrad = Callable[[torch.Tensor, torch.Tensor], None]
-"""Adds dlogits^T hidden, of dlogits (C, V) and hidden (C, D), to the sums of the weight's gradient."""
+"""Adds dlogits^T hidden, of dlogits (C, V) and hidden (C, D), to the sums of the weight's
+gradient."""
 
 
 def default_chunk_elements(device: torch.device) -> int:
     """Logits alive at once where nobody says otherwise.
 
-    Every chunk reads and writes the FP32 gradient sum of the whole weight (9.4 GB for K2), so a device with memory to
-    spare takes 2**28, which is what the plan assumes; on a CPU the logits of 2**25 are 128 MB and weights are small.
+    Every chunk reads and writes the FP32 gradient sum of the whole weight (9.4 GB for K2). So a
+    device with memory to spare takes 2**28, which is what the plan assumes. On a CPU the logits of
+    2**25 are 128 MB, and weights are small.
     """
     return 2**28 if device.type == "cuda" else 2**25
 
@@ -41,18 +45,28 @@ def linear_cross_entropy(
     scale: float = 1.0,
     add_weight_grad: AddWeightGrad | None = None,
     chunk_elements: int | None = None,
+    token_weights_T: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """scale * sum over tokens of -log softmax(hidden W^T)[target], a scalar in FP32 (FP64 for float64).
+    """scale * sum over tokens of w * -log softmax(hidden W^T)[target], a scalar in FP32 (FP64 for
+    float64).
 
-    Targets of -100 count nothing. With add_weight_grad the factors of the weight's gradient of the returned value go there
-    during the forward, a chunk at a time, and the weight must want none from autograd: for a loss that is the graph's root.
-    chunk_elements bounds the logits alive at once (one token's at least); by default `default_chunk_elements`.
+    token_weights_T: w of every token, of any sign and size, in the type of the result. None takes
+    1 for all of them. It gets no gradient.
+    A target of IGNORED_TARGET counts nothing. Any other target that is no row of the weight raises
+    IndexError on a CPU and ends the process on a GPU, as in torch's cross_entropy.
+    add_weight_grad: takes the factors of the weight's gradient of the returned value during the
+    forward, a chunk at a time. The weight must then want none from autograd, and the returned value
+    must be the graph's root.
+    chunk_elements: bounds the logits alive at once (one token's at least). By default
+    `default_chunk_elements`.
     """
     chunk_elements = chunk_elements or default_chunk_elements(hidden_TD.device)
     if not torch.is_grad_enabled():
-        # Inside the function a parameter still asks for its gradient, which would be as large as the weight, for nothing.
+        # Inside the function a parameter still asks for its gradient, as large as the weight.
         hidden_TD, weight_VD = hidden_TD.detach(), weight_VD.detach()
-    return _LinearCrossEntropy.apply(hidden_TD, weight_VD, targets_T, scale, add_weight_grad, chunk_elements)
+    return _LinearCrossEntropy.apply(
+        hidden_TD, weight_VD, targets_T, token_weights_T, scale, add_weight_grad, chunk_elements
+    )
 
 
 def _chunk_loss(
@@ -60,8 +74,8 @@ def _chunk_loss(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """-log softmax at the targets (C, 1) and the softmax (C, V).
 
-    The log-sum-exp comes from the largest probability, which is at least 1/V: no second pass of exponentials, and no
-    logarithm of a probability that underflowed.
+    The log-sum-exp comes from the largest probability, which is at least 1/V: no second pass of
+    exponentials, and no logarithm of a probability that underflowed.
     """
     logits_CV = F.linear(hidden_CD, weight_VD)
     wide = accumulation_dtype(logits_CV.dtype)
@@ -80,6 +94,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
         hidden_TD: torch.Tensor,
         weight_VD: torch.Tensor,
         targets_T: torch.Tensor,
+        token_weights_T: torch.Tensor | None,
         scale: float,
         add_weight_grad: AddWeightGrad | None,
         chunk_elements: int,
@@ -93,14 +108,18 @@ class _LinearCrossEntropy(torch.autograd.Function):
         loss = hidden_TD.new_zeros((), dtype=accumulation_dtype(hidden_TD.dtype))
         rows = max(chunk_elements // weight_VD.shape[0], 1)
         for start in range(0, hidden_TD.shape[0], rows):
-            hidden_CD = hidden_TD[start : start + rows]
-            kept_C1 = (targets_T[start : start + rows] != IGNORED_TARGET).unsqueeze(1)
-            targets_C1 = targets_T[start : start + rows].clamp_min(0).unsqueeze(1)
+            chunk = slice(start, start + rows)
+            hidden_CD, targets_C1 = hidden_TD[chunk], targets_T[chunk].unsqueeze(1)
+            ignored_C1 = targets_C1 == IGNORED_TARGET
+            targets_C1 = targets_C1.masked_fill(ignored_C1, 0)
             losses_C1, probs_CV = _chunk_loss(hidden_CD, weight_VD, targets_C1)
-            loss += (losses_C1 * kept_C1).sum()
+            factor_C1 = (~ignored_C1).to(losses_C1.dtype)
+            if token_weights_T is not None:
+                factor_C1.mul_(token_weights_T[chunk].unsqueeze(1))
+            loss += (losses_C1 * factor_C1).sum()
             if dhidden_TD is None and add_weight_grad is None:
                 continue
-            factor_C1 = kept_C1.to(probs_CV.dtype).mul_(scale)
+            factor_C1.mul_(scale)
             dlogits_CV = probs_CV.mul_(factor_C1).scatter_add_(1, targets_C1, -factor_C1).to(hidden_TD.dtype)
             if dhidden_TD is not None:
                 torch.mm(dlogits_CV, weight_VD, out=dhidden_TD[start : start + rows])
@@ -116,4 +135,4 @@ class _LinearCrossEntropy(torch.autograd.Function):
         (grad,) = grads
         dhidden = None if dhidden_TD is None else dhidden_TD * grad.to(dhidden_TD.dtype)
         dweight = None if dweight_VD is None else (dweight_VD * grad).to(ctx.weight_dtype)
-        return dhidden, dweight, None, None, None, None
+        return dhidden, dweight, None, None, None, None, None

@@ -1,6 +1,7 @@
-"""Differentiable parts of routing with closed backward passes, and a loss that rides along a tensor.
+"""Differentiable parts of routing with closed backward passes, and a loss that rides along a
+tensor.
 
-Letters: T tokens, K experts per token, E experts, B sequences.
+Letters: T tokens, K experts per token, E experts, B sequences, S tokens of one, 1 a kept dimension.
 """
 
 from __future__ import annotations
@@ -15,7 +16,10 @@ _TINY = 1e-20  # transformers' guard of the normalisation
 def chosen_weights(
     scores_TE: torch.Tensor, experts_TK: torch.Tensor, normalise: bool, factor: float
 ) -> torch.Tensor:
-    """The chosen experts' scores (T, K), normalised to sum 1 if asked, times `factor`. Saves all scores, which the sigmoid saves too."""
+    """The chosen experts' scores (T, K), normalised to sum 1 if asked, times `factor`.
+
+    Saves all scores, which the sigmoid saves too.
+    """
     return _ChosenWeights.apply(scores_TE, experts_TK, normalise, factor)
 
 
@@ -44,17 +48,20 @@ class _ChosenWeights(torch.autograd.Function):
 
 
 def sequence_balance_loss(scores_TE: torch.Tensor, counts_BE: torch.Tensor, top_k: int) -> torch.Tensor:
-    """DeepSeek-V3's sequence-wise balance loss without its factor alpha, averaged over the sequences: a scalar.
+    """DeepSeek-V3's sequence-wise balance loss without its factor alpha, averaged over the
+    sequences: a scalar.
 
-    Sum over experts of f_i P_i, where f_i = E / (K S) * (tokens of the sequence that chose i) and P_i is the mean over
-    the sequence of the scores normalised to sum 1 (arXiv 2412.19437, equations 17 to 20). 1 is perfect balance.
-    counts_BE has no gradient.
+    Sum over experts of f_i P_i, where f_i = E / (K S) * (tokens of the sequence that have i among
+    the K largest of their scores) and P_i is the mean over the sequence of the scores normalised to
+    sum 1 (arXiv 2412.19437, equations 17 to 20). 1 is perfect balance.
+    counts_BE: those tokens, of every sequence and expert, int64; it has no gradient.
     """
     return _SequenceBalanceLoss.apply(scores_TE, counts_BE, top_k)
 
 
 def _fractions(counts_BE: torch.Tensor, top_k: int, tokens: int, dtype: torch.dtype) -> torch.Tensor:
-    """f_i of every sequence, divided by what the two means divide by: the factor of each normalised score."""
+    """f_i of every sequence, divided by what the two means divide by: the factor of each normalised
+    score (B, E)."""
     sequences, experts = counts_BE.shape
     length = tokens // sequences
     return counts_BE.to(dtype) * (experts / (top_k * length) / (length * sequences))
@@ -83,7 +90,8 @@ class _SequenceBalanceLoss(torch.autograd.Function):
 
 
 def attach_loss(x: torch.Tensor, loss: torch.Tensor, scale: float) -> torch.Tensor:
-    """x unchanged; its backward also sends the gradient `scale` into `loss`, which need not reach the graph's root."""
+    """x unchanged; its backward also sends the gradient `scale` into `loss`, which need not reach
+    the graph's root."""
     return _AttachLoss.apply(x, loss, scale)
 
 

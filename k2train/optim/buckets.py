@@ -1,15 +1,17 @@
-"""Gradient buckets: FP32 sums of all microbatches, laid out by owner, and the same memory again for the way back.
+"""Gradient buckets: FP32 sums of all microbatches, laid out by owner.
 
 A bucket's life in one step:
 
     add ... add      microbatch gradients are summed into views of the flat buffer
     reduce-scatter   every owner gets the sum over replicas of its own stretch, in place
     (update)         the owner reads its stretch
-    all-gather       the buffer, now free, carries the updated values in the compute type, from owners to all
+    all-gather       the buffer, now free, carries the updated values in the compute type to all
     copy, zero       into the parameters; ready for the next step
 
-FP32 because thousands of small BF16 terms would be lost in a BF16 sum; FP64 in float64 runs. Source: docs/design.md,
-"MuonClip with ZeRO-1".
+FP32 because thousands of small BF16 terms would be lost in a BF16 sum; FP64 in float64 runs.
+Source: docs/design.md, "MuonClip with ZeRO-1".
+
+Shape suffixes: N rows that are added to, C columns of them.
 """
 
 from __future__ import annotations
@@ -24,8 +26,8 @@ from k2train.ops.weight_grad import RowRun
 from k2train.optim.shares import BucketPlan, Share
 from k2train.parallel.communicator import Communicator, Work
 
-# Shorter runs than this, on average, go through one indexed operation instead of one operation each: a norm of 7168 entries
-# that 256 owners share would be 256 kernels for every microbatch.
+# Shorter runs than this, on average, go through one indexed operation instead of one operation
+# each: a norm of 7168 entries that 256 owners share would be 256 kernels for every microbatch.
 SHORT_RUN_ELEMENTS = 1024
 
 
@@ -72,7 +74,10 @@ class Bucket:
 
     @property
     def own_gradient(self) -> torch.Tensor:
-        """The rank's own stretch, flat; after `start_reduce` was waited for, the sum over all replicas."""
+        """The rank's own stretch, flat.
+
+        After `finish_reduce` it is the sum over all replicas.
+        """
         return self.flat[self._own]
 
     def add(self, parameter: torch.Tensor, gradient: torch.Tensor) -> None:
@@ -93,7 +98,8 @@ class Bucket:
             starts = _starts_of_rows(self.runs[parameter], parameter.shape[1])
             self._start_of_row[parameter] = starts.to(self.flat.device)
         start_N = self._start_of_row[parameter].index_select(0, rows_N)
-        # Rows lie anywhere in the bucket. A window begins at each of its entries, so a row is the window at its start.
+        # Rows lie anywhere in the bucket. A window begins at each of its entries, so a row is the
+        # window at its start.
         windows = self.flat.unfold(0, gradient_NC.shape[1], 1)
         windows.index_add_(0, start_N + first_column, gradient_NC)
 
@@ -109,9 +115,10 @@ class Bucket:
         self._reducing = None
 
     def start_gather(self, own_master: Iterable[torch.Tensor]) -> None:
-        """Begin the all-gather of updated values, which ends the gradients. Collective over the replication group.
+        """Begin the all-gather of updated values, which ends the gradients.
 
-        own_master: the masters of the rank's stretch in consecutive flat pieces, on the bucket's device.
+        own_master: the masters of the rank's stretch in consecutive flat pieces, on the bucket's
+        device. Collective over the replication group.
         """
         staging = self._staging()
         filled = self._own.start
@@ -122,7 +129,10 @@ class Bucket:
         self._gathering = self.group.start_all_gather(staging, staging[self._own], self.plan.splits)
 
     def finish_gather(self) -> None:
-        """Copy gathered values into the parameters and make the bucket ready for gradients; nothing if not begun."""
+        """Copy gathered values into the parameters and make the bucket ready for gradients.
+
+        Does nothing where no all-gather was begun.
+        """
         if self._gathering is None:
             return
         self._gathering.wait()
@@ -147,16 +157,20 @@ class GradBuffers:
 
     def __init__(self, buckets: Sequence[Bucket]) -> None:
         self.buckets = tuple(buckets)
-        # All pieces of a parameter live on one virtual stage and in one replication group, so in one bucket.
+        # All pieces of a parameter live on one virtual stage and in one replication group, so in
+        # one bucket.
         self._holder = {parameter: bucket for bucket in buckets for parameter in bucket.runs}
 
     def add(self, parameter: torch.Tensor, gradient: torch.Tensor) -> None:
-        """Add the gradient of a module parameter, of any floating type, to its tensors' sums. Local."""
+        """Add the gradient of a module parameter, of any floating type, to its sums. Local."""
         assert gradient.shape == parameter.shape, f"gradient {gradient.shape}, parameter {parameter.shape}"
         self._holder[parameter].add(parameter, gradient.detach().reshape(-1))
 
     def runs(self, parameter: torch.Tensor) -> tuple[RowRun, ...]:
-        """Stretches of the bucket that hold rows of the parameter's matrices, for products to be added to in place."""
+        """Stretches of the bucket that hold rows of the parameter's matrices.
+
+        Products are added to them in place.
+        """
         return self._holder[parameter].row_runs[parameter]
 
     def add_rows(
@@ -169,16 +183,6 @@ class GradBuffers:
         """Forget all sums."""
         for bucket in self.buckets:
             bucket.flat.zero_()
-
-    def gradient(self, name: str) -> torch.Tensor:
-        """This rank's sum for a named tensor, before the reduce-scatter. For tests and reports."""
-        shares = [
-            (share, bucket) for bucket in self.buckets for share in bucket.plan.shares if share.name == name
-        ]
-        assert shares, f"no gradient buffer for {name}"
-        return torch.cat(
-            [share.in_bucket(bucket.flat) for share, bucket in sorted(shares, key=lambda s: s[0].start)]
-        )
 
 
 def _runs_by_parameter(shares: Iterable[Share]) -> dict[torch.Tensor, list[_Run]]:
@@ -198,7 +202,10 @@ def _run(share: Share) -> _Run:
 
 
 def _merge(runs: Iterable[_Run]) -> list[_Run]:
-    """Join runs that go on in both the parameter and the bucket, so that a fused parameter takes few operations."""
+    """Join runs that go on in both the parameter and the bucket.
+
+    So a fused parameter takes few operations.
+    """
     merged: list[_Run] = []
     for run in sorted(runs, key=lambda run: run.start):
         last = merged[-1] if merged else None
@@ -212,8 +219,8 @@ def _merge(runs: Iterable[_Run]) -> list[_Run]:
 def _row_runs(parameter: torch.Tensor, runs: Sequence[_Run], flat: torch.Tensor) -> tuple[RowRun, ...]:
     """The runs of a matrix or a stack of them as rows, cut where a matrix ends.
 
-    A share is rows of a matrix of the model, and a matrix of the model is a parameter, a matrix of a stack, or rows of
-    either (`Piece.index`). So a run begins and ends where a row does.
+    A share is rows of a matrix of the model, and a matrix of the model is a parameter, a matrix of
+    a stack, or rows of either (`Piece.index`). So a run begins and ends where a row does.
     """
     rows, inner = parameter.shape[-2:]
     cut: list[RowRun] = []
@@ -229,7 +236,7 @@ def _row_runs(parameter: torch.Tensor, runs: Sequence[_Run], flat: torch.Tensor)
 
 
 def _starts_of_rows(runs: Sequence[_Run], inner: int) -> torch.Tensor:
-    """Where in its bucket every row of a matrix begins (O,), int64. The runs cover the matrix, in order."""
+    """Where in its bucket every row of a matrix begins, flat int64. The runs cover it, in order."""
     return torch.cat([torch.arange(run.offset, run.end, inner) for run in runs])
 
 
@@ -238,5 +245,8 @@ def _are_short(runs: Sequence[_Run]) -> bool:
 
 
 def _index(runs: Sequence[_Run]) -> torch.Tensor:
-    """The entries of a bucket that hold a parameter's, in the parameter's order. The runs cover it, in order."""
+    """The entries of a bucket that hold a parameter's, in the parameter's order.
+
+    The runs cover the parameter, in order.
+    """
     return torch.cat([torch.arange(run.offset, run.end) for run in runs])

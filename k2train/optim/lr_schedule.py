@@ -1,14 +1,17 @@
-"""The learning rate as a list of phases: warm-up, constant, cosine, annealing (K2 report, section 2.5).
+"""The learning rate as a list of phases: warm-up, constant, cosine, annealing.
 
-A phase leads from the rate where the previous one ended (0 before the first) to its own `to`. Step s is the one that
-makes the s+1st update, so it reads the schedule at position s + 1: the first of n warm-up steps has 1/n of the peak, the
-last of a phase has exactly its `to`, and no step has rate 0 unless a phase says so.
+A phase leads from the rate where the previous one ended (0 before the first) to its own `to`. Step
+s is the one that makes the s+1st update, so it reads the schedule at position s + 1: the first of n
+warm-up steps has 1/n of the peak, the last of a phase has exactly its `to`, and no step has rate 0
+unless a phase says so.
 
         to_1 ........._________
                      /         \\
                     /           `-.__
         0 ---------'                 `------ to_3, held for ever
                    linear constant cosine
+
+Source: K2 report, section 2.5.
 """
 
 from __future__ import annotations
@@ -43,16 +46,21 @@ class _Stretch:
 class LrSchedule:
     """Learning rate of every step.
 
-    phases: lengths in steps, in tokens (divided by `tokens_per_step`; need not be whole steps) or as a fraction of
-    `total_steps`. They simply follow one another: past the last, its `to` holds; a sum beyond total_steps is cut off by
-    the end of the run. A phase of length 0 takes no step, but the next one starts from its `to`.
-    Raises ConfigError where every rate is 0, for then nothing would train.
+    phases: lengths in steps, in tokens (divided by `tokens_per_step`; need not be whole steps) or
+    as a fraction of `total_steps`. They simply follow one another: past the last, its `to` holds; a
+    sum beyond total_steps is cut off by the end of the run. A phase of length 0 takes no step, but
+    the next one starts from its `to`. Raises ConfigError where every rate is 0, for then nothing
+    would train.
     """
 
     def __init__(self, phases: Sequence[LrPhase], total_steps: int, tokens_per_step: int) -> None:
         if not any(phase.to for phase in phases):
-            raise ConfigError("optim.lr_phases", [phase.to for phase in phases], "every rate is 0, nothing would train",
-                              "give at least one phase a `to` above 0, for example 2e-4")  # fmt: skip
+            raise ConfigError(
+                "optim.lr_phases",
+                [phase.to for phase in phases],
+                "every rate is 0, nothing would train",
+                "give at least one phase a `to` above 0, for example 2e-4",
+            )
         self._stretches: list[_Stretch] = []
         position, rate = 0.0, 0.0
         for phase in phases:
@@ -60,7 +68,6 @@ class LrSchedule:
             if end > position:
                 self._stretches.append(_Stretch(phase.kind, position, end, rate, phase.to))
             position, rate = end, phase.to
-        self.num_steps = position
         self._last = rate
 
     def at(self, step: int) -> float:
@@ -72,7 +79,10 @@ class LrSchedule:
 
 
 def _length(phase: LrPhase, total_steps: int, tokens_per_step: int) -> float:
-    """Length of a phase in steps, rounded to a millionth: 0.1 of 30 steps ends at step 3, not just behind it."""
+    """Length of a phase in steps, rounded to a millionth.
+
+    So 0.1 of 30 steps ends at step 3, not just behind it.
+    """
     if phase.steps is not None:
         return float(phase.steps)
     if phase.tokens is not None:

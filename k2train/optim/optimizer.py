@@ -1,14 +1,17 @@
-"""MuonClip with ZeRO-1: one step from summed gradients to updated parameters.
+"""One optimizer step with ZeRO-1, from summed gradients to updated parameters.
 
     reduce-scatter   every bucket, so that owners hold whole summed matrices
-    agree            one sum over the world, of the squared norm (every share has one owner, so each is counted once), and
-                     one maximum, of the logits; whatever else a step has to sum or compare rides along
-    update           Muon or AdamW on the FP32 masters
+    agree            one sum over the world, of the squared norm (every share has one owner, so each
+                     is counted once), and one maximum, of the logits; whatever else a step has to
+                     sum or compare rides along
+    update           each tensor's rule (Muon, AdamW) on the FP32 masters
     QK-Clip          on the masters of the heads whose logits grew past tau
     all-gather       updated values in the compute type, into every replica's parameters
 
-All arithmetic on weights stands in muon.py, states.py and qk_clip.py; this file only gathers, applies and scatters.
-Source: Kimi K2 report, section 2.1; docs/design.md, "MuonClip with ZeRO-1".
+All arithmetic on weights stands in update_rules/ and qk_clip.py; this file only gathers, applies
+and scatters. Source: Kimi K2 report, section 2.1; docs/design.md, "MuonClip with ZeRO-1".
+
+Shape suffixes: L layers of the model, H attention heads.
 """
 
 from __future__ import annotations
@@ -19,9 +22,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 import torch
 
 from k2train.device.protocol import Device
-from k2train.optim.adam import AdamW
 from k2train.optim.buckets import Bucket, GradBuffers
-from k2train.optim.muon import MuonRule
 from k2train.optim.qk_clip_step import QkClipper, ReducedLogits
 from k2train.optim.residence import Residence
 from k2train.optim.shares import OwnershipRow, ownership_table
@@ -37,10 +38,11 @@ NUM_UPDATES = "num_updates"
 class StepResult:
     """What a step did; the same on every rank but for num_orthogonalised.
 
-    grad_norm: global L2 norm before clipping. clip_scale: what the gradients were multiplied by to clip them.
-    clipped_heads: heads QK-Clip shrank, over all layers. max_logit: largest of the step, -inf where none was given.
-    finite: False where the norm was not finite; then nothing was updated. num_orthogonalised: matrices this rank ran
-    Newton-Schulz on. report: the riders' numbers.
+    grad_norm: global L2 norm before clipping. clip_scale: what the gradients were multiplied by to
+    clip them. clipped_heads: heads QK-Clip shrank, over all layers. max_logit: largest of the step,
+    -inf where none was given. finite: False where the norm was not finite; then nothing was
+    updated. num_orthogonalised: matrices this rank updated whole (Newton-Schulz). report: the
+    riders' numbers.
     """
 
     grad_norm: float
@@ -54,10 +56,11 @@ class StepResult:
 
 @dataclasses.dataclass(frozen=True)
 class Riders:
-    """A rank's numbers that travel with the step's own: FP64 vectors on the device, in place the sums and maxima of the world.
+    """A rank's numbers that travel with the step's own; in place they become the world's.
 
-    Every rank gives vectors of the same lengths. report(sums, maxima): an FP64 vector of what the host wants to know of
-    the world's, on the device; it is read with the norm, so that the host waits once.
+    sums, maxima: FP64 vectors on the device, of the same lengths on every rank. report(sums,
+    maxima): an FP64 vector on the device of what the host wants to know of the world's; it is read
+    with the norm, so that the host waits once.
     """
 
     sums: torch.Tensor
@@ -67,7 +70,7 @@ class Riders:
 
 @dataclasses.dataclass(frozen=True)
 class _Agreed:
-    """What the host has read of the whole model, and QK-Clip's factors, which stay on the device."""
+    """What the host has read of the whole model; QK-Clip's factors stay on the device."""
 
     norm: float
     finite: bool
@@ -78,14 +81,15 @@ class _Agreed:
 
 
 class Optimizer:
-    """Owns masters and states of this rank's shares; `gradients` is where the backward pass puts its gradients."""
+    """Owns masters and states of this rank's shares.
+
+    `gradients` is where the backward pass puts its gradients.
+    """
 
     def __init__(
         self,
         buckets: Sequence[Bucket],
         world: Communicator,
-        muon_rule: MuonRule,
-        adamw: AdamW,
         qk_clip: QkClipper,
         residence: Residence,
         device: Device,
@@ -96,8 +100,6 @@ class Optimizer:
         self._residence, self._device = residence, device
         self._states = [OwnedStates(bucket, residence) for bucket in buckets]
         self._world = world
-        self._muon_rule = muon_rule
-        self._adamw = adamw
         self._qk_clip = qk_clip
 
     @torch.no_grad()
@@ -109,14 +111,17 @@ class Optimizer:
         finish: bool = True,
         riders: Riders | None = None,
     ) -> StepResult:
-        """Update every parameter from the gradients summed since the last step, and forget the gradients.
+        """Update every parameter from the gradients summed since the last step, and forget them.
 
-        max_logits: layer -> (H,) largest pre-softmax logits of this rank's microbatches, for the layers of this rank.
-        clip_norm: largest global gradient norm; None never clips. finish: False leaves the all-gathers running; then
-        `finish_gather` must be called before the parameters are read or gradients added. riders: see there.
-        With a non-finite norm, or a sum among the riders that is not finite, nothing is updated and the result says so.
-        Collectives, in this order, for every rank of the world: a reduce-scatter for each bucket not begun yet, a maximum and
-        a sum over the world, an all-gather for each bucket. The host waits once, for what it has to know of them.
+        lr: learning rate. max_logits: layer -> (H,) largest pre-softmax logits of this rank's
+        microbatches, for the layers of this rank. clip_norm: largest global gradient norm; None
+        never clips. finish: False leaves the all-gathers running; then `finish_gather` must be
+        called before the parameters are read or gradients added. riders: see there. With a
+        non-finite norm, or a sum among the riders that is not finite, nothing is updated and the
+        result says so. Collectives, in this order, for every rank of the world: a reduce-scatter
+        for each bucket not begun yet, a maximum and a sum over the world, an all-gather for each
+        bucket. The host waits once, for what it has to know of them. Raises ValueError where
+        QK-Clip is on and logits of a layer of this rank are missing.
         """
         for bucket in self._buckets:
             bucket.start_reduce()
@@ -142,9 +147,10 @@ class Optimizer:
         )
 
     def start_reduce(self, virtual_stage: int) -> None:
-        """Begin the reduce-scatters of a virtual stage whose last weight gradient of the step is in; `step` begins the rest.
+        """Begin the reduce-scatters of a virtual stage whose last weight gradient is in.
 
-        Collective over the replication groups, so every rank of the stage calls it in the same order.
+        `step` begins the rest. Collective over the replication groups, so every rank of the stage
+        calls it in the same order.
         """
         for bucket in self._buckets:
             if bucket.plan.virtual_stage == virtual_stage:
@@ -152,28 +158,34 @@ class Optimizer:
 
     @torch.no_grad()
     def finish_gather(self, virtual_stage: int | None = None) -> None:
-        """Wait for updated parameters, of one virtual stage (counted on this rank) or of all. Does nothing where nothing runs."""
+        """Wait for updated parameters, of one virtual stage (counted on this rank) or of all.
+
+        Does nothing where nothing runs.
+        """
         for bucket in self._buckets:
             if virtual_stage in (None, bucket.plan.virtual_stage):
                 bucket.finish_gather()
 
     def ownership(self) -> list[OwnershipRow]:
-        """The start-up table: every trained tensor this rank holds, its optimizer and its owner."""
+        """The start-up table: every trained tensor this rank holds, its rule and its owners."""
         return ownership_table([bucket.plan for bucket in self._buckets])
 
     @property
     def state_bytes(self) -> int:
-        """Bytes of masters, momentum and moments on this rank."""
+        """Bytes of masters and states on this rank."""
         return sum(states.num_bytes for states in self._states)
 
     @property
     def states_on_host(self) -> bool:
-        """Whether masters, momentum and moments live in host memory."""
+        """Whether masters and states live in host memory."""
         return self._residence.on_host
 
     @property
     def staging(self) -> list[torch.Tensor]:
-        """Device memory that host states pass through in a step, all that they hold there; none for states on the device."""
+        """Device memory that host states pass through in a step, all that they hold there.
+
+        There is none for states on the device.
+        """
         return self._residence.staging
 
     @property
@@ -182,9 +194,10 @@ class Optimizer:
         return sum(memory.nbytes for memory in self.staging)
 
     def state(self) -> Iterator[OwnedTensor]:
-        """The states this rank owns, and on the world's first rank the number of updates; live tensors, not copies.
+        """The states this rank owns, and on the world's first rank the number of updates.
 
-        Over all ranks every row of every state comes exactly once. Waits for states on their way to the host.
+        They are live tensors, not copies. Over all ranks every row of every state comes exactly
+        once. Waits for states on their way to the host.
         """
         self._residence.drain()
         for states in self._states:
@@ -194,10 +207,10 @@ class Optimizer:
 
     @torch.no_grad()
     def load(self, lookup: Lookup) -> None:
-        """Take over states written under any layout, and set every replica's parameters from the masters.
+        """Take over states written under any layout, and set every replica's parameters.
 
-        lookup(name, start, stop) gives rows [start, stop) of a state. Every rank of the world must call it: an
-        all-gather for each bucket.
+        lookup(name, start, stop) gives rows [start, stop) of a state. Every rank of the world must
+        call it: an all-gather for each bucket.
         """
         self._residence.drain()
         for states in self._states:
@@ -209,15 +222,16 @@ class Optimizer:
 
     @torch.no_grad()
     def read_parameters(self) -> None:
-        """Set the masters from parameters that were changed from outside, by an import for instance. Local."""
+        """Set the masters from parameters that were changed from outside (an import). Local."""
         self._residence.drain()
         for states in self._states:
             states.read_parameters()
 
     def _agree(self, max_logits: Mapping[int, torch.Tensor], riders: Riders | None) -> _Agreed:
-        """The whole model's gradient norm, whether it and the riders' sums are finite, and its logits.
+        """The whole model's gradient norm, whether all sums are finite, and its logits.
 
-        A maximum and a sum over the world; waits for the reduce-scatters, and then once for the device.
+        A maximum and a sum over the world; waits for the reduce-scatters, and then once for the
+        device.
         """
         nothing = self._buckets[0].flat.new_zeros(0, dtype=torch.float64)
         riders = riders or Riders(nothing, nothing)
@@ -251,12 +265,14 @@ class Optimizer:
         for bucket in self._buckets:
             if scale != 1.0:
                 bucket.own_gradient.mul_(scale)
-        # The masters that the last step sent to the replicas were read by then; this makes it certain.
+        # The masters that the last step sent to the replicas were read by then; this makes it
+        # certain.
         self._residence.drain()
-        # All of Muon first: on a GPU it only queues work, which then goes on while the host runs its AdamW.
-        orthogonalised = sum(states.muon_step(lr, self._muon_rule) for states in self._states)
+        # All matrices first: on a GPU that only queues work, which goes on while the host updates
+        # rows.
+        orthogonalised = sum(states.update_matrices(lr, self.num_updates) for states in self._states)
         for states in self._states:
-            states.adamw_step(lr, self._adamw, self.num_updates)
+            states.update_rows(lr, self.num_updates)
         self.num_updates += 1
         return orthogonalised
 
@@ -264,9 +280,12 @@ class Optimizer:
         """QK-Clip on the masters, where they live."""
         self._residence.drain()
         for states in self._states:
-            self._qk_clip.apply(states.masters(), logits)
+            self._qk_clip.apply(states.whole_masters(), logits)
 
     def _start_gather(self) -> None:
-        """Begin to send masters to every replica; gradients are forgotten. An all-gather for each bucket."""
+        """Begin to send masters to every replica; gradients are forgotten.
+
+        An all-gather for each bucket.
+        """
         for states in self._states:
             states.start_gather()

@@ -1,15 +1,16 @@
-"""Where optimizer states live from step to step: on the device, or in host memory and streamed through the device.
+"""Where optimizer states live from step to step: on the device, or in host memory.
 
-Host states pass through three slots of device memory. While one matrix (or batch of equal ones) is updated in its slot,
-the next is copied in and the last copied out, so the bus is busy both ways and nothing waits for it alone:
+Host states pass through three slots of device memory. While one matrix (or batch of equal ones) is
+updated in its slot, the next is copied in and the last copied out, so the bus is busy both ways and
+nothing waits for it alone:
 
     slot 0   in 0 | update 0 | out 0  |  in 3  | update 3
     slot 1        |   in 1   | update 1 | out 1 | in 4
     slot 2                   |  in 2  | update 2 | out 2
 
-The three slots are all that host-resident states hold on the device. Elementwise updates (AdamW) need no device: their
-gradients come to the host in bounded pieces, two buffers in turn, and the CPU updates states where they lie.
-Why the two ways: docs/decisions/0008-host-states.md.
+The three slots are all that host-resident states hold on the device. Elementwise updates (AdamW)
+need no device: their gradients come to the host in bounded pieces, two buffers in turn, and the CPU
+updates states where they lie. Why the two ways: docs/decisions/0008-host-states.md.
 """
 
 from __future__ import annotations
@@ -42,16 +43,25 @@ class Residence(Protocol):
         """Memory for a flat state, zero."""
 
     def stream(self, batches: Sequence[tuple[torch.Tensor, ...]]) -> Iterator[tuple[torch.Tensor, ...]]:
-        """Each batch's tensors in turn, on the device, to be changed in place; changes are kept in the states."""
+        """Each batch's tensors in turn, on the device, to be changed in place.
+
+        Changes are kept in the states.
+        """
 
     def upload(self, state: torch.Tensor) -> Iterator[torch.Tensor]:
         """A flat state's consecutive pieces on the device, to be read."""
 
     def gradients(self, gradient: torch.Tensor) -> Iterator[tuple[slice, torch.Tensor]]:
-        """A flat device tensor's consecutive pieces where the states are; a piece is good until the next is asked for."""
+        """A flat device tensor's consecutive pieces where the states are.
+
+        A piece is good until the next is asked for.
+        """
 
     def drain(self) -> None:
-        """Return when no copy from or to a state is under way, so that the host may read and write states."""
+        """Return when no copy from or to a state is under way.
+
+        Then the host may read and write states.
+        """
 
 
 class OnDevice:
@@ -136,8 +146,12 @@ class OnHost:
         try:
             pages = self._device.pages(num_bytes)
         except (OSError, RuntimeError) as error:
-            raise ConfigError("optim.states", "host", f"the system locks no {num_bytes:,} bytes of host memory: {error}",
-                              "set optim.states=device, use more nodes, or raise the limit on locked memory") from error  # fmt: skip
+            raise ConfigError(
+                "optim.states",
+                "host",
+                f"the system locks no {num_bytes:,} bytes of host memory: {error}",
+                "set optim.states=device, use more nodes, or raise the limit on locked memory",
+            ) from error
         self._pages.append(pages)
         return pages.bytes.view(self._like.dtype)
 
@@ -161,7 +175,8 @@ class OnHost:
         size = max(1, self._pieces[0].numel())
 
         def fetch(start: int) -> tuple[slice, torch.Tensor, Event]:
-            # The host asks for the next piece when it has done with the last but one, whose buffer this is.
+            # The host asks for the next piece when it has done with the last but one, whose buffer
+            # this is.
             part = slice(start, min(start + size, gradient.numel()))
             arrived = next(turns)[: part.stop - part.start]
             self._gradients.copy(arrived, gradient[part])
@@ -196,7 +211,10 @@ class OnHost:
 
 
 def _one_ahead(items: Iterable[T]) -> Iterator[T]:
-    """The items, each given out when the next has been made: so the next one's copy begins before this one's work."""
+    """The items, each given out when the next has been made.
+
+    So the next one's copy begins before this one's work.
+    """
     sentinel = object()
     for item, _ in itertools.pairwise(itertools.chain(items, [sentinel])):
         yield item  # type: ignore[misc]

@@ -1,16 +1,17 @@
-"""ZeRO-1 on paper: which rank owns which part of which tensor, and where that part lies in the flat buckets.
+"""ZeRO-1 on paper: which rank owns which part of which tensor, and its place in the flat buckets.
 
-A share is what one owner updates of one tensor: a whole matrix under Muon, which needs matrices whole, or a range of
-rows under AdamW, which is elementwise. Shares of tensors that live on the same virtual stage, are replicated over the same group and
-have one compute type make a bucket:
+A share is what one owner updates of one tensor: a whole matrix where the tensor's rule needs it
+whole (Muon), or a range of rows (AdamW, which is elementwise). Shares of tensors that live on the
+same virtual stage, are replicated over the same group and have one compute type make a bucket:
 
     bucket   | owner 0                                  | owner 1                          | ...
     shares   | matrices by shape | decayed | not decayed | matrices ... | decayed | ...     |
 
-Each owner's part is one stretch, so one reduce-scatter gives it whole matrices and one all-gather returns them. Inside
-the stretch equal shapes are neighbours, so that a batch of them is a view (k, n, m) and nothing is copied for a batched
-Newton-Schulz. Owners are chosen over all of a rank's virtual stages together, by Newton-Schulz cost. Source:
-docs/design.md, "MuonClip with ZeRO-1".
+Each owner's part is one stretch, so one reduce-scatter gives it whole matrices and one all-gather
+returns them. Inside the stretch each rule has one part (two elementwise rules would follow each
+other), and equal shapes are neighbours, so that a batch of them is a view (k, n, m) and nothing is
+copied for a batched update. Owners are chosen over all of a rank's virtual stages together, by the
+FLOPs of a matrix's update. Source: docs/design.md, "MuonClip with ZeRO-1".
 """
 
 from __future__ import annotations
@@ -23,21 +24,24 @@ from typing import Literal
 
 import torch
 
-from k2train.layout.ownership import assign_owners, newton_schulz_cost, row_ranges
+from k2train.layout.ownership import assign_owners, row_ranges
 from k2train.layout.tensors import TensorSpec
 from k2train.model.pieces import Piece
+from k2train.update_rules.rule import Rules, UpdateRule
 
-Method = Literal["muon", "adamw"]
 Replication = Literal["dp", "edp"]
 
 
 @dataclasses.dataclass(frozen=True)
 class Share:
-    """Rows [start, stop) of one tensor, updated by `owner`; entries [offset, offset + num_elements) of its bucket."""
+    """Rows [start, stop) of one tensor, updated by `owner` with `rule`.
+
+    They are entries [offset, offset + num_elements) of its bucket.
+    """
 
     piece: Piece
     spec: TensorSpec
-    method: Method
+    rule: UpdateRule
     owner: int
     start: int
     stop: int
@@ -89,7 +93,7 @@ class _Tensor:
     virtual_stage: int
     piece: Piece
     spec: TensorSpec
-    method: Method
+    rule: UpdateRule
 
     @property
     def replication(self) -> Replication:
@@ -103,20 +107,20 @@ class _Tensor:
 def plan_buckets(
     pieces: Sequence[Sequence[Piece]],
     catalogue: Mapping[str, TensorSpec],
-    muon: bool,
-    newton_schulz_steps: int,
+    rules: Rules,
     num_owners: Mapping[Replication, int],
 ) -> list[BucketPlan]:
     """The buckets of one rank, the same on every rank that holds the same pieces.
 
-    pieces: those of each of the rank's virtual stages. muon: whether matrices get Muon (else AdamW gets all).
-    Buckets come by virtual stage, dense before experts. Tensors that are not trained are left out.
+    pieces: those of each of the rank's virtual stages. catalogue: the model's tensors by name.
+    num_owners: ranks that share out the states of a tensor. Buckets come by virtual stage, dense
+    before experts. Tensors that are not trained are left out.
     """
-    tensors = list(_trained(pieces, catalogue, muon))
+    tensors = list(_trained(pieces, catalogue, rules))
     shares: dict[tuple[int, Replication, str], list[Share]] = {tensor.bucket: [] for tensor in tensors}
     for replication, owners in num_owners.items():
         ours = [tensor for tensor in tensors if tensor.replication == replication]
-        for tensor, share in _cut(ours, owners, newton_schulz_steps):
+        for tensor, share in _cut(ours, owners):
             shares[tensor.bucket].append(share)
     return [
         _lay_out(bucket, shares[bucket], num_owners[bucket[1]]) for bucket in sorted(shares) if shares[bucket]
@@ -124,7 +128,7 @@ def plan_buckets(
 
 
 def _trained(
-    pieces: Sequence[Sequence[Piece]], catalogue: Mapping[str, TensorSpec], muon: bool
+    pieces: Sequence[Sequence[Piece]], catalogue: Mapping[str, TensorSpec], rules: Rules
 ) -> Iterator[_Tensor]:
     for virtual_stage, of_stage in enumerate(pieces):
         for piece in of_stage:
@@ -133,23 +137,20 @@ def _trained(
                 continue
             shape = tuple(piece.view(piece.parameter).shape)
             assert shape == spec.shape, f"{piece.name} is {shape}, the catalogue says {spec.shape}"
-            method: Method = "muon" if muon and spec.role == "matrix" else "adamw"
-            yield _Tensor(virtual_stage, piece, spec, method)
+            yield _Tensor(virtual_stage, piece, spec, rules.of(spec.role))
 
 
-def _cut(
-    tensors: Sequence[_Tensor], num_owners: int, newton_schulz_steps: int
-) -> Iterator[tuple[_Tensor, Share]]:
-    """Whole matrices to owners by cost, everything else in rows."""
-    matrices = [tensor for tensor in tensors if tensor.method == "muon"]
-    costs = [newton_schulz_cost(tensor.spec.shape, newton_schulz_steps) for tensor in matrices]
-    for tensor, owner in zip(matrices, assign_owners(costs, num_owners), strict=True):
-        yield tensor, Share(tensor.piece, tensor.spec, "muon", owner, 0, tensor.spec.shape[0])
+def _cut(tensors: Sequence[_Tensor], num_owners: int) -> Iterator[tuple[_Tensor, Share]]:
+    """Tensors that are updated whole to owners by cost, everything else in rows."""
+    whole = [tensor for tensor in tensors if tensor.rule.whole_matrices]
+    costs = [tensor.rule.matmul_flops(tensor.spec.shape) for tensor in whole]
+    for tensor, owner in zip(whole, assign_owners(costs, num_owners), strict=True):
+        yield tensor, Share(tensor.piece, tensor.spec, tensor.rule, owner, 0, tensor.spec.shape[0])
     for tensor in tensors:
-        if tensor.method == "adamw":
+        if not tensor.rule.whole_matrices:
             for owner, (start, stop) in enumerate(row_ranges(tensor.spec.shape[0], num_owners)):
                 if stop > start:
-                    yield tensor, Share(tensor.piece, tensor.spec, "adamw", owner, start, stop)
+                    yield tensor, Share(tensor.piece, tensor.spec, tensor.rule, owner, start, stop)
 
 
 def _lay_out(bucket: tuple[int, Replication, str], shares: Sequence[Share], num_owners: int) -> BucketPlan:
@@ -166,17 +167,23 @@ def _lay_out(bucket: tuple[int, Replication, str], shares: Sequence[Share], num_
 
 
 def _place(share: Share) -> tuple[object, ...]:
-    """By owner; matrices by shape, then decayed rows, then the others; the sort is stable, so then in model order."""
-    muon = share.method == "muon"
-    return share.owner, not muon, share.shape if muon else (), not share.spec.decayed
+    """By owner; matrices by shape, then each rule's decayed rows and its others.
+
+    The sort is stable, so equals stay in model order.
+    """
+    whole = share.rule.whole_matrices
+    return share.owner, not whole, share.shape if whole else (), share.rule.name, not share.spec.decayed
 
 
 @dataclasses.dataclass(frozen=True)
 class OwnershipRow:
-    """A line of the start-up table. owners: ranks of the replication group, more than one where rows are cut."""
+    """A line of the start-up table.
+
+    owners: ranks of the replication group, more than one where rows are cut.
+    """
 
     name: str
-    method: Method
+    rule: UpdateRule
     shape: tuple[int, ...]
     replication: Replication
     owners: tuple[int, ...]
@@ -184,13 +191,15 @@ class OwnershipRow:
 
 
 def ownership_table(plans: Sequence[BucketPlan]) -> list[OwnershipRow]:
-    """Every trained tensor of these buckets, with its optimizer and who updates it, in order of name."""
+    """Every trained tensor of these buckets, with its rule and who updates it, in order of name."""
     by_name: dict[str, list[tuple[Share, Replication]]] = {}
     for plan in plans:
         for share in plan.shares:
             by_name.setdefault(share.name, []).append((share, plan.replication))
-    return [
-        OwnershipRow(name, found[0][0].method, found[0][0].spec.shape, found[0][1],
-                     tuple(share.owner for share, _ in found), found[0][0].spec.num_elements)
-        for name, found in sorted(by_name.items())
-    ]  # fmt: skip
+    return [_row(name, found) for name, found in sorted(by_name.items())]
+
+
+def _row(name: str, found: Sequence[tuple[Share, Replication]]) -> OwnershipRow:
+    share, replication = found[0]
+    owners = tuple(share.owner for share, _ in found)
+    return OwnershipRow(name, share.rule, share.spec.shape, replication, owners, share.spec.num_elements)

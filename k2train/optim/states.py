@@ -1,8 +1,9 @@
-"""What an owner keeps for its stretch of a bucket: FP32 masters, Muon's momentum, Adam's moments.
+"""What an owner keeps for its stretch of a bucket: masters, and the states that each rule names.
 
-All are flat tensors with the order of the stretch, so that equal-shaped matrices are batches (k, n, m) and all of
-AdamW is two calls. Where they live is their residence's business; the arithmetic, and the batches it is done in, are the
-same for every residence, so the results are the same bits.
+All are flat tensors with the order of the stretch, so that equal-shaped matrices are batches
+(k, n, m) and an elementwise rule updates all its rows in two calls. Where they live is their
+residence's business. The arithmetic, and the batches it is done in, are the same for every
+residence, so the results are the same bits.
 """
 
 from __future__ import annotations
@@ -10,23 +11,22 @@ from __future__ import annotations
 import dataclasses
 import itertools
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
 import torch
 
 from k2train.layout.staging import matrices_at_once
-from k2train.optim.adam import AdamStates, AdamW
 from k2train.optim.buckets import Bucket
-from k2train.optim.muon import MuonRule, muon_update
 from k2train.optim.residence import Residence
 from k2train.optim.shares import Share
+from k2train.update_rules.rule import MASTER, UpdateRule
 
 
 class OwnedTensor(NamedTuple):
-    """Rows [start, start + tensor.shape[0]) of a state whose whole shape is `shape`; names as in checkpoints.
+    """Rows [start, start + tensor.shape[0]) of a state whose whole shape is `shape`.
 
-    tensor is the live state, not a copy.
+    name: as in checkpoints. tensor: the live state, not a copy.
     """
 
     name: str
@@ -35,8 +35,8 @@ class OwnedTensor(NamedTuple):
     shape: tuple[int, ...]
 
 
-class MuonBatch(NamedTuple):
-    """Equal-shaped matrices that are neighbours in the stretch: k of (n, m) from `start`."""
+class MatrixBatch(NamedTuple):
+    """Equal-shaped matrices that are neighbours in a flat tensor: k of (n, m) from `start`."""
 
     start: int
     shape: tuple[int, int, int]
@@ -46,92 +46,129 @@ class MuonBatch(NamedTuple):
         return math.prod(self.shape)
 
     def view(self, flat: torch.Tensor) -> torch.Tensor:
+        """The batch (k, n, m) in a flat tensor."""
         return flat[self.start : self.start + self.num_elements].view(self.shape)
 
 
-class OwnedStates:
-    """Optimizer states of one rank for one bucket.
+@dataclasses.dataclass(frozen=True)
+class RulePart:
+    """The part of an owner's stretch that one rule updates. All tensors are flat and equally long.
 
-    The stretch is [matrices | decayed rows | other rows]; momentum covers the first part, the moments the rest.
+    shares: with offsets from the beginning of the part.
     """
+
+    rule: UpdateRule
+    shares: tuple[Share, ...]
+    master: torch.Tensor
+    states: tuple[torch.Tensor, ...]
+    gradient: torch.Tensor
+
+    def update_matrices(self, residence: Residence, lr: float, num_updates: int) -> int:
+        """Update every matrix, batch by batch on the device; returns how many there are."""
+        batches = matrix_batches(self.shares)
+        kept = (self.master, *self.states)
+        homes = [tuple(batch.view(flat) for flat in kept) for batch in batches]
+        for (master, *states), batch in zip(residence.stream(homes), batches, strict=True):
+            self.rule.update(master, states, batch.view(self.gradient), lr, True, num_updates)
+        return sum(batch.shape[0] for batch in batches)
+
+    def update_rows(self, residence: Residence, lr: float, num_updates: int) -> None:
+        """Update every row where the states are: first the decayed ones, then the others."""
+        num_decayed = sum(share.num_elements for share in self.shares if share.spec.decayed)
+        for decayed, rows in ((True, slice(num_decayed)), (False, slice(num_decayed, None))):
+            master, *states = (flat[rows] for flat in (self.master, *self.states))
+            for entries, piece in residence.gradients(self.gradient[rows]):
+                if piece.numel():
+                    kept = [state[entries] for state in states]
+                    self.rule.update(master[entries], kept, piece, lr, decayed, num_updates)
+
+
+class OwnedStates:
+    """Optimizer states of one rank for one bucket."""
 
     def __init__(self, bucket: Bucket, residence: Residence) -> None:
         self.bucket = bucket
         self._residence = residence
-        self.batches = muon_batches(bucket)
-        self._num_muon = sum(batch.num_elements for batch in self.batches)
-        self._num_decayed = sum(
-            share.num_elements for share in bucket.owned if share.method == "adamw" and share.spec.decayed
-        )
-        num_elements = bucket.own_gradient.numel()
-        self.master = residence.new_state(num_elements)
-        self.momentum = residence.new_state(self._num_muon)
-        self.exp_avg = residence.new_state(num_elements - self._num_muon)
-        self.exp_avg_sq = residence.new_state(num_elements - self._num_muon)
+        self.master = residence.new_state(bucket.own_gradient.numel())
+        self._parts = [self._part(rule, shares) for rule, shares in by_rule(bucket.owned)]
         self.read_parameters()
 
     @property
     def num_bytes(self) -> int:
-        """Bytes of masters, momentum and moments on this rank."""
-        states = (self.master, self.momentum, self.exp_avg, self.exp_avg_sq)
-        return sum(t.numel() * t.element_size() for t in states)
+        """Bytes of masters and states on this rank."""
+        states = (state for part in self._parts for state in part.states)
+        return self.master.nbytes + sum(state.nbytes for state in states)
 
     def read_parameters(self) -> None:
         """Set the masters to the parameters' values."""
         for share in self.bucket.owned:
             share.in_bucket(self.master).copy_(share.view(share.piece.parameter.detach()))
 
-    def muon_step(self, lr: float, rule: MuonRule) -> int:
-        """Muon for every owned matrix; returns how many. The bucket's own gradient must be reduced and scaled."""
-        homes = [(batch.view(self.master), batch.view(self.momentum)) for batch in self.batches]
-        for (master, momentum), batch in zip(self._residence.stream(homes), self.batches, strict=True):
-            muon_update(master, momentum, batch.view(self.bucket.own_gradient), lr, rule)
-        return sum(batch.shape[0] for batch in self.batches)
+    def update_matrices(self, lr: float, num_updates: int) -> int:
+        """Every update that needs a whole matrix; returns how many there are.
 
-    def adamw_step(self, lr: float, adamw: AdamW, num_updates: int) -> None:
-        """AdamW for every owned row. num_updates: updates made before this one."""
-        rows = AdamStates(self.master[self._num_muon :], self.exp_avg, self.exp_avg_sq)
-        gradient = self.bucket.own_gradient[self._num_muon :]
-        for decayed, part in ((True, slice(self._num_decayed)), (False, slice(self._num_decayed, None))):
-            states = rows.part(part)
-            for entries, piece in self._residence.gradients(gradient[part]):
-                if piece.numel():
-                    adamw.update(states.part(entries), piece, lr, decayed, num_updates)
+        The bucket's own gradient must be reduced and scaled. num_updates: made before this one.
+        """
+        return sum(
+            part.update_matrices(self._residence, lr, num_updates)
+            for part in self._parts
+            if part.rule.whole_matrices
+        )
+
+    def update_rows(self, lr: float, num_updates: int) -> None:
+        """Every elementwise update; the arguments are those of `update_matrices`."""
+        for part in self._parts:
+            if not part.rule.whole_matrices:
+                part.update_rows(self._residence, lr, num_updates)
 
     def start_gather(self) -> None:
         """Send the masters on their way to every replica; see `Bucket.start_gather`."""
         self.bucket.start_gather(self._residence.upload(self.master))
 
     def tensors(self) -> Iterator[OwnedTensor]:
-        """Every owned state under its checkpoint name."""
-        for share in self.bucket.owned:
-            for kind, tensor in self._of_share(share):
-                yield OwnedTensor(f"{kind}/{share.name}", tensor, share.start, share.spec.shape)
+        """Every owned state under its checkpoint name, `<state>/<tensor>`."""
+        for part in self._parts:
+            kept = dict(zip((MASTER, *part.rule.states), (part.master, *part.states), strict=True))
+            for share in part.shares:
+                for kind, flat in kept.items():
+                    name = f"{kind}/{share.name}"
+                    yield OwnedTensor(name, share.in_bucket(flat), share.start, share.spec.shape)
 
-    def masters(self) -> Iterator[tuple[str, torch.Tensor]]:
-        """Name and master of every owned matrix that Muon updates."""
+    def whole_masters(self) -> Iterator[tuple[str, torch.Tensor]]:
+        """Name and master of every owned matrix that is updated whole."""
         for share in self.bucket.owned:
-            if share.method == "muon":
+            if share.rule.whole_matrices:
                 yield share.name, share.in_bucket(self.master)
 
-    def _of_share(self, share: Share) -> Iterator[tuple[str, torch.Tensor]]:
-        yield "master", share.in_bucket(self.master)
-        if share.method == "muon":
-            yield "momentum", share.in_bucket(self.momentum)
-            return
-        moments = dataclasses.replace(share, offset=share.offset - self._num_muon)
-        yield "exp_avg", moments.in_bucket(self.exp_avg)
-        yield "exp_avg_sq", moments.in_bucket(self.exp_avg_sq)
+    def _part(self, rule: UpdateRule, shares: Sequence[Share]) -> RulePart:
+        first = shares[0].offset
+        entries = slice(first, first + sum(share.num_elements for share in shares))
+        return RulePart(
+            rule,
+            tuple(dataclasses.replace(share, offset=share.offset - first) for share in shares),
+            self.master[entries],
+            tuple(self._residence.new_state(entries.stop - first) for _ in rule.states),
+            self.bucket.own_gradient[entries],
+        )
 
 
-def muon_batches(bucket: Bucket) -> list[MuonBatch]:
-    """The matrices that this rank owns in a bucket: neighbours of one shape, as many as go together."""
-    shares = [share for share in bucket.owned if share.method == "muon"]
+def by_rule(shares: Sequence[Share]) -> list[tuple[UpdateRule, list[Share]]]:
+    """An owner's shares of a bucket, in order of offset, by the rule that updates them."""
+    groups = itertools.groupby(shares, key=lambda share: share.rule.name)
+    parts = [list(of_rule) for _, of_rule in groups]
+    return [(part[0].rule, part) for part in parts]
+
+
+def matrix_batches(shares: Sequence[Share]) -> list[MatrixBatch]:
+    """Shares that are whole matrices as batches: neighbours of one shape, as many as go together.
+
+    shares: of one rule, in order of offset.
+    """
     batches = []
     for (n, m), same in itertools.groupby(shares, key=lambda share: share.shape):
         matrices = list(same)
         size = matrices_at_once((n, m))
         for first in range(0, len(matrices), size):
             count = min(size, len(matrices) - first)
-            batches.append(MuonBatch(matrices[first].offset, (count, n, m)))
+            batches.append(MatrixBatch(matrices[first].offset, (count, n, m)))
     return batches

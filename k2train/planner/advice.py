@@ -1,7 +1,8 @@
 """When a plan does not fit: which switch would make it fit.
 
-Switches are tried alone and then together, those that cost least speed first, each by planning a short step with it; the
-first that fits is named. Nothing is changed for the user.
+Switches are tried alone and then together, those that cost least speed first, each by planning a
+short step with it. The first that fits with room to spare is named. Nothing is changed for the
+user.
 """
 
 from __future__ import annotations
@@ -19,13 +20,19 @@ from k2train.planner.plan import Plan, build_plan
 
 EXPOSED_WORTH_A_NOTE = 0.005
 """Share of the steady phase."""
+ROOM = 0.05
+"""Share of device and host that advice leaves free where it can: a plan is not exact to the last
+byte."""
 ACTIVATION_PRESETS = ("recompute", "recompute_fp8", "k2")
 """From the cheapest in time to the smallest on the device."""
 
 
 @dataclass(frozen=True)
 class Advice:
-    """Overrides that make a plan fit, and what they bring it to. Bytes of the fullest device and node."""
+    """Overrides that make a plan fit, and what they bring it to.
+
+    Bytes of the fullest device and node.
+    """
 
     overrides: tuple[str, ...]
     device: int
@@ -48,22 +55,36 @@ def problems(plan: Plan) -> list[str]:
 
 
 def advise(plan: Plan) -> Advice | None:
-    """The first switch, or set of switches, that makes everything fit; None where none of them does."""
+    """The first switch, or set of switches, that makes everything fit with room to spare.
+
+    Where none leaves ROOM, the one that leaves most; None where none makes it fit.
+    """
+    tight: list[tuple[float, Advice]] = []
     for overrides, config in _candidates(_shorter(plan.config, plan)):
         try:
             tried = build_plan(config, check=False)
         except ConfigError:
             continue
         if tried.fits:
-            return Advice(overrides, tried.fullest.device, tried.fullest_host.node)
-    return None
+            advice = Advice(overrides, tried.fullest.device, tried.fullest_host.node)
+            if room(tried) >= ROOM:
+                return advice
+            tight.append((room(tried), advice))
+    return max(tight, key=lambda pair: pair[0])[1] if tight else None
+
+
+def room(plan: Plan) -> float:
+    """Free share of the fullest device or of the fullest host, whichever is smaller."""
+    device, host = plan.fullest, plan.fullest_host
+    return min(1 - device.device / device.capacity, 1 - host.node / host.host_capacity)
 
 
 _Change = tuple[tuple[str, ...], Config]
 
 
 def _candidates(config: Config) -> Iterator[_Change]:
-    """Changed configs: optimizer states elsewhere, then activation policies, then smaller microbatches, then mixtures."""
+    """Changed configs: optimizer states elsewhere, then activation policies, then smaller
+    microbatches, then mixtures."""
     states: Literal["host", "device"] = "host" if config.optim.states == "device" else "device"
     elsewhere = dataclasses.replace(config.optim, states=states)
     moved = (f"optim.states={states}",), dataclasses.replace(config, optim=elsewhere)
@@ -95,7 +116,8 @@ def _shorter(config: Config, plan: Plan) -> Config:
 
 
 def all_to_all_note(plan: Plan) -> str | None:
-    """Where the steady phase waits for the all-to-all: how much, and what sending a token once per node would leave."""
+    """Where the steady phase waits for the all-to-all: how much, and what sending a token once
+    per node would leave."""
     exposed = steady_ep_share(plan)
     layout = plan.config.layout
     gpus = plan.config.cluster.gpus_per_node

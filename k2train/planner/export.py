@@ -33,22 +33,30 @@ def plan_document(plan: Plan, advice: Advice | None = None, schedule_text: bool 
         "pipeline_seconds": plan.simulation.makespan_seconds,
         "tokens_per_second": plan.tokens_per_second,
         "mfu": plan.mfu,
-        "bubble": {"stage": plan.busiest_stage, "seconds": plan.busiest.bubble_seconds, "share": plan.bubble_share,
-                   "share_by_stage": list(plan.simulation.bubble_share)},
+        "bubble": {
+            "stage": plan.busiest_stage,
+            "seconds": plan.busiest.bubble_seconds,
+            "share": plan.bubble_share,
+            "share_by_stage": list(plan.simulation.bubble_share),
+        },
         "exposed_seconds": exposed_seconds(plan),
         "update_seconds": [dataclasses.asdict(update) for update in plan.updates],
         "stages": [_times(index, times) for index, times in enumerate(plan.simulation.stages)],
         "memory": [_memory(stage) for stage in plan.memory],
         "memory_over_time": {
             "seconds": plan.simulation.makespan_seconds,
-            "device_bytes": [sampled(curve, plan.simulation.makespan_seconds, CURVE_POINTS)
-                             for curve in plan.simulation.memory],
-            "host_bytes": [sampled(curve, plan.simulation.makespan_seconds, CURVE_POINTS)
-                           for curve in plan.simulation.host_memory],
+            "device_bytes": [
+                sampled(curve, plan.simulation.makespan_seconds, CURVE_POINTS)
+                for curve in plan.simulation.memory
+            ],
+            "host_bytes": [
+                sampled(curve, plan.simulation.makespan_seconds, CURVE_POINTS)
+                for curve in plan.simulation.host_memory
+            ],
         },
         "activations": _activations(plan),
         "config": to_dict(plan.config),
-    }  # fmt: skip
+    }
     if schedule_text:
         document["schedule"] = plan.assembly.schedule.to_text()
     return document
@@ -58,23 +66,41 @@ def layout_document(plan: Plan) -> dict[str, Any]:
     """Degrees and what every virtual stage holds."""
     layout, schedule = plan.assembly.layout, plan.assembly.schedule
     return {
-        "world": layout.world, "nodes": layout.num_nodes, "gpus_per_node": layout.gpus_per_node,
-        "pp": layout.pp, "vpp": layout.vpp, "ep": layout.ep, "edp": layout.edp, "dp": layout.dp,
-        "dispatch": layout.dispatch, "dispatch_parts": layout.relay_parts,
+        "world": layout.world,
+        "nodes": layout.num_nodes,
+        "gpus_per_node": layout.gpus_per_node,
+        "pp": layout.pp,
+        "vpp": layout.vpp,
+        "ep": layout.ep,
+        "edp": layout.edp,
+        "dp": layout.dp,
+        "dispatch": layout.dispatch,
+        "dispatch_parts": layout.relay_parts,
         "num_microbatches": schedule.num_microbatches,
         "virtual_stages": [
-            {"stage": schedule.placement[index], "first_layer": piece.first, "num_layers": piece.num_layers,
-             "embedding": piece.embedding, "head": piece.head}
+            {
+                "stage": schedule.placement[index],
+                "first_layer": piece.first,
+                "num_layers": piece.num_layers,
+                "embedding": piece.embedding,
+                "head": piece.head,
+            }
             for index, piece in enumerate(plan.assembly.pieces)
         ],
-    }  # fmt: skip
+    }
 
 
 def exposed_seconds(plan: Plan) -> dict[str, float]:
     """Communication the busiest stage's compute stream stands still for, by kind."""
     waits = plan.busiest.waits
-    return {"ep": waits.ep, "pp": waits.pp, "pcie": waits.copy, "dp": plan.slowest_update.data_parallel,
-            "ep_steady": plan.busiest.steady.ep, "pp_steady": plan.busiest.steady.pp}  # fmt: skip
+    return {
+        "ep": waits.ep,
+        "pp": waits.pp,
+        "pcie": waits.copy,
+        "dp": plan.slowest_update.data_parallel,
+        "ep_steady": plan.busiest.steady.ep,
+        "pp_steady": plan.busiest.steady.pp,
+    }
 
 
 def _times(stage: int, times: StageTimes) -> dict[str, Any]:
@@ -107,8 +133,14 @@ def _activations(plan: Plan) -> list[dict[str, Any]]:
     kinds = [("moe", estimator.moe)] if model.num_moe_layers else []
     kinds += [("dense", estimator.dense)] if model.first_k_dense_replace else []
     return [
-        {"layer": kind, "name": tensor.name, "policy": tensor.policy, "computed_bytes_per_token": tensor.full_bytes / tokens,
-         "device_bytes_per_token": tensor.device_bytes / tokens, "host_bytes_per_token": tensor.host_bytes / tokens}
+        {
+            "layer": kind,
+            "name": tensor.name,
+            "policy": tensor.policy,
+            "computed_bytes_per_token": tensor.full_bytes / tokens,
+            "device_bytes_per_token": tensor.device_bytes / tokens,
+            "host_bytes_per_token": tensor.host_bytes / tokens,
+        }
         for kind, layer in kinds
         for tensor in layer.saved
-    ]  # fmt: skip
+    ]

@@ -1,4 +1,4 @@
-"""Several plans in one table: the points of a sweep, or schedules side by side on the same cluster."""
+"""Several plans in one table: the points of a sweep, or schedules side by side on a cluster."""
 
 from __future__ import annotations
 
@@ -9,12 +9,13 @@ from dataclasses import dataclass
 from rich.table import Table
 
 from k2train.config.compose import load_config
+from k2train.config.errors import ConfigError
 from k2train.config.schema import Config
 from k2train.estimate.parameters import model_parameters
 from k2train.planner.assemble import check_layout
 from k2train.planner.plan import Plan, build_plan
-from k2train.planner.tables import new_table
 from k2train.planner.text import count, fixed, gigabytes
+from k2train.telemetry.tables import broken_heading, new_table
 
 SWEEP_NOTE = "M: microbatches. EP, PP, PCIe, DP: exposed seconds of the busiest stage. GPU and node: memory of the fullest.\n"
 _MAY_MOVE = {"params": "parameters", "GPUs": "GPUs", "M": "microbatches", "PCIe_s": "s of PCIe exposed"}
@@ -48,22 +49,70 @@ def summarise(plan: Plan, labels: Mapping[str, str]) -> Row:
     """One plan as a row."""
     waits = plan.busiest.waits
     return Row(
-        labels, plan.assembly.layout.world, plan.assembly.schedule.num_microbatches, plan.step_seconds,
-        plan.tokens_per_second, plan.mfu, plan.bubble_share, waits.ep, waits.pp, plan.slowest_update.data_parallel,
-        waits.copy, plan.fullest.device, plan.fullest_host.node, plan.fits, model_parameters(plan.config.model).total,
+        labels,
+        plan.assembly.layout.world,
+        plan.assembly.schedule.num_microbatches,
+        plan.step_seconds,
+        plan.tokens_per_second,
+        plan.mfu,
+        plan.bubble_share,
+        waits.ep,
+        waits.pp,
+        plan.slowest_update.data_parallel,
+        waits.copy,
+        plan.fullest.device,
+        plan.fullest_host.node,
+        plan.fits,
+        model_parameters(plan.config.model).total,
         plan.busiest.busy_seconds,
-    )  # fmt: skip
+    )
 
 
-def plan_rows(points: Sequence[tuple[Mapping[str, str], Config]]) -> list[Row]:
-    """Plan every point. Raises ConfigError, before any of them is simulated, for a layout that cannot be."""
-    for _, config in points:
+@dataclass(frozen=True)
+class Refused:
+    """A point that cannot be planned, and why."""
+
+    labels: Mapping[str, str]
+    refused: str
+
+
+Point = tuple[Mapping[str, str], Config | ConfigError]
+
+
+def plan_rows(points: Sequence[Point]) -> list[Row | Refused]:
+    """Plan every point; one that is refused does not keep the others from being planned.
+
+    Raises ConfigError where every point is refused, which is a mistake in what they share.
+    """
+    checked = [(labels, _checked(config)) for labels, config in points]
+    faults = [config for _, config in checked if isinstance(config, ConfigError)]
+    if len(faults) == len(checked):
+        raise faults[0]
+    return [_planned(labels, config) for labels, config in checked]
+
+
+def _checked(config: Config | ConfigError) -> Config | ConfigError:
+    """The config, or the mistake that is found in it without simulating anything."""
+    if isinstance(config, ConfigError):
+        return config
+    try:
         check_layout(config)
-    return [summarise(build_plan(config, check=False), labels) for labels, config in points]
+    except ConfigError as error:
+        return error
+    return config
 
 
-def compared(config: Config) -> list[tuple[Mapping[str, str], Config]]:
-    """The same config under each schedule of `plan.compare`, with the switches of configs/schedule."""
+def _planned(labels: Mapping[str, str], config: Config | ConfigError) -> Row | Refused:
+    if isinstance(config, ConfigError):
+        return Refused(labels, str(config))
+    try:
+        return summarise(build_plan(config, check=False), labels)
+    except ConfigError as error:
+        return Refused(labels, str(error))
+
+
+def compared(config: Config) -> list[Point]:
+    """The config under each schedule of `plan.compare`, with the switches of configs/schedule."""
     return [({"schedule": kind}, _with_schedule(config, kind)) for kind in config.plan.compare]
 
 
@@ -75,28 +124,44 @@ def _with_schedule(config: Config, kind: str) -> Config:
     return dataclasses.replace(config, schedule=preset.schedule, layout=layout)
 
 
-def sweep_table(title: str, rows: Sequence[Row]) -> tuple[Table, str]:
-    """A row for each plan, labels first, and a note. Sizes that are alike everywhere move from the table to the note."""
-    columns = _columns(rows)
-    constant = {name for name in _MAY_MOVE if len(rows) > 1 and len(set(columns[name])) == 1}
+def sweep_table(title: str, rows: Sequence[Row | Refused]) -> tuple[Table, str]:
+    """A row for each plan, labels first, and a note.
+
+    Sizes that are alike everywhere move from the table to the note.
+    """
+    plans = [row for row in rows if isinstance(row, Row)]
+    columns = _columns(plans)
+    constant = {name for name in _MAY_MOVE if len(plans) > 1 and len(set(columns[name])) == 1}
     shown = [name for name in columns if name not in constant]
-    table = new_table(title, [_broken(name) for name in shown], len(rows[0].labels))
+    labels = list(rows[0].labels)
+    table = new_table(title, [broken_heading(name) for name in [*labels, *shown]], len(labels))
     table.padding, table.show_edge = (0, 0, 0, 0), False
-    for index, row in enumerate(rows):
-        table.add_row(*(columns[name][index] for name in shown), style=None if row.fits else "red")
+    figures = iter(zip(*(columns[name] for name in shown), strict=True))
+    for row in rows:
+        cells = next(figures) if isinstance(row, Row) else ["-"] * (len(shown) - 1) + ["no"]
+        bad = isinstance(row, Refused) or not row.fits
+        table.add_row(*(row.labels[label] for label in labels), *cells, style="red" if bad else None)
     same = ", ".join(f"{columns[name][0]} {_MAY_MOVE[name]}" for name in _MAY_MOVE if name in constant)
-    return table, (f"In every row: {same}.\n" if same else "") + SWEEP_NOTE
+    return table, (f"In every row: {same}.\n" if same else "") + SWEEP_NOTE + _refusals(rows)
+
+
+def _refusals(rows: Sequence[Row | Refused]) -> str:
+    """Why the rows without figures have none, a paragraph each."""
+    return "".join(
+        f"Cannot be planned: {' '.join(f'{key}={value}' for key, value in row.labels.items())}: {row.refused}\n"
+        for row in rows
+        if isinstance(row, Refused)
+    )
 
 
 def _columns(rows: Sequence[Row]) -> dict[str, list[str]]:
-    """Every column of the table by its name."""
-    columns = {label: [row.labels[label] for row in rows] for label in rows[0].labels}
-    return columns | {
+    """Every column of figures by its name."""
+    return {
         "params": [count(row.total_parameters) for row in rows],
         "GPUs": [str(row.world) for row in rows],
         "M": [str(row.num_microbatches) for row in rows],
         "step_s": [fixed(row.step_seconds) for row in rows],
-        "tok/s": [_tokens(row.tokens_per_second) for row in rows],
+        "tok/s": _tokens([row.tokens_per_second for row in rows]),
         "MFU_%": [f"{100 * row.mfu:.1f}" for row in rows],
         "bubble_%": [f"{100 * row.bubble_share:.1f}" for row in rows],
         "EP_s": [fixed(row.exposed_ep) for row in rows],
@@ -109,17 +174,8 @@ def _columns(rows: Sequence[Row]) -> dict[str, list[str]]:
     }
 
 
-def _broken(key: str) -> str:
-    """A name over several lines: a unit below its quantity, a long key broken behind underscores."""
-    if key.count("_") == 1 and len(key) <= 8:
-        return key.replace("_", "\n")
-    lines = [""]
-    for word in key.replace("_", "_ ").split():
-        if lines[-1] and len(lines[-1] + word) > 10:
-            lines.append("")
-        lines[-1] += word
-    return "\n".join(lines)
-
-
-def _tokens(value: float) -> str:
-    return f"{value / 1e6:.2f}M" if value >= 1e5 else f"{value:,.0f}"
+def _tokens(values: Sequence[float]) -> list[str]:
+    """One unit for the whole column: millions only where every value has two digits of them."""
+    if min(values) >= 1e5:
+        return [f"{value / 1e6:.2f}M" for value in values]
+    return [f"{value:,.0f}" for value in values]

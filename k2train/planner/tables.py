@@ -1,10 +1,9 @@
-"""A plan as tables, well set at 100 columns and in a pipe."""
+"""A plan as tables."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 
-from rich import box
 from rich.console import RenderableType
 from rich.table import Table
 
@@ -15,8 +14,8 @@ from k2train.planner.advice import Advice, problems
 from k2train.planner.memory import StageMemory
 from k2train.planner.plan import Plan
 from k2train.planner.text import count, gigabytes, pieces, ranges, seconds, share
+from k2train.telemetry.tables import fact_table, new_table
 
-WIDTH = 100
 DEVICE_NOTE = (
     "E embedding, H head. At the moment the stage is fullest: activations saved for the backward or in transit, buffers of "
     "the layers at work (exchanges, rebuilt tensors, gradients, logits), and the weight-gradient queue. Other: driver, "
@@ -29,8 +28,10 @@ WAITS_NOTE = (
 
 
 def plan_tables(plan: Plan, advice: Advice | None, note: str | None = None) -> list[RenderableType]:
-    """All tables of one plan, in reading order, and the verdict. advice: for a plan that does not fit. note: on what it
-    waits for."""
+    """All tables of one plan, in reading order, and the verdict.
+
+    advice: for a plan that does not fit. note: on what it waits for.
+    """
     return [
         layout_table(plan),
         device_table(plan),
@@ -45,49 +46,38 @@ def plan_tables(plan: Plan, advice: Advice | None, note: str | None = None) -> l
     ]
 
 
-def new_table(title: str, columns: Sequence[str], text_columns: int = 1) -> Table:
-    """A table of numbers, right-aligned behind its first columns of text."""
-    table = Table(title=title, box=box.SIMPLE_HEAD, title_justify="left", title_style="bold", pad_edge=False)
-    for index, column in enumerate(columns):
-        table.add_column(column, justify="left" if index < text_columns else "right", no_wrap=True)
-    return table
-
-
-def _pairs(title: str, rows: Iterable[tuple[str, str]]) -> Table:
-    table = Table(
-        title=title,
-        box=box.SIMPLE,
-        show_header=False,
-        title_justify="left",
-        title_style="bold",
-        pad_edge=False,
-    )
-    table.add_column(no_wrap=True)
-    table.add_column(overflow="fold")
-    for row in rows:
-        table.add_row(*row)
-    return table
-
-
 def layout_table(plan: Plan) -> Table:
     """Who is where."""
     config, layout, schedule = plan.config, plan.assembly.layout, plan.assembly.schedule
     parameters = model_parameters(config.model)
     moe = f"; {layout.num_local_experts} of {config.model.n_routed_experts} experts on a rank"
     virtual = layout.vpp * plan.assembly.copies
-    return _pairs(f"Layout: {config.name} on {config.cluster.name}", [
-        ("model", f"{count(parameters.total)} parameters, {count(parameters.activated)} activated, "
-                  f"{config.model.num_hidden_layers} layers"),
-        ("world", f"{layout.world} ranks on {layout.num_nodes} nodes of {layout.gpus_per_node}"),
-        ("pipeline", f"{layout.pp} stages x {virtual} virtual stages (layout.pp, layout.vpp)"),
-        ("experts", f"{layout.ep}-way (layout.ep){moe if config.model.num_moe_layers else ''}"),
-        *([("all-to-all", f"{layout.dispatch_words} (layout.dispatch)")] if layout.ep > 1 and config.model.num_moe_layers else []),
-        ("replicas", f"{layout.edp} of an expert (layout.edp), {layout.dp} of anything else on a stage"),
-        ("batch", f"{count(config.train.global_batch_tokens)} tokens = {layout.dp} ranks x {schedule.num_microbatches} "
-                  f"microbatches x {config.train.microbatch_size} x {config.train.seq_len}"),
-        ("schedule", f"{schedule.name}, {_switches(plan)}"),
-        ("attention", f"{_attention(plan)} (ops.backend)"),
-    ])  # fmt: skip
+    return fact_table(
+        f"Layout: {config.name} on {config.cluster.name}",
+        [
+            (
+                "model",
+                f"{count(parameters.total)} parameters, {count(parameters.activated)} activated, "
+                f"{config.model.num_hidden_layers} layers",
+            ),
+            ("world", f"{layout.world} ranks on {layout.num_nodes} nodes of {layout.gpus_per_node}"),
+            ("pipeline", f"{layout.pp} stages x {virtual} virtual stages (layout.pp, layout.vpp)"),
+            ("experts", f"{layout.ep}-way (layout.ep){moe if config.model.num_moe_layers else ''}"),
+            *(
+                [("all-to-all", f"{layout.dispatch_words} (layout.dispatch)")]
+                if layout.ep > 1 and config.model.num_moe_layers
+                else []
+            ),
+            ("replicas", f"{layout.edp} of an expert (layout.edp), {layout.dp} of anything else on a stage"),
+            (
+                "batch",
+                f"{count(config.train.global_batch_tokens)} tokens = {layout.dp} ranks x {schedule.num_microbatches} "
+                f"microbatches x {config.train.microbatch_size} x {config.train.seq_len}",
+            ),
+            ("schedule", f"{schedule.name}, {_switches(plan)}"),
+            ("attention", f"{_attention(plan)} (ops.backend)"),
+        ],
+    )
 
 
 def _attention(plan: Plan) -> str:
@@ -112,13 +102,33 @@ def device_table(plan: Plan) -> Table:
     first = plan.memory[0]
     table = new_table(
         f"Device memory in GB (1e9 bytes), fullest rank of a stage, of {gigabytes(first.capacity)} GB",
-        ["stage", "layers", "params", "grads", "optim", "activ.", "buffers", "W queue", "other", "total", "free"],
+        [
+            "stage",
+            "layers",
+            "params",
+            "grads",
+            "optim",
+            "activ.",
+            "buffers",
+            "W queue",
+            "other",
+            "total",
+            "free",
+        ],
         text_columns=2,
-    )  # fmt: skip
+    )
     for stages, memory in _grouped(plan.memory, _device_key, plan):
         room = memory.capacity - memory.device
-        numbers = [memory.parameters, memory.gradients, memory.optimizer_on_device, memory.activations, memory.transient,
-                   memory.weight_queue, memory.reserved, memory.device]  # fmt: skip
+        numbers = [
+            memory.parameters,
+            memory.gradients,
+            memory.optimizer_on_device,
+            memory.activations,
+            memory.transient,
+            memory.weight_queue,
+            memory.reserved,
+            memory.device,
+        ]
         free = gigabytes(room) if room >= 0 else f"-{gigabytes(-room)} !"
         held = pieces(plan.assembly.pieces_of(memory.stage))
         table.add_row(
@@ -202,13 +212,28 @@ def step_table(plan: Plan) -> Table:
     world = plan.assembly.layout.world
     recomputed = sum(e.recompute_flops for e in plan.assembly.estimates)
     forward = sum(e.forward_flops for e in plan.assembly.estimates)
-    return _pairs("Step", [
-        ("step time", f"{seconds(plan.step_seconds)} s, of it {seconds(plan.simulation.makespan_seconds)} s in the pipeline"),
-        ("tokens", f"{plan.tokens_per_second:,.0f} a second, {plan.tokens_per_second / world:,.0f} a second and device"),
-        ("MFU", f"{100 * plan.mfu:.1f} % (recomputation, not counted, adds {share(recomputed, 3 * forward)} of FLOPs)"),
-        ("bubble", f"{share(plan.busiest.bubble_seconds, plan.simulation.makespan_seconds)} of the pipeline's time on stage "
-                   f"{plan.busiest_stage}, the busiest"),
-    ])  # fmt: skip
+    return fact_table(
+        "Step",
+        [
+            (
+                "step time",
+                f"{seconds(plan.step_seconds)} s, of it {seconds(plan.simulation.makespan_seconds)} s in the pipeline",
+            ),
+            (
+                "tokens",
+                f"{plan.tokens_per_second:,.0f} a second, {plan.tokens_per_second / world:,.0f} a second and device",
+            ),
+            (
+                "MFU",
+                f"{100 * plan.mfu:.1f} % (recomputation, not counted, adds {share(recomputed, 3 * forward)} of FLOPs)",
+            ),
+            (
+                "bubble",
+                f"{share(plan.busiest.bubble_seconds, plan.simulation.makespan_seconds)} of the pipeline's time on stage "
+                f"{plan.busiest_stage}, the busiest",
+            ),
+        ],
+    )
 
 
 def waits_table(plan: Plan) -> Table:
@@ -238,13 +263,19 @@ def verdict(plan: Plan, advice: Advice | None) -> list[str]:
     faults = problems(plan)
     if not faults:
         full, host = plan.fullest, plan.fullest_host
-        return [f"Fits: {full.device / 1e9:.1f} of {full.capacity / 1e9:.0f} GB on the fullest device, "
-                f"{host.node / 1e9:.0f} of {host.host_capacity / 1e9:.0f} GB on the fullest host."]  # fmt: skip
+        return [
+            f"Fits: {full.device / 1e9:.1f} of {full.capacity / 1e9:.0f} GB on the fullest device, "
+            f"{host.node / 1e9:.0f} of {host.host_capacity / 1e9:.0f} GB on the fullest host."
+        ]
     lines = [f"Does not fit: {fault}." for fault in faults]
     if advice is None:
-        lines.append("No switch of activations or optimizer states makes it fit: spread the model over more stages or expert "
-                     "ranks (layout.pp, layout.ep).")  # fmt: skip
+        lines.append(
+            "No switch of activations or optimizer states makes it fit: spread the model over more stages or expert "
+            "ranks (layout.pp, layout.ep)."
+        )
     else:
-        lines.append(f"{' '.join(advice.overrides)} would make it fit: {advice.device / 1e9:.1f} GB on the fullest device, "
-                     f"{advice.node / 1e9:.0f} GB on the fullest host.")  # fmt: skip
+        lines.append(
+            f"{' '.join(advice.overrides)} would make it fit: {advice.device / 1e9:.1f} GB on the fullest device, "
+            f"{advice.node / 1e9:.0f} GB on the fullest host."
+        )
     return lines

@@ -41,7 +41,7 @@ def share(part: float, whole: float) -> str:
 
 
 def pieces(parts: Sequence[VirtualStage]) -> str:
-    """What a stage holds, virtual stage by virtual stage: `E+2 | 2`, E the embedding, H the head."""
+    """What a stage holds by virtual stage: `E+2 | 2`, E the embedding, H the head."""
     return " | ".join(_piece(part) for part in parts)
 
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import cast
 
 import torch
@@ -29,6 +29,7 @@ from k2train.runtime.recorder import Message
 from k2train.runtime.stage import PipelineStage
 from k2train.schedule.actions import Pair, Step
 from k2train.schedule.messages import plan_messages
+from k2train.trainer.batch import read_batch
 from k2train.trainer.build import Run, build_layouts, build_run
 from k2train.trainer.dry_run import dry_run
 from k2train.trainer.garbage import GarbageControl
@@ -37,6 +38,7 @@ from k2train.trainer.step import train_step
 AUDIT_INTERVAL = 8
 """An audit looks at every storage, which takes as long as an action."""
 DEVICE = torch.device("cuda", 0)
+Say = Callable[[str], None]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -63,8 +65,8 @@ class Rehearsal:
 class Recording:
     """Implements runtime.recorder.Watcher: tells the observer of every step, and keeps the peak of the action list."""
 
-    def __init__(self, observer: Observer, auditor: Auditor) -> None:
-        self._observer, self._auditor = observer, auditor
+    def __init__(self, observer: Observer, auditor: Auditor, say: Say) -> None:
+        self._observer, self._auditor, self._say = observer, auditor, say
         self.pipeline_peak = Peak()
         self.pipeline_ended = 0.0
 
@@ -78,6 +80,7 @@ class Recording:
             last = step
         self.pipeline_peak, self.pipeline_ended = self._observer.peak, time.perf_counter()
         self._observer.forget_peak()
+        self._say("update")
 
     def wait(self, message: Message) -> torch.Tensor:
         return message.wait()
@@ -103,9 +106,13 @@ class NoCorpus:
         return torch.zeros(count, self._width, dtype=torch.int64)
 
 
-def rehearse(config: Config) -> Rehearsal:
-    """Take one step of one rank. config.rehearse says which. Raises ConfigError for what the trainer would refuse."""
+def rehearse(config: Config, say: Say = lambda phase: None) -> Rehearsal:
+    """Take one step of one rank. config.rehearse says which. Raises ConfigError for what the trainer would refuse.
+
+    say: is told what begins.
+    """
     section = config.rehearse
+    say("plan")
     layout, schedule = build_layouts(config)
     plan = build_plan(config, check=False)
     rank = section.stage * layout.dp + section.data_rank
@@ -114,12 +121,14 @@ def rehearse(config: Config) -> Rehearsal:
     observer = Observer(device)
     counts = Counts(lambda: kind_of_place(observer.place))
     started = time.perf_counter()
+    say(f"build rank {rank} of {layout.world}")
     with FakeTensorMode(allow_non_fake_inputs=True), observer, observer.at("states"), GarbageControl():
         world = RehearsedWorld(rank, layout.world, DEVICE, counts)
         groups = build_groups(layout.grid, world, layout.relay_ranks, plan_messages(schedule))
         corpus = cast(Corpus, NoCorpus(config.train.seq_len))
         run = build_run(config, layout, schedule, corpus, groups, device, initialise=False)
         run = watched_run(run, observer)
+        say("dry run")
         with observer.at("dry run"):
             dry_run(run)
         states, built = observer.bytes_alive, time.perf_counter()
@@ -127,9 +136,10 @@ def rehearse(config: Config) -> Rehearsal:
         observer.forget_work()
         counts.clear()
         auditor = Auditor(run, observer, AUDIT_INTERVAL)
-        recording = Recording(observer, auditor)
+        recording = Recording(observer, auditor, say)
+        say(f"action list of {len(schedule.stages[section.stage]):,} actions")
         with observer.at("update"):
-            train_step(run, 0, recording)
+            train_step(run, read_batch(run, 0), recording)
             run.optimizer.finish_gather()
         left = tuple(living for living in observer.alive if living.birth.serial >= start)
     return Rehearsal(

@@ -7,11 +7,11 @@ from collections.abc import Sequence
 from rich.console import RenderableType
 from rich.table import Table
 
-from k2train.planner.tables import new_table
 from k2train.planner.text import gigabytes
 from k2train.rehearsal import summary
 from k2train.rehearsal.run import Rehearsal
 from k2train.rehearsal.summary import Beside
+from k2train.telemetry.tables import new_table
 
 
 def rehearsal_tables(rehearsal: Rehearsal) -> list[RenderableType]:

@@ -86,12 +86,15 @@ class Route:
 class StepInputs:
     """What one pass over an action list works on.
 
-    tokens(microbatch) gives its (B, S) ids; make_context(virtual_stage, microbatch) what its phases may touch.
-    before_forward(virtual_stage) is called ahead of each forward, weight_gradients_done(virtual_stage) once its last
-    weight gradient is in, which needs num_microbatches. wait(arrival) waits for a message; a recorder puts its own here.
+    tokens(microbatch) gives its (B, S) ids and is called where the model begins. num_rows is B * S, the
+    same for every microbatch. make_context(virtual_stage, microbatch) gives what its phases may touch.
+    before_forward(virtual_stage) is called ahead of each forward, weight_gradients_done(virtual_stage)
+    once its last weight gradient is in, which needs num_microbatches. wait(arrival) waits for a
+    message; a recorder puts its own here.
     """
 
     tokens: Callable[[int], torch.Tensor]
+    num_rows: int
     make_context: Callable[[int, int], MicrobatchContext]
     num_microbatches: int
     before_forward: Callable[[int], None] = lambda virtual_stage: None
@@ -211,7 +214,8 @@ class PipelineStage:
 
     def receive_activation(self, virtual_stage: int, microbatch: int) -> None:
         peer = self.routes[virtual_stage].previous_stage
-        self._inputs[virtual_stage, microbatch] = self._wire().receive(self._num_rows(microbatch), peer)
+        rows = self._inputs_of_step().num_rows
+        self._inputs[virtual_stage, microbatch] = self._wire().receive(rows, peer)
 
     def send_gradient(self, virtual_stage: int, microbatch: int) -> None:
         results = self._gradients.pop((virtual_stage, microbatch))
@@ -219,9 +223,8 @@ class PipelineStage:
 
     def receive_gradient(self, virtual_stage: int, microbatch: int) -> None:
         peer = self.routes[virtual_stage].next_stage
-        self._arrived_gradients[virtual_stage, microbatch] = self._wire().receive(
-            self._num_rows(microbatch), peer
-        )
+        rows = self._inputs_of_step().num_rows
+        self._arrived_gradients[virtual_stage, microbatch] = self._wire().receive(rows, peer)
 
     def offload(self, virtual_stage: int, microbatch: int) -> None:
         self._records[virtual_stage, microbatch][1].saved.offload()
@@ -287,9 +290,6 @@ class PipelineStage:
     def _wire(self) -> Transport:
         assert self.transport is not None, "a schedule with messages needs a transport"
         return self.transport
-
-    def _num_rows(self, microbatch: int) -> int:
-        return self._inputs_of_step().tokens(microbatch).numel()
 
     def _inputs_of_step(self) -> StepInputs:
         assert self._step is not None, "begin_step comes first"

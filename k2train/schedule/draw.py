@@ -139,10 +139,8 @@ def draw_memory(axes: Axes, simulation: Simulation, stages: tuple[int, ...]) -> 
         )
         peaks = np.where(times.size and np.searchsorted(times, edges[:-1], side="right") > 0, before, 0)
         np.maximum.at(peaks, np.clip(np.searchsorted(edges, times, side="right") - 1, 0, _COLUMNS - 1), level)
-        axes.step(
-            edges[:-1], peaks / 2**30, where="post", color=colour, linestyle=dash, label=f"stage {stage}"
-        )
-    _frame(axes, (0.0, end), "activations, transient buffers and weight-gradient queue on the device (GiB)")
+        axes.step(edges[:-1], peaks / 1e9, where="post", color=colour, linestyle=dash, label=f"stage {stage}")
+    _frame(axes, (0.0, end), "activations, transient buffers and weight-gradient queue on the device (GB)")
     axes.legend(fontsize=7, loc="upper right", ncols=len(stages))
     axes.set_ylim(bottom=0)
 

@@ -1,9 +1,9 @@
 """A step as a Chrome trace, which Perfetto (ui.perfetto.dev) and chrome://tracing open.
 
-A process for each stage, a thread for each stream, a box for each phase, message and copy, and a counter for the bytes on the
-device. Times are in microseconds, as the format wants. `write_trace` writes a simulated step; the runtime writes an executed
-one through the same `write_boxes`, so that the two can be laid side by side.
-Source: "Trace Event Format" (Google).
+A process for each stage, a thread for each stream, a box for each phase, message and copy, and a
+counter for the bytes on the device. Times are in microseconds, as the format wants. `write_trace`
+writes a simulated step; the runtime writes an executed one through the same `write_boxes`, so that
+the two can be laid side by side. Source: "Trace Event Format" (Google).
 """
 
 from __future__ import annotations
@@ -17,7 +17,13 @@ from k2train.schedule.actions import Action
 from k2train.schedule.colours import LANE_NAMES, LANES, category
 from k2train.schedule.simulation import Event, Simulation
 
-_MICRO = 1e6
+_TICKS = 8e6
+"""Times are whole eighths of a microsecond, which a binary number holds exactly.
+
+A reader that turns them into whole nanoseconds, by whatever rounding, then cannot let two boxes of
+a row overlap.
+"""
+_TICK_MICROSECONDS = 0.125
 
 # Sends to the previous stage have a thread of their own: they may overlap those to the next.
 THREADS = {
@@ -32,7 +38,10 @@ _IDS = {stream: place for place, stream in enumerate(THREADS)}
 
 
 class Box(NamedTuple):
-    """A box of a trace. `stream` is one of THREADS; start and end in seconds from the start of the step."""
+    """A box of a trace.
+
+    `stream` is one of THREADS; start and end in seconds from the start of the step.
+    """
 
     stage: int
     stream: str
@@ -49,13 +58,17 @@ def write_boxes(
     boxes: Iterable[Box],
     counters: Iterable[dict[str, Any]] = (),
 ) -> int:
-    """Write a trace, box by box; returns the number of boxes. Raises OSError where the file cannot be written."""
+    """Write a trace, box by box; returns the number of boxes.
+
+    Raises OSError where the file cannot be written.
+    """
     count = 0
+    ends: dict[tuple[int, str], int] = {}
     with open(path, "w", encoding="utf-8") as file:
         file.write('{"displayTimeUnit": "ms", "traceEvents": [\n')
         file.write(",\n".join(map(json.dumps, _names(num_stages))))
         for box in boxes:
-            file.write(",\n" + json.dumps(_event(box)))
+            file.write(",\n" + json.dumps(_event(box, ends)))
             count += 1
         for counter in counters:
             file.write(",\n" + json.dumps(counter))
@@ -71,8 +84,9 @@ def write_trace(
 ) -> int:
     """Write what overlaps a window of a recorded simulation; returns the number of boxes.
 
-    K2's full step of 1024 microbatches is about a million boxes, 150 MB; a window of some seconds keeps it small.
-    Raises ValueError where the simulation was not recorded, OSError where the file cannot be written.
+    K2's full step of 1024 microbatches is about a million boxes, 150 MB; a window of some seconds
+    keeps it small. Raises ValueError where the simulation was not recorded, OSError where the file
+    cannot be written.
     """
     if not any(simulation.compute_records):
         raise ValueError("nothing to trace: simulate with record=True")
@@ -97,17 +111,29 @@ def _simulated_box(event: Event) -> Box:
     return Box(event.stage, stream, name, category(event), event.start, event.end, event.action)
 
 
-def _event(box: Box) -> dict[str, Any]:
+def _event(box: Box, ends: dict[tuple[int, str], int]) -> dict[str, Any]:
+    """The box in the format's words. ends: of each row's last box, in ticks, kept here."""
+    row = box.stage, box.stream
+    start, end = _ticks(box.start), _ticks(box.end)
+    if start == ends.get(row, start) - 1:
+        # Sums of seconds differ in their last bit: one moment was rounded up as an end and down as
+        # a start.
+        start += 1
+    ends[row] = end = max(start, end)
     return {
         "ph": "X",
         "pid": box.stage,
         "tid": _IDS[box.stream],
         "name": box.name,
         "cat": box.category,
-        "ts": round(box.start * _MICRO, 3),
-        "dur": round((box.end - box.start) * _MICRO, 3),
+        "ts": start * _TICK_MICROSECONDS,
+        "dur": (end - start) * _TICK_MICROSECONDS,
         "args": {"virtual_stage": box.action.virtual_stage, "microbatch": box.action.microbatch},
     }
+
+
+def _ticks(seconds: float) -> int:
+    return round(seconds * _TICKS)
 
 
 def _counters(simulation: Simulation, start: float, end: float) -> Iterator[dict[str, Any]]:
@@ -118,6 +144,6 @@ def _counters(simulation: Simulation, start: float, end: float) -> Iterator[dict
                     "ph": "C",
                     "pid": stage,
                     "name": "activation bytes",
-                    "ts": round(float(time) * _MICRO, 3),
+                    "ts": _ticks(float(time)) * _TICK_MICROSECONDS,
                     "args": {"bytes": int(held)},
                 }

@@ -1,7 +1,8 @@
 """metrics.jsonl: one JSON object a step, appended and flushed as the run goes.
 
-The file is the record of a run, so a resumed run must leave the same lines as one that was never interrupted: on
-resume, lines of steps after the checkpoint (and a line cut short by a kill) are removed before new ones are added.
+The file is the record of a run, so a resumed run must leave the same lines as one that was never
+interrupted: on resume, lines of steps after the checkpoint (and a line cut short by a kill) are
+removed before new ones are added.
 """
 
 from __future__ import annotations
@@ -16,12 +17,14 @@ from typing import Any
 
 Metrics = Mapping[str, Any]
 
-# Keys that depend on the clock or the machine and not on the computation: equal runs may differ in them.
-CLOCK_KEYS = frozenset({"tokens_per_second", "step_seconds", "peak_bytes"})
+# Keys that depend on the clock or the machine and not on the computation: equal runs may differ in
+# them.
+CLOCK_KEYS = frozenset({"tokens_per_second", "step_seconds", "data_wait_seconds", "peak_bytes", "mfu"})
 
 
 class MetricsFile:
-    """Append-only writer of metrics.jsonl; `keep_steps` cuts the file back to its first steps when it is opened."""
+    """Append-only writer of metrics.jsonl; opening cuts the file back to its first `keep_steps`
+    steps."""
 
     def __init__(self, path: Path, keep_steps: int) -> None:
         kept = [line for line in read_metrics(path) if line["step"] <= keep_steps]
@@ -48,7 +51,10 @@ class MetricsFile:
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:
-    """The lines of a metrics.jsonl; a last line cut short by a kill is left out, a missing file is empty."""
+    """The lines of a metrics.jsonl; none for a missing file.
+
+    A last line cut short by a kill is left out.
+    """
     if not path.exists():
         return []
     lines = []
@@ -61,7 +67,8 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
 
 
 def _encode(metrics: Metrics) -> str:
-    # JSON has no NaN or infinity; a step that has one stops the run, and null keeps its line readable everywhere.
+    # JSON has no NaN or infinity; a step that has one stops the run, and null keeps its line
+    # readable everywhere.
     finite = {
         key: None if isinstance(value, float) and not math.isfinite(value) else value
         for key, value in metrics.items()

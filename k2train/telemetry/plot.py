@@ -11,7 +11,7 @@ TRAIN_COLOUR, HELD_OUT_COLOUR, RATE_COLOUR = "#0072B2", "#D55E00", "#999999"
 
 
 def draw_loss_curve(metrics: Sequence[dict[str, Any]], path: Path, title: str) -> None:
-    """Write a PNG: training loss by step, held-out loss where it was measured, learning rate below."""
+    """Write a PNG: training loss, held-out loss where it was measured, learning rate below."""
     # Imported here: matplotlib takes most of a second, and most commands draw nothing.
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure

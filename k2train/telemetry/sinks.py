@@ -1,7 +1,11 @@
-"""Where metrics go besides metrics.jsonl. TensorBoard is written through its own event writer, which needs no torch."""
+"""Where metrics go besides metrics.jsonl.
+
+TensorBoard is written through its own event writer, which needs no torch.
+"""
 
 from __future__ import annotations
 
+import importlib
 import importlib.util
 from collections.abc import Mapping
 from pathlib import Path
@@ -9,6 +13,9 @@ from typing import Any, Protocol
 
 from k2train.config.errors import ConfigError
 from k2train.config.sections import TelemetryConfig
+
+WANDB_ID_FILE = "wandb-id"
+"""In the run directory: the id of the run at Weights & Biases."""
 
 
 class Sink(Protocol):
@@ -44,14 +51,28 @@ class TensorBoardSink:
 
 
 class WandbSink:
-    """The same numbers to Weights & Biases."""
+    """The same numbers to Weights & Biases, in one run of theirs for a run of ours.
 
-    def __init__(self, project: str, name: str, directory: Path, config: Mapping[str, Any]) -> None:
-        import wandb
+    Their run's id is kept in the run directory, so that a resumed run goes on there. Steps that
+    were logged before and are taken again after a crash are dropped there, and are the same
+    numbers.
+    """
 
+    def __init__(
+        self, wandb: Any, project: str, name: str, directory: Path, config: Mapping[str, Any]
+    ) -> None:
+        """wandb: the module, or what stands in for it."""
+        kept = directory / WANDB_ID_FILE
+        run_id = kept.read_text().strip() if kept.exists() else None
         self._run = wandb.init(
-            project=project, name=name, dir=str(directory), config=dict(config), resume="allow"
+            project=project,
+            name=name,
+            dir=str(directory),
+            config=dict(config),
+            id=run_id or None,
+            resume="allow",
         )
+        kept.write_text(f"{self._run.id}\n")
 
     def write(self, metrics: Mapping[str, Any]) -> None:
         self._run.log(dict(metrics), step=int(metrics["step"]))
@@ -60,14 +81,29 @@ class WandbSink:
         self._run.finish()
 
 
-def open_sinks(telemetry: TelemetryConfig, run_dir: Path, config: Mapping[str, Any]) -> list[Sink]:
-    """The sinks that `telemetry` asks for. Raises ConfigError where one is not installed."""
+def open_sinks(
+    telemetry: TelemetryConfig, run_dir: Path, config: Mapping[str, Any], wandb: Any = None
+) -> list[Sink]:
+    """The sinks that `telemetry` asks for. wandb: stands in for the package; None imports it.
+
+    Raises ConfigError where a package is not installed.
+    """
     sinks: list[Sink] = []
     if telemetry.tensorboard:
         sinks.append(TensorBoardSink(run_dir / "tensorboard"))
     if telemetry.wandb_project is not None:
-        if importlib.util.find_spec("wandb") is None:
-            raise ConfigError("telemetry.wandb_project", telemetry.wandb_project, "needs the wandb package",
-                              "pip install 'k2train[wandb]', or telemetry.wandb_project=null")  # fmt: skip
-        sinks.append(WandbSink(telemetry.wandb_project, run_dir.name, run_dir, config))
+        wandb = wandb or _import_wandb(telemetry.wandb_project)
+        sinks.append(WandbSink(wandb, telemetry.wandb_project, run_dir.name, run_dir, config))
     return sinks
+
+
+def _import_wandb(project: str) -> Any:
+    """The package, which is an extra. Raises ConfigError where it is not installed."""
+    if importlib.util.find_spec("wandb") is None:
+        raise ConfigError(
+            "telemetry.wandb_project",
+            project,
+            "needs the wandb package",
+            "pip install 'k2train[wandb]', or telemetry.wandb_project=null",
+        )
+    return importlib.import_module("wandb")

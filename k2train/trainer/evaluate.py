@@ -1,4 +1,7 @@
-"""Loss on held-out text, which training never sees, in an order that is always the same."""
+"""Loss on held-out text, which training never sees, in an order that is always the same.
+
+Letters: N windows, S tokens of one.
+"""
 
 from __future__ import annotations
 
@@ -7,15 +10,14 @@ import dataclasses
 import torch
 
 from k2train.model.context import MicrobatchContext, Statistics
+from k2train.model.loss import CrossEntropy
+from k2train.ops.cross_entropy import IGNORED_TARGET
 from k2train.runtime.executor import run_actions
 from k2train.runtime.stage import StepInputs
 from k2train.schedule.forward import forward_only as forward_schedule
 from k2train.trainer.build import Run
 from k2train.trainer.compression import bits_per_byte
 from k2train.trainer.totals import losses_of_rank
-
-# The target that the loss leaves out (torch's default ignore_index).
-IGNORED = -100
 
 
 @dataclasses.dataclass(frozen=True)
@@ -34,7 +36,8 @@ class Evaluation:
 
 @dataclasses.dataclass(frozen=True)
 class Windows:
-    """Held-out text cut for evaluation: inputs and targets (n, S), where targets that another window scores are IGNORED."""
+    """Held-out text cut for evaluation: inputs and targets (N, S). A target that another window
+    scores is IGNORED_TARGET."""
 
     inputs: torch.Tensor
     targets: torch.Tensor
@@ -45,11 +48,12 @@ class Windows:
 
 
 def evaluate(run: Run, max_tokens: int) -> Evaluation | None:
-    """Mean loss over the first sequences of the validation split, at most `max_tokens` and at most one pass over it.
+    """Mean loss over the first sequences of the validation split, at most `max_tokens` and at most
+    one pass over it.
 
-    Every token of them is scored once, from train.eval_overlap of a window before it or more (but at the start of a
-    text). None where there is not one whole sequence. Every rank must call it: the messages and all-to-alls of forward
-    passes, and a sum over the world.
+    Every token of them is scored once, from train.eval_overlap of a window before it or more (but
+    at the start of a text). None where there is not one whole sequence. Every rank must call it:
+    the messages and all-to-alls of forward passes, and a sum over the world.
     """
     train = run.config.train
     num_sequences = min(max_tokens // train.seq_len, run.corpus.num_samples("valid"))
@@ -69,17 +73,18 @@ def evaluate(run: Run, max_tokens: int) -> Evaluation | None:
 
 
 def cut(streams: list[torch.Tensor], seq_len: int, context: int) -> Windows:
-    """Windows of seq_len inputs over each stream, which has at least seq_len + 1 tokens; every target is scored once.
+    """Windows of seq_len inputs over each stream, which has at least seq_len + 1 tokens; every
+    target is scored once.
 
-    A stream's first window scores all its targets, each later one those that lie past the one before it, which are
-    its last. The last window ends with the stream.
+    A stream's first window scores all its targets, each later one those that lie past the one
+    before it, which are its last. The last window ends with the stream.
     """
     inputs, targets = [], []
     for stream in streams:
         last, scored = len(stream) - 1 - seq_len, 0
         for start in [*range(0, last, seq_len - context), last]:
             window = stream[start + 1 : start + seq_len + 1].clone()
-            window[: scored - start] = IGNORED
+            window[: scored - start] = IGNORED_TARGET
             scored = start + seq_len
             inputs.append(stream[start : start + seq_len])
             targets.append(window)
@@ -89,27 +94,40 @@ def cut(streams: list[torch.Tensor], seq_len: int, context: int) -> Windows:
 def local_microbatches(run: Run, windows: Windows) -> list[Windows]:
     """This data-parallel rank's microbatches of the windows, on the device.
 
-    Expert-parallel ranks exchange rows in step, so every rank needs equally many microbatches of equal size: missing
-    windows are filled up, with targets that are ignored.
+    Expert-parallel ranks exchange rows in step, so every rank needs equally many microbatches of
+    equal size: missing windows are filled up, with targets that are ignored.
     """
-    train, dp = run.config.train, run.groups.dp
-    size = train.eval_microbatch_size or train.microbatch_size
+    dp, size = run.groups.dp, eval_microbatch_size(run)
     missing = -len(windows.inputs) % (size * dp.size)
     inputs = torch.cat([windows.inputs, windows.inputs[:1].expand(missing, -1)])
-    targets = torch.cat([windows.targets, torch.full_like(windows.targets[:1], IGNORED).expand(missing, -1)])
+    ignored = torch.full_like(windows.targets[:1], IGNORED_TARGET)
+    targets = torch.cat([windows.targets, ignored.expand(missing, -1)])
     windows = Windows(run.device.upload(inputs), run.device.upload(targets))
     return windows.split(size)[dp.rank :: dp.size]
 
 
+def eval_microbatch_size(run: Run) -> int:
+    """Windows that pass through the pipeline together in evaluation."""
+    train = run.config.train
+    return train.eval_microbatch_size or train.microbatch_size
+
+
 def forward_only(run: Run, microbatches: list[Windows], statistics: Statistics, loss_scale: float) -> None:
-    """Forward passes without anything saved, in the order of `schedule.forward_only`."""
+    """Forward passes without anything saved, in the order of `schedule.forward_only`. Every rank
+    must call it."""
 
     def make_context(virtual_stage: int, microbatch: int) -> MicrobatchContext:
         part = microbatches[microbatch]
-        return MicrobatchContext(num_sequences=len(part.inputs), key=(virtual_stage, microbatch), statistics=statistics,
-                                 loss_scale=loss_scale, targets=part.targets, device=run.device)  # fmt: skip
+        return MicrobatchContext(
+            num_sequences=len(part.inputs),
+            key=(virtual_stage, microbatch),
+            statistics=statistics,
+            loss=CrossEntropy(part.targets, loss_scale),
+            device=run.device,
+        )
 
     tokens = [part.inputs for part in microbatches]
+    num_rows = eval_microbatch_size(run) * run.config.train.seq_len
     stage = run.evaluation
-    with stage.step(StepInputs(tokens.__getitem__, make_context, len(microbatches))):
+    with stage.step(StepInputs(tokens.__getitem__, num_rows, make_context, len(microbatches))):
         run_actions(forward_schedule(run.schedule, len(microbatches)).stages[run.pp_rank], stage)

@@ -1,4 +1,5 @@
-"""What a run says when it ends: the held-out loss beside gzip, where the results are, a picture of the loss."""
+"""What a run says when it ends: the held-out loss beside gzip, where the results are, a picture
+of the loss."""
 
 from __future__ import annotations
 
@@ -60,7 +61,8 @@ def comparison(run: Run, bits_per_byte: float) -> str:
 
 
 def resume_command(run_dir: Path, words: Sequence[str], environment: Mapping[str, str]) -> str:
-    """The command line that goes on from the newest checkpoint, with the launcher that started this run."""
+    """The command line that goes on from the newest checkpoint, with the launcher that started
+    this run."""
     program = ["k2train", "train"]
     job = environment.get("SLURM_JOB_ID")
     if job is not None and environment.get("TORCHELASTIC_RUN_ID") == job:

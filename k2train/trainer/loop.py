@@ -1,7 +1,8 @@
 """The training loop: steps, evaluations, checkpoints, metrics; and how it ends.
 
-It ends in one of three ways: all steps done; asked to stop (SIGTERM, Ctrl-C), after the step in hand, with a
-checkpoint; or a non-finite loss or gradient, which updates nothing, so the last checkpoint is still good.
+It ends in one of three ways: all steps done; asked to stop (SIGTERM, Ctrl-C), after the step in
+hand, with a checkpoint; or a non-finite loss or gradient, which updates nothing, so the last
+checkpoint is still good.
 """
 
 from __future__ import annotations
@@ -16,12 +17,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from rich.console import Console
 
 from k2train.config.convert import to_dict
 from k2train.config.errors import ConfigError
 from k2train.config.schema import Config
+from k2train.data.read_ahead import ReadAhead
 from k2train.device.build import build_device
+from k2train.estimate.step import model_flops_utilisation, step_flops
 from k2train.layout.layout import Layout
 from k2train.ops.backend import choose_backend
 from k2train.ops.dtypes import DTYPES
@@ -32,9 +34,11 @@ from k2train.parallel.objects import broadcast_object
 from k2train.schedule import Schedule
 from k2train.schedule.messages import plan_messages
 from k2train.telemetry.metrics import MetricsFile
-from k2train.telemetry.progress import ProgressDisplay, open_progress
+from k2train.telemetry.progress import ProgressDisplay, Rhythm, open_progress
 from k2train.telemetry.sinks import Sink, open_sinks
+from k2train.telemetry.tables import output_console
 from k2train.trainer.activations import host_traffic, non_finite_tiles
+from k2train.trainer.batch import AHEAD, Batch, open_batches
 from k2train.trainer.build import Run, build_layouts, build_run, choose_device, open_corpus
 from k2train.trainer.dry_run import dry_run
 from k2train.trainer.evaluate import evaluate
@@ -49,6 +53,9 @@ from k2train.trainer.step import StepMetrics, train_step
 from k2train.trainer.trace import start_recorder, write_recording
 from k2train.trainer.worlds import WorldKind, choose_world, fit_to_launcher, run_world
 
+LOGGED_SHARES = 40
+"""Lines of progress over a run whose steps are quick, beside those of its first steps."""
+
 
 class TrainingDivergedError(RuntimeError):
     """A loss or gradient norm that is not finite."""
@@ -56,12 +63,17 @@ class TrainingDivergedError(RuntimeError):
 
 @dataclasses.dataclass(frozen=True)
 class Outputs:
-    """Where the loop reports to; a rank other than 0 has no metrics file and reports nothing."""
+    """Where the loop reports to; a rank other than 0 has no metrics file and reports nothing.
+
+    ideal_seconds: of a step whose useful FLOPs run at the cluster's peak rate, which is what MFU is
+    measured against; None on a CPU, for which no cluster file promises a rate.
+    """
 
     run_dir: Path
     metrics: MetricsFile | None
     sinks: Sequence[Sink]
     progress: ProgressDisplay
+    ideal_seconds: float | None = None
 
     def write(self, line: dict[str, Any]) -> None:
         """A step's numbers to metrics.jsonl and the sinks."""
@@ -87,7 +99,10 @@ class Prepared:
 
 
 def prepare(config: Config) -> Prepared:
-    """Decide layout, schedule, device and world. Raises ConfigError for what cannot run; reads no data, makes no tensor."""
+    """Decide layout, schedule, device and world; reads no data, makes no tensor.
+
+    Raises ConfigError for what cannot run.
+    """
     config = fit_to_launcher(config, os.environ)
     layout, schedule = build_layouts(config)
     device = choose_device(config)
@@ -99,39 +114,44 @@ def prepare(config: Config) -> Prepared:
 
 
 def train(config: Config, words: Sequence[str] = ()) -> Outcome:
-    """Run `config` from its start or from its newest checkpoint. `words` are the user's, to print how to resume.
+    """Run `config` from its start or from its newest checkpoint.
 
-    Under a launcher every process calls it. Raises ConfigError for what cannot run, TrainingDivergedError for a
-    non-finite loss.
+    words: the user's, to print how to resume. Under a launcher every process calls it. Raises
+    ConfigError for what cannot run, TrainingDivergedError for a non-finite loss.
     """
     ready = prepare(config)
     config, layout = ready.config, ready.layout
     corpus, messages = open_corpus(config), plan_messages(ready.schedule)
     with StopRequest() as stop, GarbageControl() as garbage:
+        # One thread runs at a time, so a reader of its own would only take turns with the ranks.
+        ahead = 0 if ready.kind == "threads" else AHEAD
 
         def run_rank(world: World) -> Outcome:
             groups = build_groups(layout.grid, world, layout.relay_ranks, messages)
             run = build_run(config, layout, ready.schedule, corpus, groups, build_device(world.device))
-            return train_rank(run, stop, garbage, words)
+            return train_rank(run, stop, garbage, words, ahead)
 
         return run_world(ready.kind, layout.world, ready.device, config.train, run_rank)
 
 
-def train_rank(run: Run, stop: StopRequest, garbage: GarbageControl, words: Sequence[str]) -> Outcome:
-    """One rank's part of `train`; rank 0 alone prints and draws."""
+def train_rank(
+    run: Run, stop: StopRequest, garbage: GarbageControl, words: Sequence[str], ahead: int
+) -> Outcome:
+    """One rank's part of `train`; rank 0 alone prints and draws. ahead: batches read before their step."""
     run_dir, checkpoint, changes = agree_on_run_dir(run)
     done = start(run, checkpoint)
     dry_run(run)
     if run.is_main:
-        print_start(run, run_dir, done, changes, Console())
-    outcome = run_steps(run, run_dir, done, stop, garbage)
+        print_start(run, run_dir, done, changes, output_console())
+    outcome = run_steps(run, run_dir, done, stop, garbage, ahead)
     if run.is_main:
-        print_end(run, outcome, words, Console())
+        print_end(run, outcome, words, output_console())
     return outcome
 
 
 def agree_on_run_dir(run: Run) -> tuple[Path, Path | None, list[str]]:
-    """Rank 0 opens the run directory and tells the others: directory, checkpoint to resume, changed keys.
+    """Rank 0 opens the run directory and tells the others: directory, checkpoint to resume, changed
+    keys.
 
     Every rank must call it, and on every rank a ConfigError of rank 0's is raised.
     """
@@ -154,7 +174,8 @@ def agree_on_run_dir(run: Run) -> tuple[Path, Path | None, list[str]]:
 
 
 def start(run: Run, checkpoint: Path | None) -> int:
-    """Weights from the checkpoint to resume, from train.init_from, or from the seed; the steps already done."""
+    """Weights from the checkpoint to resume, from train.init_from, or from the seed; the steps
+    already done."""
     if checkpoint is not None:
         return resume(run, checkpoint)
     if run.config.train.init_from is not None:
@@ -162,13 +183,18 @@ def start(run: Run, checkpoint: Path | None) -> int:
     return 0
 
 
-def run_steps(run: Run, run_dir: Path, done: int, stop: StopRequest, garbage: GarbageControl) -> Outcome:
-    """Take the steps from `done` to train.steps, or until any rank is asked to stop. Every rank must call it."""
+def run_steps(
+    run: Run, run_dir: Path, done: int, stop: StopRequest, garbage: GarbageControl, ahead: int
+) -> Outcome:
+    """Take the steps from `done` to train.steps, or until any rank is asked to stop.
+
+    Every rank must call it.
+    """
     config = run.config
     stopped_by: str | None = None
-    with open_outputs(run, run_dir, done) as outputs:
+    with open_outputs(run, run_dir, done) as outputs, open_batches(run, done, ahead) as batches:
         while done < config.train.steps and stopped_by is None:
-            signal_number = take_step(run, done, outputs, stop)
+            signal_number = take_step(run, batches, outputs, stop)
             done += 1
             garbage.after_step(done)
             stopped_by = signal.Signals(signal_number).name if signal_number else None
@@ -185,24 +211,47 @@ def open_outputs(run: Run, run_dir: Path, done: int) -> Iterator[Outputs]:
     if not run.is_main:
         yield Outputs(run_dir, None, [], open_progress("none", "step", 0))
         return
-    display = open_progress(telemetry.progress, "step", run.config.train.steps, done)
+    ideal = ideal_seconds(run.config, run.layout.world, run.device.torch_device)
+    display = open_progress(telemetry.progress, "step", run.config.train.steps, done, rhythm_of(run.config))
     with MetricsFile(run_dir / "metrics.jsonl", keep_steps=done) as metrics, display as progress:
         sinks = open_sinks(telemetry, run_dir, to_dict(run.config))
         try:
-            yield Outputs(run_dir, metrics, sinks, progress)
+            yield Outputs(run_dir, metrics, sinks, progress, ideal)
         finally:
             for sink in sinks:
                 sink.close()
 
 
-def take_step(run: Run, index: int, outputs: Outputs, stop: StopRequest) -> int:
-    """One step, its evaluation where one is due, and its line of metrics.
+def rhythm_of(config: Config) -> Rhythm:
+    """When a line of progress is due in a log file."""
+    telemetry, steps = config.telemetry, config.train.steps
+    every = telemetry.log_every_steps or max(1, steps // LOGGED_SHARES)
+    return Rhythm(telemetry.log_first_steps, telemetry.log_every_seconds, every)
 
-    Returns a signal by which some rank had been asked to stop before the step's end, the same on every rank, 0 for none.
+
+def ideal_seconds(config: Config, world: int, device: torch.device) -> float | None:
+    """Seconds of a step with an MFU of 1, by the plan's FLOPs and the cluster's rate; None on a
+    CPU.
+
+    world: ranks.
     """
-    recorder = start_recorder(run, index)
+    if device.type == "cpu":
+        return None
+    train, peak = config.train, config.cluster.matmul_flops_per_second
+    flops = step_flops(config.model, train.seq_len, train.global_batch_tokens)
+    return model_flops_utilisation(flops, 1.0, world, peak)
+
+
+def take_step(run: Run, batches: ReadAhead[Batch], outputs: Outputs, stop: StopRequest) -> int:
+    """One step on the next batch, its evaluation where one is due, and its line of metrics.
+
+    Returns a signal by which some rank had been asked to stop before the step's end, the same on
+    every rank, 0 for none. Every rank must call it: see `train_step` and `evaluate`.
+    """
     began = time.perf_counter()
-    step = train_step(run, index, recorder, lambda: stop.number)
+    batch = batches.take()
+    recorder = start_recorder(run, batch.index)
+    step = train_step(run, batch, recorder, lambda: stop.number)
     seconds = time.perf_counter() - began
     if recorder is not None:
         write_recording(run, recorder, outputs.run_dir)
@@ -210,6 +259,8 @@ def take_step(run: Run, index: int, outputs: Outputs, stop: StopRequest) -> int:
         **step.reported(),
         "tokens_per_second": run.config.train.global_batch_tokens / seconds,
         "step_seconds": seconds,
+        "data_wait_seconds": batches.wait_seconds,
+        **({"mfu": outputs.ideal_seconds / seconds} if outputs.ideal_seconds is not None else {}),
         "peak_bytes": run.device.peak_bytes(),
         **host_traffic(run.activations),
     }
@@ -217,15 +268,33 @@ def take_step(run: Run, index: int, outputs: Outputs, stop: StopRequest) -> int:
         outputs.write(line)
         tiles = non_finite_tiles(run.activations, run.groups.world, run.device)
         raise TrainingDivergedError(diverged_message(step, outputs.run_dir, tiles))
+    # Before the evaluation: the step is done, and a display that says otherwise seems to hang.
+    outputs.progress.advance(1, step_note(line))
     if evaluation_due(run.config, step.step):
-        evaluation = evaluate(run, evaluation_tokens(run.config, step.step))
-        if evaluation is not None:
-            line |= {"eval_loss": evaluation.loss, "eval_bits_per_byte": evaluation.bits_per_byte}
-            outputs.say(f"step {step.step}: held-out loss {evaluation.loss:.4f}, "
-                                 f"{evaluation.bits_per_byte:.3f} bits per byte")  # fmt: skip
+        line |= evaluated(run, step.step, outputs)
     outputs.write(line)
-    outputs.progress.advance(1, f"loss {step.loss:.4f}  {line['tokens_per_second']:,.0f} tokens/s")
     return step.stop_signal
+
+
+def step_note(line: Mapping[str, Any]) -> str:
+    """What is worth knowing of a step while a run goes on."""
+    mfu = f"  MFU {100 * line['mfu']:.1f} %" if "mfu" in line else ""
+    return f"loss {line['loss']:.4f}  {line['tokens_per_second']:,.0f} tokens/s{mfu}"
+
+
+def evaluated(run: Run, steps_done: int, outputs: Outputs) -> dict[str, float]:
+    """The evaluation after `steps_done` steps, for the step's line.
+
+    Every rank must call it: see `evaluate`.
+    """
+    outputs.progress.note("evaluating on held-out text")
+    evaluation = evaluate(run, evaluation_tokens(run.config, steps_done))
+    if evaluation is None:
+        return {}
+    outputs.say(
+        f"step {steps_done}: held-out loss {evaluation.loss:.4f}, {evaluation.bits_per_byte:.3f} bits per byte"
+    )
+    return {"eval_loss": evaluation.loss, "eval_bits_per_byte": evaluation.bits_per_byte}
 
 
 def checkpoint_due(config: Config, done: int) -> bool:
@@ -243,7 +312,10 @@ def evaluation_tokens(config: Config, done: int) -> int:
 
 
 def diverged_message(step: StepMetrics, run_dir: Path, fp8_tiles: Mapping[str, int]) -> str:
-    """What happened, what was kept, and what to try. fp8_tiles: where FP8 storage met values that are not finite."""
+    """What happened, what was kept, and what to try.
+
+    fp8_tiles: where FP8 storage met values that are not finite.
+    """
     names = ", ".join(f"activations.{name} ({count} tiles)" for name, count in fp8_tiles.items())
     seen = f"  FP8 storage met values that are not finite in {names}.\n" if names else ""
     return (

@@ -29,11 +29,13 @@ from k2train.estimate.layer_ops import Workload, workload
 from k2train.layout.build import build_layout
 from k2train.layout.tensors import layer_tensors
 from k2train.model.context import MicrobatchContext, Statistics
+from k2train.model.loss import CrossEntropy
 from k2train.model.model import build_model, forward
 from k2train.model.pieces import whole_model
 from k2train.ops.backend import OpsBackend, choose_backend
 from k2train.ops.dtypes import DTYPES
 from k2train.ops.weight_grad import PlainGradients
+from k2train.update_rules.chosen import chosen_rules
 
 MAX_ELEMENTS = 1 << 27
 """Parameters of the layers that are measured, at most."""
@@ -89,6 +91,7 @@ class MemoryReport:
 
 def measure_memory(config: Config, device: Device) -> MemoryReport:
     """Run the layers and count. Raises ConfigError for policies that cannot be."""
+    chosen_rules(config.optim)  # no rule is used here, but a word that is none is refused everywhere
     kinds = layer_kinds(config.model)
     divisor = smallest_divisor(config.model)
     small = two_layers(narrowed(config.model, divisor), kinds)
@@ -184,7 +187,7 @@ def measure(
             1,
             gradients,
             statistics=statistics,
-            targets=tokens_BS1[:, 1:],
+            loss=CrossEntropy(tokens_BS1[:, 1:]),
             balance_loss_scale=float(here.balance_loss),
             saved=store.microbatch(),
             device=device,

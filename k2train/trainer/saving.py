@@ -1,8 +1,8 @@
 """What a checkpoint of a run holds, and how a run takes it over again.
 
-Names are those of the optimizer's states (`master/<tensor>`, `momentum/<tensor>`, ...) and `model/<tensor>` for the
-correction biases, which no optimizer owns. The parameters themselves are the masters rounded to the compute type, so
-they are not stored twice.
+Names are those of the optimizer's states (`master/<tensor>`, `momentum/<tensor>`, ...) and
+`model/<tensor>` for the correction biases, which no optimizer owns. The parameters themselves are
+the masters rounded to the compute type, so they are not stored twice.
 """
 
 from __future__ import annotations
@@ -25,19 +25,22 @@ from k2train.checkpoint import (
     step_directory,
     write_shards,
 )
+from k2train.checkpoint.hf_tokenizer import TOKENIZER_KEY, tokenizer_meta
 from k2train.checkpoint.staging import partial_path
 from k2train.checkpoint.writer import RowPiece
 from k2train.config.convert import to_dict
 from k2train.config.errors import ConfigError
 from k2train.model.pieces import Piece
 from k2train.trainer.build import Run
+from k2train.update_rules.rule import MASTER
 
 
 def save(run: Run, run_dir: Path, steps_done: int) -> Path:
-    """Write the checkpoint after `steps_done` steps, then delete the oldest beyond train.keep_checkpoints.
+    """Write the checkpoint after `steps_done` steps, then delete the oldest beyond
+    train.keep_checkpoints.
 
-    Every rank must call it: each writes the shards of what it owns, and once all have (a barrier), rank 0 completes the
-    checkpoint; nobody goes on before that.
+    Every rank must call it: each writes the shards of what it owns, and once all have (a barrier),
+    rank 0 completes the checkpoint; nobody goes on before that.
     """
     world, checkpoints = run.groups.world, run_dir / "checkpoints"
     directory = step_directory(checkpoints, steps_done)
@@ -72,13 +75,15 @@ def run_meta(run: Run, steps_done: int) -> dict[str, Any]:
         "model": to_dict(run.config.model),
         "optimizer": run.config.optim.name,
         "data": run.corpus.identity,
+        TOKENIZER_KEY: tokenizer_meta(run.config.data.tokenizer, run.corpus.tokenizer.eod_id),
     }
 
 
 def resume(run: Run, directory: Path) -> int:
     """Continue exactly where the checkpoint in `directory` ended; the number of steps it had done.
 
-    Raises ConfigError where it is damaged or belongs to another model. Every rank must call it: an all-gather a bucket.
+    Raises ConfigError where it is damaged or belongs to another model. Every rank must call it: an
+    all-gather a bucket.
     """
     checkpoint = open_checkpoint(directory)
     check_model(run, checkpoint)
@@ -88,7 +93,8 @@ def resume(run: Run, directory: Path) -> int:
 
 
 def start_from(run: Run, directory: Path) -> None:
-    """Take over only the weights of a checkpoint, a run's or an imported one, with fresh optimizer states.
+    """Take over only the weights of a checkpoint, a run's or an imported one, with fresh optimizer
+    states.
 
     Every rank must call it: an all-gather a bucket.
     """
@@ -97,7 +103,7 @@ def start_from(run: Run, directory: Path) -> None:
 
     def lookup(name: str, start: int, stop: int) -> torch.Tensor:
         kind, _, tensor = name.partition("/")
-        if kind != "master":
+        if kind != MASTER:
             return torch.zeros(())
         return checkpoint.load(name if name in checkpoint else f"model/{tensor}", (start, stop))
 
@@ -126,5 +132,9 @@ def check_model(run: Run, checkpoint: Checkpoint) -> None:
     for field in dataclasses.fields(run.config.model):
         mine = to_dict(getattr(run.config.model, field.name))
         if field.name in stored and stored[field.name] != mine and field.name not in _FREE:
-            raise ConfigError(f"model.{field.name}", mine, f"the checkpoint in {checkpoint.directory} has {stored[field.name]}",
-                              "use the checkpoint's model, or another checkpoint")  # fmt: skip
+            raise ConfigError(
+                f"model.{field.name}",
+                mine,
+                f"the checkpoint in {checkpoint.directory} has {stored[field.name]}",
+                "use the checkpoint's model, or another checkpoint",
+            )

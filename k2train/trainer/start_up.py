@@ -1,4 +1,7 @@
-"""What a run says before its first step: parameters by optimizer, tokens per step, device, what is on and what is off."""
+"""What a run says before its first step.
+
+It names parameters by update rule, tokens per step, the device, what is on and what is off.
+"""
 
 from __future__ import annotations
 
@@ -13,6 +16,7 @@ from k2train.config.sections import ActivationsConfig
 from k2train.layout.tensors import model_tensors
 from k2train.optim.optimizer import Optimizer
 from k2train.schedule.actions import Action, Kind
+from k2train.telemetry.tables import fact_table, new_table
 from k2train.trainer.build import Run
 
 
@@ -27,11 +31,14 @@ def print_start(run: Run, run_dir: Path, first_step: int, changes: list[str], co
 
 def run_table(run: Run, run_dir: Path, first_step: int) -> Table:
     config, train = run.config, run.config.train
-    table = Table(title="run", title_justify="left", show_header=False)
+    table = fact_table("run", [])
     table.add_row("directory", str(run_dir))
     table.add_row("steps", f"{first_step} of {train.steps} done" if first_step else f"{train.steps}")
-    table.add_row("tokens per step", f"{train.global_batch_tokens:,} ({train.global_batch_tokens // train.seq_len} sequences of "
-                  f"{train.seq_len}, {run.num_microbatches} microbatches a pipeline)")  # fmt: skip
+    sequences = f"{train.global_batch_tokens // train.seq_len} sequences of {train.seq_len}"
+    table.add_row(
+        "tokens per step",
+        f"{train.global_batch_tokens:,} ({sequences}, {run.num_microbatches} microbatches a pipeline)",
+    )
     table.add_row("device", f"{run.device.torch_device}, {train.dtype}")
     layout = run.layout
     table.add_row(
@@ -39,25 +46,32 @@ def run_table(run: Run, run_dir: Path, first_step: int) -> Table:
         f"{layout.world} rank(s): pp {layout.pp} x edp {layout.edp} x ep {layout.ep}, vpp {layout.vpp}",
     )
     table.add_row("schedule", f"{config.schedule.kind}")
-    tokens = run.corpus.num_tokens("train")
-    table.add_row("data", f"{config.data.name}: {tokens:,} training tokens, {run.corpus.num_documents('train'):,} documents; "
-                  f"held out {run.corpus.num_tokens('valid'):,} tokens")  # fmt: skip
+    tokens, held_out = run.corpus.num_tokens("train"), run.corpus.num_tokens("valid")
+    documents = run.corpus.num_documents("train")
+    table.add_row(
+        "data",
+        f"{config.data.name}: {tokens:,} training tokens, {documents:,} documents; "
+        f"held out {held_out:,} tokens",
+    )
     return table
 
 
 def parameter_table(run: Run) -> Table:
-    """Parameters of the whole model by the optimizer that updates them; the correction biases belong to none."""
-    methods = {row.name: row.method for row in run.optimizer.ownership()}
+    """Parameters of the whole model by the rule that updates them.
+
+    The correction biases belong to none.
+    """
+    labels = {row.name: row.rule.label for row in run.optimizer.ownership()}
     elements: Counter[str] = Counter()
     tensors: Counter[str] = Counter()
     for spec in model_tensors(run.config.model):
-        method = methods.get(spec.name, "other ranks" if spec.trained else "load balance")
-        elements[method] += spec.num_elements
-        tensors[method] += 1
-    names = {"muon": "Muon", "adamw": "AdamW", "load balance": "correction bias (by load, no gradient)"}
-    table = Table("updated by", "tensors", "parameters", title="parameters", title_justify="left")
-    for method, count in elements.items():
-        table.add_row(names.get(method, method), f"{tensors[method]:,}", f"{count:,}")
+        elsewhere = "other ranks" if spec.trained else "correction bias (by load, no gradient)"
+        label = labels.get(spec.name, elsewhere)
+        elements[label] += spec.num_elements
+        tensors[label] += 1
+    table = new_table("parameters", ["updated by", "tensors", "parameters"])
+    for label, count in elements.items():
+        table.add_row(label, f"{tensors[label]:,}", f"{count:,}")
     table.add_row("all", f"{sum(tensors.values()):,}", f"{sum(elements.values()):,}")
     return table
 
@@ -91,10 +105,7 @@ def feature_table(run: Run) -> Table:
         ),
         ("evaluation", f"every {train.eval_every_steps} steps" if train.eval_every_steps else "at the end"),
     ]
-    table = Table(title="features", title_justify="left", show_header=False)
-    for row in rows:
-        table.add_row(*row)
-    return table
+    return fact_table("features", rows)
 
 
 def describe_offload(run: Run) -> list[tuple[str, str]]:
@@ -115,8 +126,13 @@ def describe_offload(run: Run) -> list[tuple[str, str]]:
 
 
 def describe_states(optimizer: Optimizer, host_adam: str) -> str:
-    """Where the states live and their bytes; ranks own about as much as each other, so one speaks for all."""
+    """Where the states live and their bytes.
+
+    Ranks own about as much as each other, so one speaks for all.
+    """
     size = f"{optimizer.state_bytes / 1e6:,.1f} MB on rank 0"
     if not optimizer.states_on_host:
         return f"on the device, {size}"
-    return f"in host memory, {size}, through {optimizer.staging_bytes / 1e6:,.1f} MB on the device; AdamW by {host_adam}"
+    staging = f"through {optimizer.staging_bytes / 1e6:,.1f} MB on the device"
+    in_rows = {row.rule.label for row in optimizer.ownership() if not row.rule.whole_matrices}
+    return f"in host memory, {size}, {staging}; {' and '.join(sorted(in_rows))} by {host_adam}"

@@ -1,6 +1,7 @@
-"""One optimizer step: read the global batch, execute the action list, update, report.
+"""One optimizer step on a batch: execute the action list, update, report.
 
-The loss is the mean over the global batch's tokens, whatever the number of microbatches or ranks.
+The loss is the weighted mean over the global batch's tokens, whatever the number of microbatches or
+ranks (trainer.batch).
 """
 
 from __future__ import annotations
@@ -9,21 +10,23 @@ import dataclasses
 import math
 from collections.abc import Callable, Iterable
 
-import torch
-
 from k2train.model.context import MicrobatchContext, Statistics
 from k2train.model.saved import KeepEverything
 from k2train.runtime.executor import run_actions
 from k2train.runtime.recorder import Watcher
 from k2train.runtime.stage import StepInputs
 from k2train.schedule import Step
+from k2train.trainer.batch import Batch, Microbatches, place_batch
 from k2train.trainer.build import Run
 from k2train.trainer.totals import Reported, StepTotals
 
 
 @dataclasses.dataclass(frozen=True)
 class StepMetrics:
-    """What a step computed, the same on every rank. stop_signal: one by which a rank was asked to stop, 0 for none."""
+    """What a step computed, the same on every rank. grad_norm: before clipping.
+
+    stop_signal: one by which a rank was asked to stop, 0 for none.
+    """
 
     step: int
     tokens: int
@@ -48,21 +51,24 @@ class StepMetrics:
 
 
 def train_step(
-    run: Run, index: int, recorder: Watcher | None = None, stop_signal: Callable[[], int] = lambda: 0
+    run: Run, batch: Batch, recorder: Watcher | None = None, stop_signal: Callable[[], int] = lambda: 0
 ) -> StepMetrics:
-    """Take step `index` (counted from 0). With a non-finite loss or gradient norm nothing is updated.
+    """Take step `batch.index` on this rank's share of its global batch. With a non-finite loss or
+    gradient norm nothing is updated.
 
-    stop_signal: asked once, late in the step, for the number of a signal this rank has received, 0 for none.
+    stop_signal: asked once, late in the step, for the number of a signal this rank has received, 0
+    for none.
 
-    Every rank must call it: the collectives of the schedule and of the optimizer, on whose sum and maximum the
-    statistics ride. The all-gather of updated parameters is still under way when it returns; the next pass over a virtual
-    stage waits for its own.
+    Every rank must call it: the collectives of the schedule and of the optimizer, on whose sum and
+    maximum the statistics ride. The all-gather of updated parameters is still under way when it
+    returns; the next pass over a virtual stage waits for its own. Raises ValueError where the batch
+    does not fit the run.
     """
     statistics = Statistics()
-    run_schedule(run, index, statistics, recorder)
-    lr = run.learning_rate.at(index)
+    run_schedule(run, batch, statistics, recorder)
+    lr = run.learning_rate.at(batch.index)
     totals = StepTotals(run.config.model, statistics, stop_signal(), run.device.torch_device)
-    # The losses are among the riders: one that is not finite makes every gradient suspect, and nothing is updated.
+    # The losses are among the riders: one that is not finite makes every gradient suspect.
     result = run.optimizer.step(
         lr, statistics.max_logits, run.config.train.grad_clip_norm, finish=False, riders=totals.riders
     )
@@ -72,8 +78,8 @@ def train_step(
             model.update_correction_biases(loads, run.config.train.bias_update_rate)
     reported = Reported(*result.report)
     return StepMetrics(
-        step=index + 1,
-        tokens=(index + 1) * run.config.train.global_batch_tokens,
+        step=batch.index + 1,
+        tokens=(batch.index + 1) * run.config.train.global_batch_tokens,
         loss=reported.loss,
         balance_loss=reported.balance_loss,
         grad_norm=result.grad_norm,
@@ -85,13 +91,14 @@ def train_step(
     )
 
 
-def run_schedule(run: Run, index: int, statistics: Statistics, recorder: Watcher | None = None) -> None:
-    """Execute this stage's action list on its share of step `index`'s sequences.
+def run_schedule(run: Run, batch: Batch, statistics: Statistics, recorder: Watcher | None = None) -> None:
+    """Execute this stage's action list on its share of the batch. Every rank must call it.
 
-    Gradients end in the optimizer's buffers, and each virtual stage's reduce-scatter starts with its last one.
+    Gradients end in the optimizer's buffers, and each virtual stage's reduce-scatter starts with
+    its last one.
     """
     stage = run.training
-    inputs = step_inputs(run, local_batch(run, index), statistics)
+    inputs = step_inputs(run, place_batch(run, batch), statistics)
     steps: Iterable[Step] = run.schedule.stages[run.pp_rank]
     if recorder is not None:
         inputs, steps = dataclasses.replace(inputs, wait=recorder.wait), recorder.watch(steps)
@@ -99,10 +106,9 @@ def run_schedule(run: Run, index: int, statistics: Statistics, recorder: Watcher
         run_actions(steps, stage)
 
 
-def step_inputs(run: Run, batch: torch.Tensor, statistics: Statistics) -> StepInputs:
-    """What the stage works on: microbatch m is rows m * size .. (m + 1) * size of this rank's (n, S + 1) sequences."""
+def step_inputs(run: Run, microbatches: Microbatches, statistics: Statistics) -> StepInputs:
+    """What the stage works on, from the microbatches that `place_batch` has cut."""
     train, optimizer = run.config.train, run.optimizer
-    microbatches = batch.split(train.microbatch_size)
 
     def make_context(virtual_stage: int, microbatch: int) -> MicrobatchContext:
         return MicrobatchContext(
@@ -111,26 +117,17 @@ def step_inputs(run: Run, batch: torch.Tensor, statistics: Statistics) -> StepIn
             weight_grads=run.training.queue if run.config.schedule.split_weight_grad else None,
             key=(virtual_stage, microbatch),
             statistics=statistics,
-            loss_scale=1.0 / train.global_batch_tokens,
+            loss=microbatches.losses[microbatch] if microbatches.losses else None,
             balance_loss_scale=train.balance_loss_alpha / (run.num_microbatches * run.groups.dp.size),
-            targets=microbatches[microbatch][:, 1:],
             saved=KeepEverything() if run.activations is None else run.activations.microbatch(),
             device=run.device,
         )
 
     return StepInputs(
-        tokens=lambda microbatch: microbatches[microbatch][:, :-1],
+        tokens=microbatches.tokens.__getitem__,
+        num_rows=train.microbatch_size * train.seq_len,
         make_context=make_context,
         num_microbatches=run.num_microbatches,
         before_forward=lambda virtual_stage: optimizer.finish_gather(run.local_index[virtual_stage]),
         weight_gradients_done=lambda virtual_stage: optimizer.start_reduce(run.local_index[virtual_stage]),
     )
-
-
-def local_batch(run: Run, index: int) -> torch.Tensor:
-    """This data-parallel rank's sequences of step `index`, (n, S + 1) on the device."""
-    train = run.config.train
-    sequences = train.global_batch_tokens // train.seq_len
-    share = sequences // run.groups.dp.size
-    start = index * sequences + run.groups.dp.rank * share
-    return run.device.upload(run.corpus.batch("train", start, share))

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parents[2]
-PURE = ["config", "telemetry", "layout", "schedule", "estimate"]
+PURE = ["config", "telemetry", "update_rules", "layout", "schedule", "estimate"]
 
 
 @pytest.mark.parametrize("room", PURE)

@@ -7,6 +7,7 @@ import signal
 from pathlib import Path
 
 import pytest
+import tokenizers
 
 from k2train.cli.main import main
 
@@ -87,3 +88,22 @@ def test_a_build_that_is_terminated_leaves_nothing_behind(
     assert staged, "the build was not under way"
     assert list(out.iterdir()) == []
     assert signal.getsignal(signal.SIGTERM) is before
+
+
+def test_a_dataset_is_shown_in_the_words_of_the_tokenizer_that_its_side_car_names(
+    tmp_path: Path, texts: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file = tmp_path / "tokenizer.json"
+    made = tokenizers.Tokenizer(
+        tokenizers.models.WordLevel({"[UNK]": 0, "hello": 1, "second": 2, "</s>": 3}, unk_token="[UNK]")
+    )
+    made.pre_tokenizer = tokenizers.pre_tokenizers.Whitespace()
+    made.save(str(file))
+    words = ["tokenizer.kind=huggingface", f"tokenizer.path={file}"]
+    assert main(["data", "build", f"input=[{texts}]", f"output={tmp_path}/out", *words]) == 0
+    capsys.readouterr()
+    assert main(["data", "show", f"{tmp_path}/out"]) == 0
+    assert "document 1: 'second'" in capsys.readouterr().out
+    file.unlink()
+    assert main(["data", "show", f"{tmp_path}/out"]) == 0
+    assert "give tokenizer.kind and tokenizer.path" in capsys.readouterr().out

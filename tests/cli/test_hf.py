@@ -96,10 +96,8 @@ def test_a_model_of_transformers_comes_back_with_the_same_logits(family: str, tm
     total = sum(
         1 for _ in model_tensors(to_model_config(json.loads((tmp_path / "hf" / "config.json").read_text())))
     )
-    assert re.search(rf"^import {total}/{total}  tensors ", said, re.MULTILINE), (
-        "plain lines where there is no terminal"
-    )
-    assert re.search(rf"^export {total}/{total}  tensors ", said, re.MULTILINE)
+    assert re.search(rf"  import {total}/{total}  tensors ", said), "plain lines where there is no terminal"
+    assert re.search(rf"  export {total}/{total}  tensors ", said)
 
 
 def test_a_runs_newest_complete_checkpoint_is_exported(tmp_path: Path) -> None:

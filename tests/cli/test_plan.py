@@ -5,6 +5,10 @@ import json
 import pytest
 
 from k2train.cli.main import main
+from k2train.config.compose import load_config
+from k2train.planner.advice import ROOM, advise, room
+from k2train.planner.plan import build_plan
+from k2train.planner.sweep import _tokens
 
 SMALL = ["layout=laptop", "train.global_batch_tokens=32768"]
 
@@ -50,6 +54,57 @@ def test_a_sweep_is_one_table_with_a_row_for_each_point(tmp_path, capsys):
     assert "Sweep" in capsys.readouterr().out
 
 
+def test_a_point_that_cannot_be_planned_is_a_row_that_says_why(tmp_path, capsys):
+    words = [
+        "-m",
+        "layout.ep=1,3,4",
+        "train.global_batch_tokens=32768",
+        f"plan.json={tmp_path / 'rows.json'}",
+    ]
+    assert main(["plan", *words]) == 0
+    first, second, third = json.loads((tmp_path / "rows.json").read_text())
+    assert (first["world"], third["world"]) == (1, 4)
+    assert second["labels"] == {"ep": "3"}
+    assert "must divide model.n_routed_experts" in second["refused"]
+    assert "Cannot be planned: ep=3: layout.ep=3" in capsys.readouterr().out
+
+
+def test_a_column_of_tokens_has_one_unit():
+    assert _tokens([62_437.0, 140_000.0]) == ["62,437", "140,000"]
+    assert _tokens([1_240_000.0, 140_000.0]) == ["1.24M", "0.14M"]
+
+
+@pytest.mark.parametrize("sweep", [[], ["-m", "layout.edp=1,2"], ["plan.compare=[1f1b,gpipe]"]])
+def test_the_status_says_where_nothing_fits(sweep, capsys):
+    assert main(["plan", *SMALL[1:], "cluster.device_memory_bytes=1e6", *sweep]) == 1
+    capsys.readouterr()
+
+
+def device_bytes(*words):
+    return build_plan(load_config([*SMALL, *words])).fullest.device
+
+
+def test_advice_prefers_a_switch_that_leaves_room_to_one_that_fits_to_the_last_byte():
+    """Recomputation alone would fit with a hundredth free, and FP8 storage with more than a twentieth."""
+    capacity = device_bytes("activations=recompute") / 0.99
+    assert device_bytes("activations=recompute_fp8") < (1 - ROOM) * capacity < device_bytes()
+    advice = advise(build_plan(load_config([*SMALL, f"cluster.device_memory_bytes={capacity}"])))
+    assert advice.overrides == ("activations=recompute_fp8",)
+
+
+def test_advice_takes_what_leaves_most_where_nothing_leaves_room():
+    smallest = ("activations=k2", "train.microbatch_size=1")
+    capacity = device_bytes(*smallest) / 0.99
+    plan = build_plan(load_config([*SMALL, f"cluster.device_memory_bytes={capacity}"]))
+    advice = advise(plan)
+    assert advice.overrides == smallest
+    assert (
+        0
+        < room(build_plan(load_config([*SMALL, f"cluster.device_memory_bytes={capacity}", *smallest])))
+        < ROOM
+    )
+
+
 def test_schedules_stand_side_by_side(capsys):
     kinds = "k2,interleaved_1f1b,1f1b,gpipe,zb_h1,dualpipe,dualpipe_v"
     assert main(["plan", *SMALL, f"plan.compare=[{kinds}]"]) == 0
@@ -72,7 +127,7 @@ def test_help_explains_the_keys(capsys):
     (["layout.edp=3", "train.global_batch_tokens=8192"], "train.global_batch_tokens=8192: must be a multiple of"),
     (["experiment=k2", "layout.nodes=40"], "nearest are 32 and 64"),
     (["experiment=k2", "layout.nodes=0"], "layout.nodes=0"),
-    (["-m", "experiment=k2", "layout.nodes=32,40"], "nearest are 32 and 64"),
+    (["-m", "experiment=k2", "layout.nodes=40,41"], "nearest are 32 and 64"),
     (["layout.pp=2", "layout.layers_per_virtual_stage=[4]"], "layout.layers_per_virtual_stage"),
     (["plan.compare=[k3]"], "plan.compare"),
     (["schedule.extra_warmup_microbatches=0", *SMALL], "extra_warmup_microbatches=1"),

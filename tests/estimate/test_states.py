@@ -10,6 +10,10 @@ from k2train.estimate.parameters import model_parameters
 from k2train.estimate.states import stage_states
 from k2train.estimate.step import model_flops_utilisation, step_flops, update_seconds
 from k2train.estimate.work import Machine
+from k2train.update_rules.chosen import all_rules, chosen_rules
+from k2train.update_rules.rule import numbers_kept
+
+NAMES = [named.name for named in all_rules()]
 
 
 def optim_of(name, **changes):
@@ -33,7 +37,7 @@ def test_parameters_and_gradients_cover_what_the_stage_holds(model, make_layout,
 
 
 @pytest.mark.parametrize(("pp", "edp", "ep"), list(itertools.product((1, 2), (1, 2, 3), (1, 2, 4))))
-@pytest.mark.parametrize("name", ["muonclip", "adamw"])
+@pytest.mark.parametrize("name", NAMES)
 def test_owners_together_hold_each_state_once(model, make_layout, pp, edp, ep, name):
     layout = make_layout(pp=pp, edp=edp, ep=ep)
     parameters = model_parameters(model)
@@ -42,10 +46,20 @@ def test_owners_together_hold_each_state_once(model, make_layout, pp, edp, ep, n
         states = states_of(model, layout, stage, optim_of(name))
         total += layout.dp * states.optimizer_mean_bytes
         assert states.optimizer_bytes >= states.optimizer_mean_bytes - 1
-    adam = 2 * parameters.embedding + parameters.final_norm
     norms = (2 * model.hidden_size + model.q_lora_rank + model.kv_lora_rank) * model.num_hidden_layers
-    numbers = 3 * parameters.total if name == "adamw" else 2 * parameters.total + adam + norms
-    assert total == pytest.approx(4 * numbers)
+    others = 2 * parameters.embedding + parameters.final_norm + norms
+    rules = chosen_rules(optim_of(name))
+    kept = [1 + len(rule.states) for rule in (rules.matrices, rules.others)]
+    assert total == pytest.approx(4 * (kept[0] * (parameters.total - others) + kept[1] * others))
+
+
+def test_muonclip_keeps_two_numbers_of_a_matrix_and_adamw_three_of_everything():
+    kept = {
+        named.name: [numbers_kept(rule) for rule in (rules.matrices, rules.others)]
+        for named in all_rules()
+        for rules in [chosen_rules(optim_of(named.name))]
+    }
+    assert (kept["muonclip"], kept["adamw"]) == ([2, 3], [3, 3])
 
 
 def test_more_replicas_shrink_optimizer_states_and_nothing_else(model, make_layout):
@@ -75,14 +89,14 @@ def test_one_rank_needs_no_gradient_traffic_and_replicas_do(model, make_layout, 
     assert replicated.update < alone.update
 
 
-@pytest.mark.parametrize("name", ["muonclip", "adamw"])
+@pytest.mark.parametrize("name", NAMES)
 def test_host_states_of_muon_cross_the_bus_and_of_adamw_only_gradients_do(model, make_layout, cluster, name):
     """FP32: Muon's master and momentum out, 8 bytes; AdamW's gradient out, 4; then every master in for the gather, 4."""
     slow = dataclasses.replace(cluster, host_link_bytes_per_second=1e6, host_link_efficiency=1.0)
     layout, optim = make_layout(), optim_of(name, states="host")
     states = states_of(model, layout, 0, optim)
-    assert (states.muon_elements > 0) == (name == "muonclip")
-    crossed = 12 * states.muon_elements + 8 * states.adamw_elements
+    assert (states.whole_elements > 0) == (name == "muonclip")
+    crossed = 12 * states.whole_elements + 8 * states.row_elements
     update = update_seconds(states, layout, optim, Machine(slow, "bfloat16")).update
     assert update == pytest.approx(crossed / 1e6)
 
@@ -93,7 +107,7 @@ def test_host_states_wait_for_the_host_where_it_is_slowest(model, make_layout, c
     layout, optim = make_layout(), optim_of("adamw", states="host")
     states = states_of(model, layout, 0, optim)
     update = update_seconds(states, layout, optim, Machine(slow, "bfloat16")).update
-    assert update == pytest.approx(states.adamw_elements * (28 / 1e6 + 4 / 2e10))
+    assert update == pytest.approx(states.row_elements * (28 / 1e6 + 4 / 2e10))
 
 
 def test_mfu_is_one_when_devices_do_nothing_but_useful_work(model):

@@ -9,9 +9,10 @@ from k2train.config.compose import load_config
 from k2train.config.errors import ConfigError
 from k2train.config.sections import LayoutConfig, TrainConfig
 from k2train.layout.build import build_layout, num_microbatches
-from k2train.layout.ownership import assign_owners, newton_schulz_cost
+from k2train.layout.ownership import assign_owners
 from k2train.layout.tensors import model_tensors
 from k2train.layout.weights import head_flops, layer_flops
+from k2train.update_rules.rules.muon import newton_schulz_cost
 
 GRIDS = list(itertools.product(range(1, 5), range(1, 4), range(1, 5)))
 

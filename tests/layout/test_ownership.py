@@ -7,7 +7,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from k2train.config.errors import ConfigError
-from k2train.layout.ownership import assign_owners, newton_schulz_cost, row_ranges
+from k2train.layout.ownership import assign_owners, row_ranges
+from k2train.update_rules.rules.muon import newton_schulz_cost
 
 
 @given(st.lists(st.integers(0, 10**12), max_size=60), st.integers(1, 40))

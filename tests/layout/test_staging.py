@@ -26,6 +26,8 @@ def test_the_largest_batch_takes_no_more_matrices_than_there_are():
 
 
 def test_a_slot_holds_master_and_momentum_or_a_piece_of_the_masters():
-    assert slot_elements(largest_stretch=1000, largest_batch=400) == 1000
-    assert slot_elements(largest_stretch=1000, largest_batch=600) == 1200
-    assert slot_elements(largest_stretch=10 * CHUNK_ELEMENTS, largest_batch=0) == CHUNK_ELEMENTS
+    assert slot_elements(largest_stretch=1000, largest_batch=400, numbers_kept=2) == 1000
+    assert slot_elements(largest_stretch=1000, largest_batch=600, numbers_kept=2) == 1200
+    assert (
+        slot_elements(largest_stretch=10 * CHUNK_ELEMENTS, largest_batch=0, numbers_kept=0) == CHUNK_ELEMENTS
+    )

@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 
 from k2train.model.context import MicrobatchContext
+from k2train.model.loss import CrossEntropy
 from k2train.model.model import forward_backward, logits
 from k2train.ops.weight_grad import PlainGradients
 
@@ -22,7 +23,7 @@ def batch(vocab: int, sequences: int, length: int, seed: int) -> tuple[torch.Ten
 def run_both(model, oracle, tokens, targets):
     sink = PlainGradients()
     context = MicrobatchContext(
-        num_sequences=tokens.shape[0], gradients=sink, targets=targets, loss_scale=1 / tokens.numel()
+        num_sequences=tokens.shape[0], gradients=sink, loss=CrossEntropy(targets, 1 / tokens.numel())
     )
     loss = forward_backward(model, tokens, context)
     expected = oracle(tokens).logits

@@ -10,6 +10,7 @@ import torch
 from k2train.device.cpu import CpuDevice
 from k2train.model.context import MicrobatchContext
 from k2train.model.dispatcher import LocalDispatcher, Results
+from k2train.model.loss import CrossEntropy
 from k2train.model.model import backward, build_model, forward, forward_backward, forward_loss, logits
 from k2train.model.pieces import ModelPart, whole_model
 from k2train.ops.weight_grad import PlainGradients, WeightGradQueue
@@ -27,11 +28,11 @@ def batch(config, sequences: int, length: int, seed: int = 0):
 def context_of(tokens, targets, **options) -> MicrobatchContext:
     options = {
         "gradients": PlainGradients(),
-        "loss_scale": 1 / tokens.numel(),
+        "loss": CrossEntropy(targets, 1 / tokens.numel()),
         "balance_loss_scale": 0.3,
         **options,
     }
-    return MicrobatchContext(num_sequences=tokens.shape[0], targets=targets, **options)
+    return MicrobatchContext(num_sequences=tokens.shape[0], **options)
 
 
 def plain_gradients(model, tokens, context) -> dict[torch.Tensor, torch.Tensor]:

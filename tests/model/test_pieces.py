@@ -87,3 +87,16 @@ def test_initial_values_have_the_asked_spread_and_no_two_tensors_are_equal(famil
     # 100 thousand draws: the deviation's own deviation is 0.2 percent.
     assert everything.std().item() == pytest.approx(config.initializer_range, rel=0.02)
     assert len({m.flatten()[:4].sum().item() for m in matrices}) == len(matrices)
+
+
+def test_initial_values_do_not_depend_on_how_many_threads_draw_them(families):
+    config, drawn, threads = families["k2"], [], torch.get_num_threads()
+    try:
+        for count in (1, 4):
+            torch.set_num_threads(count)
+            model = build_model(config, whole_model(config))
+            model.initialise(0)
+            drawn.append({piece.name: piece.tensor for piece in model.pieces()})
+    finally:
+        torch.set_num_threads(threads)
+    assert all(torch.equal(drawn[0][name], drawn[1][name]) for name in drawn[0])

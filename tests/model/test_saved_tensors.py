@@ -11,6 +11,7 @@ import torch
 
 from k2train.config.sections import ActivationsConfig
 from k2train.model.context import MicrobatchContext
+from k2train.model.loss import CrossEntropy
 from k2train.model.model import forward_backward
 from k2train.ops.weight_grad import PlainGradients, WeightGradQueue
 
@@ -48,7 +49,7 @@ def saved_by_layer(model, layer: int) -> list[torch.Tensor]:
     """The tensors that the layer's phases save, one a storage, parameters excluded."""
     parameters = {p.parameter.untyped_storage().data_ptr() for p in model.pieces()}
     tokens = torch.randint(model.config.vocab_size, (SEQUENCES, LENGTH))
-    context = MicrobatchContext(SEQUENCES, PlainGradients(), WeightGradQueue(), targets=tokens)
+    context = MicrobatchContext(SEQUENCES, PlainGradients(), WeightGradQueue(), loss=CrossEntropy(tokens))
     saved: dict[int, torch.Tensor] = {}
 
     def pack(tensor):
@@ -96,7 +97,7 @@ def test_nothing_of_a_microbatch_survives_its_backward_and_its_weight_gradients(
     model = make_model(families["k2"], torch.float32, 0)
     tokens = torch.randint(96, (SEQUENCES, LENGTH))
     queue = WeightGradQueue()
-    context = MicrobatchContext(SEQUENCES, PlainGradients(), queue, targets=tokens)
+    context = MicrobatchContext(SEQUENCES, PlainGradients(), queue, loss=CrossEntropy(tokens))
     alive = []
 
     def pack(tensor):
@@ -123,7 +124,7 @@ def test_communication_phases_keep_no_rows(families, make_model, phase_name):
     """The record of a combine holds its index table; a dispatch needs none."""
     model = make_model(families["k2"], torch.float32, 0)
     tokens = torch.randint(96, (SEQUENCES, LENGTH))
-    context = MicrobatchContext(SEQUENCES, PlainGradients(), targets=tokens)
+    context = MicrobatchContext(SEQUENCES, PlainGradients(), loss=CrossEntropy(tokens))
     inputs = (tokens,)
     for phase in model.phases:
         inputs, record = phase.forward(inputs, context)

@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from k2train.model.context import MicrobatchContext
+from k2train.model.loss import CrossEntropy
 from k2train.model.model import build_model, forward_backward
 from k2train.model.pieces import whole_model
 from k2train.ops.weight_grad import PlainGradients, WeightGradQueue
@@ -22,7 +23,7 @@ def microbatch(config, seed: int, **options) -> tuple[torch.Tensor, MicrobatchCo
     tokens = torch.randint(config.vocab_size, (2, 25), generator=generator)
     targets = tokens[:, 1:].contiguous()
     context = MicrobatchContext(
-        2, targets=targets, loss_scale=1 / targets.numel(), balance_loss_scale=0.3, **options
+        2, loss=CrossEntropy(targets, 1 / targets.numel()), balance_loss_scale=0.3, **options
     )
     return tokens[:, :-1].contiguous(), context
 

@@ -20,6 +20,7 @@ from k2train.config.compose import load_config
 from k2train.config.errors import ConfigError
 from k2train.device.cpu import CpuDevice
 from k2train.model.context import MicrobatchContext
+from k2train.model.loss import CrossEntropy
 from k2train.model.model import backward, build_model, forward
 from k2train.model.pieces import whole_model
 from k2train.ops.attention import causal_attention, causal_attention_reference
@@ -155,7 +156,7 @@ def test_in_a_model_the_store_of_activations_finds_a_name_for_all_it_saves(polic
         model = build_model(tiny, whole_model(tiny), torch.float64, backend=chosen)
         model.initialise(0)
         sink = PlainGradients()
-        context = MicrobatchContext(1, sink, targets=tokens.roll(-1, 1), loss_scale=0.05)
+        context = MicrobatchContext(1, sink, loss=CrossEntropy(tokens.roll(-1, 1), 0.05))
         if store is not None:
             context.saved = store.microbatch()
         (loss,), records = forward(model, (tokens,), context)

@@ -17,6 +17,7 @@ from k2train.config.compose import load_config
 from k2train.config.errors import ConfigError
 from k2train.config.ops import OpsConfig
 from k2train.model.context import MicrobatchContext
+from k2train.model.loss import CrossEntropy
 from k2train.model.model import build_model, forward_backward
 from k2train.model.pieces import whole_model
 from k2train.ops.backend import OpsBackend, choose_backend
@@ -124,7 +125,7 @@ def test_a_model_built_with_it_has_the_gradients_of_one_without(gemm):
         built.initialise(0)
         sink = PlainGradients()
         loss = forward_backward(
-            built, tokens, MicrobatchContext(1, sink, targets=tokens.roll(-1, 1), loss_scale=0.05)
+            built, tokens, MicrobatchContext(1, sink, loss=CrossEntropy(tokens.roll(-1, 1), 0.05))
         )
         return [loss, *(sink.buffer(piece.parameter) for piece in built.pieces() if piece.trained)]
 

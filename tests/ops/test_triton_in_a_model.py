@@ -18,6 +18,7 @@ from k2train.activations.store import ActivationStore
 from k2train.config.compose import load_config
 from k2train.device.cpu import CpuDevice
 from k2train.model.context import MicrobatchContext
+from k2train.model.loss import CrossEntropy
 from k2train.model.model import backward, build_model, forward
 from k2train.model.pieces import whole_model
 from k2train.ops import attention, attention_cudnn, norm, swiglu
@@ -49,7 +50,7 @@ def test_interpreted_kernels_in_a_model_give_its_gradients_and_save_what_has_a_n
         model = build_model(tiny, whole_model(tiny), dtype=torch.float16, backend=backend)
         model.initialise(0)
         sink = PlainGradients()
-        context = MicrobatchContext(1, sink, targets=tokens.roll(-1, 1), loss_scale=1 / tokens.numel())
+        context = MicrobatchContext(1, sink, loss=CrossEntropy(tokens.roll(-1, 1), 1 / tokens.numel()))
         if store is not None:
             context.saved = store.microbatch()
         (loss,), records = forward(model, (tokens,), context)

@@ -16,6 +16,7 @@ from k2train.layout.grid import RankGrid
 from k2train.layout.tensors import TensorSpec, model_tensors
 from k2train.model.model import Model, build_model
 from k2train.model.pieces import ModelPart
+from k2train.optim.buckets import GradBuffers
 from k2train.optim.build import build_optimizer
 from k2train.optim.optimizer import Optimizer
 from k2train.parallel.communicator import World
@@ -107,6 +108,19 @@ def one_rank() -> Callable[..., Rank]:
         return run_threads(1, lambda world: make_rank(world, RankGrid(1, 1, 1), **options))[0]  # type: ignore[arg-type]
 
     return make
+
+
+@pytest.fixture
+def gradient_of() -> Callable[[GradBuffers, str], torch.Tensor]:
+    """A rank's sum for a named tensor, before the reduce-scatter."""
+
+    def gather(buffers: GradBuffers, name: str) -> torch.Tensor:
+        held = [(s, b) for b in buffers.buckets for s in b.plan.shares if s.name == name]
+        assert held, f"no gradient buffer for {name}"
+        rows = sorted(held, key=lambda share_and_bucket: share_and_bucket[0].start)
+        return torch.cat([share.in_bucket(bucket.flat) for share, bucket in rows])
+
+    return gather
 
 
 @pytest.fixture(name="drawn")

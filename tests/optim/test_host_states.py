@@ -16,10 +16,12 @@ from k2train.config.optim import OptimConfig
 from k2train.device.cpu import CpuDevice
 from k2train.layout.grid import RankGrid
 from k2train.layout.staging import CHUNK_ELEMENTS, MAX_BATCH_ELEMENTS, NUM_SLOTS
-from k2train.optim.adam import AdamRule, AdamStates, DeepSpeedAdamW, TorchAdamW, check_host_adam
+from k2train.optim.adam import DeepSpeedAdamW, check_host_adam
 from k2train.optim.residence import OnHost
-from k2train.optim.states import muon_batches
+from k2train.optim.states import by_rule, matrix_batches
 from k2train.parallel.testing import run_distributed_test
+from k2train.update_rules.chosen import all_rules
+from k2train.update_rules.rules.adamw import AdamW
 
 STEPS = 4
 needs_deepspeed = pytest.mark.skipif(
@@ -64,7 +66,7 @@ def moved(optim: OptimConfig, **changes: object) -> OptimConfig:
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32, torch.float64])
-@pytest.mark.parametrize("name", ["muonclip", "adamw"])
+@pytest.mark.parametrize("name", [named.name for named in all_rules()])
 def test_one_rank_trains_the_same_bits(one_rank, optim_config, name, dtype) -> None:
     optim = dataclasses.replace(optim_config, name=name, newton_schulz_dtype="bfloat16")
     device = train(one_rank(optim=optim, dtype=dtype))
@@ -73,7 +75,7 @@ def test_one_rank_trains_the_same_bits(one_rank, optim_config, name, dtype) -> N
     assert device.results[0].clipped_heads == (6 if name == "muonclip" else 0)
 
 
-@pytest.mark.parametrize("name", ["muonclip", "adamw"])
+@pytest.mark.parametrize("name", [named.name for named in all_rules()])
 @pytest.mark.parametrize(
     ("edp", "ep", "backend"), [(2, 2, "threads"), (3, 1, "threads"), (2, 1, "processes")]
 )
@@ -88,7 +90,7 @@ def test_every_rank_of_a_layout_trains_the_same_bits(make_rank, optim_config, na
         assert_same_bits(mine, expected)
 
 
-@pytest.mark.parametrize("name", ["muonclip", "adamw"])
+@pytest.mark.parametrize("name", [named.name for named in all_rules()])
 @pytest.mark.parametrize(("first", "second"), [("device", "host"), ("host", "device")])
 def test_states_of_one_mode_load_into_the_other(one_rank, optim_config, name, first, second) -> None:
     optim = dataclasses.replace(optim_config, name=name)
@@ -121,7 +123,7 @@ def test_a_non_finite_gradient_leaves_host_states_alone(one_rank, optim_config) 
     assert all(torch.equal(rank.weights()[name], tensor) for name, tensor in before.weights.items())
 
 
-@pytest.mark.parametrize("name", ["muonclip", "adamw"])
+@pytest.mark.parametrize("name", [named.name for named in all_rules()])
 @pytest.mark.parametrize("layers", [3, 6])
 def test_host_states_hold_only_their_slots_on_the_device(
     one_rank, optim_config, model_config, name, layers
@@ -144,7 +146,8 @@ def test_host_states_hold_only_their_slots_on_the_device(
 def test_slots_hold_one_batch_and_no_more(one_rank, optim_config, model_config) -> None:
     """Master and momentum of the largest batch, which is here all experts' up-projections of the larger bucket."""
     rank = one_rank(optim=moved(optim_config))
-    batches = [batch for bucket in rank.optimizer.gradients.buckets for batch in muon_batches(bucket)]
+    owned = [part for bucket in rank.optimizer.gradients.buckets for part in by_rule(bucket.owned)]
+    batches = [batch for rule, shares in owned if rule.name == "muon" for batch in matrix_batches(shares)]
     largest = max(batch.num_elements for batch in batches)
     stretch = max(bucket.own_gradient.numel() for bucket in rank.optimizer.gradients.buckets)
     assert largest <= MAX_BATCH_ELEMENTS
@@ -156,13 +159,14 @@ def test_states_on_the_device_need_no_slots(one_rank) -> None:
     assert (rank.optimizer.states_on_host, rank.optimizer.staging_bytes) == (False, 0)
 
 
-def flat_states(num_elements: int, seed: int = 0) -> tuple[AdamStates, torch.Tensor]:
+def flat_states(num_elements: int, seed: int = 0) -> tuple[list[torch.Tensor], torch.Tensor]:
+    """Master and both moments, and a gradient."""
     generator = torch.Generator().manual_seed(seed)
     master, gradient = (torch.randn(num_elements, generator=generator) for _ in range(2))
-    return AdamStates(master, torch.zeros(num_elements), torch.zeros(num_elements)), gradient
+    return [master, torch.zeros(num_elements), torch.zeros(num_elements)], gradient
 
 
-RULE = AdamRule(0.9, 0.95, 1e-8, 0.1)
+RULE = AdamW(0.9, 0.95, 1e-8, 0.1)
 
 
 @pytest.mark.parametrize("num_elements", [64, 1000, 4099])
@@ -173,10 +177,10 @@ def test_an_update_cut_into_pieces_has_the_bits_of_the_whole(num_elements: int) 
     cut, _ = flat_states(num_elements)
     residence = OnHost(CpuDevice(), gradient, 1, 64)
     for step in range(3):
-        TorchAdamW(RULE).update(whole, gradient, 0.01, True, step)
+        RULE.update(whole[0], whole[1:], gradient, 0.01, True, step)
         for part, piece in residence.gradients(gradient):
-            TorchAdamW(RULE).update(cut.part(part), piece, 0.01, True, step)
-    for mine, expected in zip(vars(cut).values(), vars(whole).values(), strict=True):
+            RULE.update(cut[0][part], [state[part] for state in cut[1:]], piece, 0.01, True, step)
+    for mine, expected in zip(cut, whole, strict=True):
         assert torch.equal(mine, expected)
 
 
@@ -192,14 +196,14 @@ def test_deepspeeds_update_is_torchs_within_rounding(decayed: bool) -> None:
     """
     steps, lr = 20, 0.01
     (mine, _), (theirs, _) = flat_states(5003), flat_states(5003)
-    kernel, reference = DeepSpeedAdamW(RULE), TorchAdamW(RULE)
+    kernel = DeepSpeedAdamW(RULE)
     for step in range(steps):
         _, gradient = flat_states(5003, seed=step)
-        kernel.update(mine, gradient, lr, decayed, step)
-        reference.update(theirs, gradient, lr, decayed, step)
-    bound = steps * (1e-5 * 2 * lr + 2**-23 * theirs.master.abs().max().item())
-    assert (mine.master - theirs.master).abs().max().item() <= bound
-    assert (mine.master - flat_states(5003)[0].master).abs().mean().item() > 100 * bound
+        kernel.update(mine[0], mine[1:], gradient, lr, decayed, step)
+        RULE.update(theirs[0], theirs[1:], gradient, lr, decayed, step)
+    bound = steps * (1e-5 * 2 * lr + 2**-23 * theirs[0].abs().max().item())
+    assert (mine[0] - theirs[0]).abs().max().item() <= bound
+    assert (mine[0] - flat_states(5003)[0][0]).abs().mean().item() > 100 * bound
 
 
 @needs_deepspeed

@@ -14,6 +14,7 @@ from k2train.model.pieces import Piece
 from k2train.optim.build import build_optimizer
 from k2train.parallel.groups import build_groups
 from k2train.parallel.threads import run_threads
+from k2train.update_rules.chosen import all_rules
 
 LOW = {layer: torch.zeros(3) for layer in range(3)}
 
@@ -104,7 +105,7 @@ def test_small_updates_add_up_in_the_masters_of_a_bfloat16_model(one_rank) -> No
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
-@pytest.mark.parametrize("name", ["muonclip", "adamw"])
+@pytest.mark.parametrize("name", [named.name for named in all_rules()])
 def test_a_resumed_run_is_bit_equal(one_rank, optim_config, name, dtype) -> None:
     optim = dataclasses.replace(optim_config, name=name, newton_schulz_dtype="bfloat16")
     high = {layer: torch.tensor([50.0, 130.0, 400.0]) for layer in range(3)}
@@ -157,7 +158,7 @@ def rank_norm(rank) -> float:
     return total
 
 
-def test_buckets_sum_fused_gradients_tensor_by_tensor(one_rank) -> None:
+def test_buckets_sum_fused_gradients_tensor_by_tensor(one_rank, gradient_of) -> None:
     """Three microbatches of bfloat16 gradients for every parameter, fused ones too, end in FP32 under each tensor's name."""
     rank = one_rank(dtype=torch.bfloat16)
     expected: dict[str, torch.Tensor] = {}
@@ -169,12 +170,12 @@ def test_buckets_sum_fused_gradients_tensor_by_tensor(one_rank) -> None:
             for piece in pieces:
                 expected[piece.name] = expected.get(piece.name, 0) + piece.view(gradient).float()
     for name, total in expected.items():
-        got = rank.optimizer.gradients.gradient(name)
+        got = gradient_of(rank.optimizer.gradients, name)
         assert got.dtype == torch.float32
         assert torch.equal(got, total), name
 
 
-def test_what_is_added_to_the_runs_of_a_parameter_is_its_gradient(one_rank) -> None:
+def test_what_is_added_to_the_runs_of_a_parameter_is_its_gradient(one_rank, gradient_of) -> None:
     """One owner: a matrix is one run, and a stack of matrices one for each."""
     rank = one_rank()
     gradients = rank.optimizer.gradients
@@ -188,7 +189,7 @@ def test_what_is_added_to_the_runs_of_a_parameter_is_its_gradient(one_rank) -> N
             for run in runs:
                 run.buffer.add_(matrices[run.matrix, run.first : run.last])
         for piece in pieces:
-            assert torch.equal(gradients.gradient(piece.name), piece.tensor)
+            assert torch.equal(gradient_of(gradients, piece.name), piece.tensor)
 
 
 @pytest.mark.parametrize("latent", [14, None])
@@ -238,7 +239,7 @@ def test_the_ownership_table_names_every_trained_tensor_once(one_rank) -> None:
     assert set(rows) == {spec.name for spec in rank.catalogue.values() if spec.trained}
     for name, row in rows.items():
         spec = rank.catalogue[name]
-        assert row.method == ("muon" if spec.role == "matrix" else "adamw")
+        assert row.rule.name == ("muon" if spec.role == "matrix" else "adamw")
         assert (row.shape, row.num_elements) == (spec.shape, spec.num_elements)
         assert row.replication == ("edp" if spec.expert is not None else "dp")
 

@@ -9,6 +9,7 @@ import torch
 
 from k2train.config.model import ModelConfig
 from k2train.model.context import MicrobatchContext
+from k2train.model.loss import CrossEntropy
 from k2train.model.model import forward
 from k2train.optim.qk_clip import HeadRows, clip_key_rows, clip_query_rows, qk_clip_scale
 
@@ -82,7 +83,7 @@ def test_the_same_batch_stays_at_tau_after_the_step(
     tokens = torch.randint(0, config.vocab_size, (2, 24), generator=torch.Generator().manual_seed(3))
 
     def max_logits() -> torch.Tensor:
-        context = MicrobatchContext(num_sequences=2, targets=tokens.flatten())
+        context = MicrobatchContext(num_sequences=2, loss=CrossEntropy(tokens.flatten()))
         forward(rank.model, (tokens,), context)
         return context.statistics.max_logits[0]
 

@@ -15,6 +15,7 @@ import torch
 from k2train.layout.grid import RankGrid
 from k2train.optim.optimizer import Riders
 from k2train.parallel.testing import run_distributed_test
+from k2train.update_rules.chosen import all_rules
 
 GRIDS = [(1, 2), (2, 1), (2, 2), (3, 1), (1, 3), (3, 2), (1, 6)]
 STEPS = 3
@@ -42,7 +43,7 @@ def reference() -> dict:
 
 
 @pytest.mark.parametrize(("edp", "ep"), GRIDS)
-@pytest.mark.parametrize("name", ["muonclip", "adamw"])
+@pytest.mark.parametrize("name", [named.name for named in all_rules()])
 def test_every_weight_equals_the_one_rank_run(make_rank, optim_config, reference, name, edp, ep) -> None:
     optim = dataclasses.replace(optim_config, name=name)
     if name not in reference:

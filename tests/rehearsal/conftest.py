@@ -40,7 +40,7 @@ def rehearse(tmp_path_factory):
         folder = tmp_path_factory.mktemp("rehearsal")
         done = run_rehearsal(folder, *words)
         assert done.returncode == 0, done.stderr[-3000:]
-        return {**json.loads((folder / "report.json").read_text()), "text": done.stdout}
+        return {**json.loads((folder / "report.json").read_text()), "text": done.stdout, "told": done.stderr}
 
     return report
 

@@ -89,6 +89,8 @@ def test_every_kind_of_rank_can_be_rehearsed(rehearse, name):
     # Small models: scratch and tables weigh more.
     assert states["rehearsed"] == pytest.approx(states["planned"], rel=0.05)
     assert report["left_bytes"] < 0.01 * states["rehearsed"]
+    phases = [line.split(" s  ")[1] for line in report["told"].splitlines()]
+    assert [phase.split()[0] for phase in phases] == ["plan", "build", "dry", "action", "update"]
 
 
 @pytest.mark.parametrize(

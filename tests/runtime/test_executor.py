@@ -228,6 +228,7 @@ def test_messages_meet_their_microbatch_and_each_weight_gradient_is_taken_once(
         stage = stage_of(schedule, messages, world.rank, world, sink)
         inputs = StepInputs(
             tokens=lambda m: torch.full((1, 2), float(m)),
+            num_rows=2,
             make_context=lambda v, m: MicrobatchContext(
                 num_sequences=1, key=(v, m), weight_grads=stage.queue
             ),
@@ -249,7 +250,7 @@ def test_messages_meet_their_microbatch_and_each_weight_gradient_is_taken_once(
 def alone(sink: Any = None) -> PipelineStage:
     stage = PipelineStage({0: Part([Checked(0, [0])])}, {0: Route(0, None, None, 0, 0)}, None, sink, CPU)
     context = lambda v, m: MicrobatchContext(num_sequences=1, key=(v, m), weight_grads=stage.queue)  # noqa: E731
-    stage.begin_step(StepInputs(lambda m: torch.full((1, 2), float(m)), context, 1))
+    stage.begin_step(StepInputs(lambda m: torch.full((1, 2), float(m)), 2, context, 1))
     return stage
 
 
@@ -280,7 +281,7 @@ def test_evaluation_keeps_nothing() -> None:
 def test_a_step_that_fails_leaves_nothing_under_way() -> None:
     stage = PipelineStage({0: Part([Checked(0, [0])])}, {0: Route(0, None, None, 0, 0)}, None, Sink(), CPU)
     context = lambda v, m: MicrobatchContext(num_sequences=1, key=(v, m), weight_grads=stage.queue)  # noqa: E731
-    inputs = StepInputs(lambda m: torch.full((1, 2), float(m)), context, 1)
+    inputs = StepInputs(lambda m: torch.full((1, 2), float(m)), 2, context, 1)
     with pytest.raises(KeyError), stage.step(inputs):
         run_actions(parse_line("F0.0 I0.1"), stage)
     with stage.step(inputs):

@@ -240,7 +240,7 @@ def run(line: str, dispatch: str, routes: dict[int, Route]) -> SeenDevice:
         def context(v: int, m: int) -> MicrobatchContext:
             return MicrobatchContext(1, PlainGradients(), weight_grads=stage.queue, key=(v, m), device=device)
 
-        inputs = StepInputs(lambda m: torch.ones(TOKENS, FEATURES), context, 2)
+        inputs = StepInputs(lambda m: torch.ones(TOKENS, FEATURES), TOKENS, context, 2)
         with stage.step(inputs):
             run_actions(parse_line(line), stage)
         return device

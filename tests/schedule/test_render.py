@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+import itertools
 import json
+import math
 import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from k2train.schedule import (
+    Action,
     Costs,
     Kind,
     ScheduleSpec,
@@ -27,6 +32,7 @@ from k2train.schedule import (
 )
 from k2train.schedule.colours import COLOURS, category
 from k2train.schedule.render import steady_slots
+from k2train.schedule.trace import Box, write_boxes
 
 MakeCosts = Callable[..., Costs]
 
@@ -123,8 +129,47 @@ def test_boxes_of_one_trace_thread_never_overlap(moe_costs: MakeCosts, tmp_path:
     boxes = [event for event in json.loads(path.read_text())["traceEvents"] if event["ph"] == "X"]
     for box in sorted(boxes, key=lambda event: event["ts"]):
         thread = (box["pid"], box["tid"])
-        assert box["ts"] >= ends.get(thread, 0.0) - 0.01
+        assert box["ts"] >= ends.get(thread, 0.0)
         ends[thread] = box["ts"] + box["dur"]
+
+
+@settings(deadline=None, max_examples=60)
+@given(
+    durations=st.lists(st.floats(0.0, 3e-6) | st.floats(0.0, 40.0), min_size=1, max_size=40),
+    noise=st.lists(st.sampled_from([-1, 0, 1]), min_size=40, max_size=40),
+)
+def test_no_reader_sees_boxes_of_one_row_overlap(
+    durations: list[float], noise: list[int], tmp_path_factory: pytest.TempPathFactory
+) -> None:
+    """Boxes that touch, but for the last bit of their seconds, must not overlap in whole nanoseconds.
+
+    A reader multiplies microseconds by 1000 and cuts off or rounds, start and length each by itself.
+    """
+    path = tmp_path_factory.mktemp("trace") / "trace.json"
+    boxes, time = [], 0.0
+    for duration, bit in zip(durations, noise, strict=False):
+        start, time = time, time + duration
+        end = time if bit == 0 else math.nextafter(time, math.inf * bit)
+        boxes.append(Box(0, "compute", "x", "forward", start, max(start, end), Action(Kind.F, 0, 0)))
+    write_boxes(path, 1, boxes)
+    slices = [event for event in json.loads(path.read_text())["traceEvents"] if event["ph"] == "X"]
+    for whole in (int, round):
+        spans = [(whole(event["ts"] * 1000), whole(event["dur"] * 1000)) for event in slices]
+        for (start, length), (following, _) in itertools.pairwise(spans):
+            assert start + length <= following
+
+
+@pytest.mark.parametrize("ticks", [1, 7, 1000, 123_457])
+def test_a_moment_that_is_said_twice_is_one_moment_of_the_trace(ticks: int, tmp_path: Path) -> None:
+    """Half-way between two ticks, an end above and a start below it by their last bit round apart."""
+    middle = (ticks + 0.5) / 8e6
+    above, below = middle * (1 + 1e-15), middle * (1 - 1e-15)
+    spans = [(0.0, above), (below, 2 * middle)]
+    boxes = [Box(0, "compute", "x", "forward", start, end, Action(Kind.F, 0, 0)) for start, end in spans]
+    write_boxes(tmp_path / "trace.json", 1, boxes)
+    events = json.loads((tmp_path / "trace.json").read_text())["traceEvents"]
+    first, second = (event for event in events if event["ph"] == "X")
+    assert first["ts"] + first["dur"] == second["ts"]
 
 
 def test_a_trace_of_a_window_holds_what_overlaps_it(moe_costs: MakeCosts, tmp_path: Path) -> None:

@@ -13,6 +13,7 @@ from k2train.config.compose import load_config
 from k2train.model.context import Statistics
 from k2train.schedule.actions import Kind, Pair
 from k2train.telemetry.metrics import read_metrics
+from k2train.trainer.batch import read_batch
 from k2train.trainer.build import build_layouts
 from k2train.trainer.evaluate import evaluate
 from k2train.trainer.step import StepMetrics, run_schedule, train_step
@@ -61,7 +62,7 @@ def test_recompute_and_offload_change_no_bit_over_processes(words, layout):
         config = load_config([*words, *LAYOUTS[layout], f"activations={policies}"])
 
         def run_rank(run):
-            metrics = [train_step(run, index) for index in range(3)]
+            metrics = [train_step(run, read_batch(run, index)) for index in range(3)]
             run.optimizer.finish_gather()
             return metrics, {
                 p.name: p.tensor.clone() for model in run.models.values() for p in model.pieces()
@@ -109,7 +110,7 @@ def test_host_buffers_are_made_in_the_first_step_and_used_again(words):
         arena, engine = run.activations.engine.arena, run.activations.engine
         seen = []
         for index in range(3):
-            train_step(run, index)
+            train_step(run, read_batch(run, index))
             evaluate(run, 256)
             assert arena.used_bytes == engine.in_flight_bytes == 0
             assert engine.bytes_out == engine.bytes_back
@@ -126,7 +127,7 @@ def test_an_interrupted_step_leaves_nothing_on_the_host(words):
 
     def run_rank(run):
         arena = run.activations.engine.arena
-        whole = [train_step(run, index).loss for index in range(2)]
+        whole = [train_step(run, read_batch(run, index)).loss for index in range(2)]
         seen = iter(range(7))
 
         class Interrupt:
@@ -140,7 +141,7 @@ def test_an_interrupted_step_leaves_nothing_on_the_host(words):
                 return message.wait()
 
         with pytest.raises(KeyboardInterrupt):
-            run_schedule(run, 2, Statistics(), Interrupt())
+            run_schedule(run, read_batch(run, 2), Statistics(), Interrupt())
         assert arena.peak_bytes > 0
         assert arena.used_bytes == 0
         assert run.activations.device_bytes == 0

@@ -7,6 +7,7 @@ import torch
 
 from k2train.config.compose import load_config
 from k2train.model.context import Statistics
+from k2train.trainer.batch import read_batch
 from k2train.trainer.build import Run
 from k2train.trainer.dry_run import dry_run
 from k2train.trainer.step import run_schedule, train_step
@@ -20,7 +21,7 @@ def test_a_run_with_a_dry_run_before_it_has_the_same_bits_as_one_without(words, 
     def steps(run: Run, dry: bool) -> list[object]:
         if dry:
             dry_run(run)
-        metrics = [train_step(run, index) for index in range(3)]
+        metrics = [train_step(run, read_batch(run, index)) for index in range(3)]
         run.optimizer.finish_gather()
         weights = [piece.tensor.clone() for model in run.models.values() for piece in model.pieces()]
         return [metrics, weights, 0 if run.activations is None else run.activations.engine.arena.peak_bytes]
@@ -42,7 +43,7 @@ def test_after_it_a_step_makes_no_host_buffer_while_loads_stay_in_their_size_cla
         arena = run.activations.engine.arena
         dry_run(run)
         before = arena.num_allocations
-        run_schedule(run, 0, Statistics())
+        run_schedule(run, read_batch(run, 0), Statistics())
         return before, arena.num_allocations - before
 
     ((before, in_step),) = run_on_ranks(load_config([*words, *dense]), allocations)

@@ -11,8 +11,9 @@ import torch.nn.functional as F
 from k2train.config.compose import load_config
 from k2train.config.errors import ConfigError
 from k2train.model.model import logits
+from k2train.ops.cross_entropy import IGNORED_TARGET
 from k2train.trainer.build import Run
-from k2train.trainer.evaluate import IGNORED, Evaluation, cut, evaluate
+from k2train.trainer.evaluate import Evaluation, cut, evaluate
 from k2train.trainer.testing import run_on_ranks
 
 LENGTHS = (1, 2, 3, 5, 8)
@@ -30,7 +31,7 @@ def test_every_target_of_a_stream_is_scored_once_with_the_context_asked_for(seq_
         for inputs, targets in zip(windows.inputs.tolist(), windows.targets.tolist(), strict=True):
             assert inputs == list(range(inputs[0], inputs[0] + seq_len))
             for place, target in enumerate(targets):
-                if target != IGNORED:
+                if target != IGNORED_TARGET:
                     assert target == inputs[place] + 1
                     assert place >= context or inputs[0] in (0, 100)
                     scored.append(target)

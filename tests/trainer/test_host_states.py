@@ -11,16 +11,14 @@ import torch
 from k2train.checkpoint import open_checkpoint, step_directory
 from k2train.cli.main import main
 from k2train.telemetry.metrics import read_metrics
+from k2train.update_rules.chosen import all_rules
 
 # Threads: two stages, two expert-parallel ranks, two replicas of every expert.
 LAYOUTS = {
     "one rank": [],
     "pp 2, ep 2, edp 2": ["layout.pp=2", "layout.ep=2", "layout.edp=2", "train.microbatch_size=1"],
 }
-OPTIMIZERS = {
-    "muonclip": ["optim.newton_schulz_dtype=float32"],
-    "adamw": ["optim.name=adamw"],
-}
+OPTIMIZERS = [named.name for named in all_rules()]
 
 
 def trained(words: Sequence[str], run_dir: Path) -> dict[str, torch.Tensor]:
@@ -42,7 +40,8 @@ def assert_same_bits(mine: dict[str, torch.Tensor], expected: dict[str, torch.Te
 def test_runs_of_both_modes_are_bit_equal_and_resume_each_other(
     words: list[str], tmp_path: Path, optimizer: str, layout: str
 ) -> None:
-    base = [*words, *OPTIMIZERS[optimizer], *LAYOUTS[layout], "train.checkpoint_every_steps=4"]
+    rules = [f"optim.name={optimizer}", "optim.newton_schulz_dtype=float32"]
+    base = [*words, *rules, *LAYOUTS[layout], "train.checkpoint_every_steps=4"]
     device, host = (tmp_path / states for states in ("device", "host"))
     expected = trained([*base, "optim.states=device"], device)
     assert_same_bits(trained([*base, "optim.states=host"], host), expected)

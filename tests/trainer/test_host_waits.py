@@ -15,6 +15,7 @@ from k2train.config.compose import load_config
 from k2train.device.cpu import CpuDevice, CpuEvent, CpuReading, CpuStream
 from k2train.model.context import Statistics
 from k2train.schedule.actions import Kind, Pair
+from k2train.trainer.batch import read_batch
 from k2train.trainer.build import Run
 from k2train.trainer.step import run_schedule, train_step
 from k2train.trainer.testing import run_on_ranks
@@ -76,9 +77,9 @@ class CountingDevice(CpuDevice):
 
 def waits_of_a_step(run: Run) -> tuple[Counter[str], int, int]:
     """Of the second step, and how many forwards of MoE layers and how many compute steps it has on this rank."""
-    train_step(run, 0)
+    train_step(run, read_batch(run, 0))
     run.device.waits.clear()
-    train_step(run, 1)
+    train_step(run, read_batch(run, 1))
     layers = sum(
         run.config.model.is_moe(layer) for model in run.models.values() for layer in model.part.layers
     )
@@ -119,7 +120,7 @@ def test_host_states_add_a_wait_for_every_piece_of_gradient_and_one_for_the_copi
 
 def test_a_schedule_alone_waits_for_routes_and_for_compute_steps_long_issued(words):
     def waits(run: Run) -> Counter[str]:
-        run_schedule(run, 0, Statistics())
+        run_schedule(run, read_batch(run, 0), Statistics())
         return Counter(run.device.waits)
 
     (found,) = run_on_ranks(load_config(words), waits, make_device=CountingDevice)

@@ -28,6 +28,7 @@ from k2train.schedule.actions import Pair
 from k2train.schedule.channels import ChannelForm
 from k2train.schedule.messages import plan_messages
 from k2train.telemetry.metrics import read_metrics
+from k2train.trainer.batch import Batch, needs_targets, read_batch
 from k2train.trainer.build import Run, build_layouts, build_run, open_corpus
 from k2train.trainer.evaluate import evaluate
 from k2train.trainer.saving import bias_pieces
@@ -89,13 +90,15 @@ def train_layout(
     words: Sequence[str],
     backend: Literal["threads", "processes"] = "threads",
     prepare: Callable[[Run], None] = nothing,
+    batch_of: Callable[[Run, int], Batch] = read_batch,
 ) -> Trained:
-    """Take train.steps steps on every rank of the layout; `prepare` is called with each rank's run before the first."""
+    """Take train.steps steps on every rank of the layout; `prepare` is called with each rank's run before the first.
+    batch_of(run, index): the rank's share of a step's batch."""
     config = load_config(list(words))
 
     def run_rank(run: Run) -> Part:
         prepare(run)
-        metrics = [train_step(run, index) for index in range(config.train.steps)]
+        metrics = [train_step(run, batch_of(run, index)) for index in range(config.train.steps)]
         evaluation = evaluate(run, EVAL_TOKENS)
         assert evaluation is not None
         states = [(state.name, state.start, state.tensor.clone()) for state in run.optimizer.state()]
@@ -238,7 +241,8 @@ def test_with_both_directions_in_one_queue_the_same_steps_stand_still_and_are_re
         groups = build_groups(made.grid, world)
         channels = make_channels(messages, range(made.pp), world)
         groups = dataclasses.replace(groups, channels=channels)
-        train_step(build_run(config, made, schedule, corpus, groups, build_device(world.device)), 0)
+        run = build_run(config, made, schedule, corpus, groups, build_device(world.device))
+        train_step(run, read_batch(run, 0))
 
     with pytest.raises(
         DeadlockError, match=r"rank \d waits in (send|recv) .* of group pipeline messages"
@@ -319,6 +323,67 @@ def test_all_tokens_on_one_ranks_experts_equal_one_rank(model_words: list[str]) 
         assert_close(train_layout(words, prepare=prepare), single)
     words = [*model_words, *dispatch_words("k2", (2, 2, 4, 1), "per_node", 2), "layout.dispatch_parts=2"]
     assert_close(train_layout(words, prepare=prepare), single)
+
+
+# Weights of the global batch's twelve sequences, from a generator, and the normaliser.
+WEIGHTINGS: dict[str, tuple[Callable[[torch.Generator], torch.Tensor], float | None]] = {
+    # Most targets of some sequences are masked, all of one: microbatches and ranks without any weight.
+    "masked": (
+        lambda generator: (
+            (torch.rand(12, SEQ_LEN, generator=generator) < torch.rand(12, 1, generator=generator))
+            * (torch.arange(12) != 5).unsqueeze(1)
+        ).double(),
+        None,
+    ),
+    "unequal": (lambda generator: 10 ** (4 * torch.rand(12, SEQ_LEN, generator=generator) - 2), None),
+    "signed": (lambda generator: torch.randn(12, SEQ_LEN, generator=generator), 40.0),
+}
+WEIGHTED = [
+    ("gpipe", (1, 1, 12, 1)),
+    ("1f1b", (3, 1, 2, 2)),
+    ("interleaved_1f1b", (3, 2, 3, 1)),
+    ("k2", (2, 2, 2, 1)),
+    ("zb_h1", (2, 1, 3, 2)),
+]
+
+
+def weighted(name: str) -> Callable[[Run, int], Batch]:
+    """The corpus's batch with the weights of that name, on the ranks that need them."""
+    draw, normaliser = WEIGHTINGS[name]
+
+    def batch_of(run: Run, index: int) -> Batch:
+        batch = dataclasses.replace(read_batch(run, index), normaliser=normaliser)
+        if not needs_targets(run):
+            return batch
+        share = 12 // run.groups.dp.size
+        weights = draw(torch.Generator().manual_seed(index)).split(share)[run.groups.dp.rank]
+        return dataclasses.replace(batch, weights=weights)
+
+    return batch_of
+
+
+@pytest.fixture(scope="module", params=WEIGHTINGS)
+def weighting(request: pytest.FixtureRequest, model_words: list[str]) -> tuple[str, Trained]:
+    """A name of WEIGHTINGS, and one rank's run with these weights."""
+    words = [*model_words, "schedule=gpipe", *layout(1, 1, 1, 1)]
+    return request.param, train_layout(words, batch_of=weighted(request.param))
+
+
+@pytest.mark.parametrize(("kind", "degrees"), WEIGHTED)
+def test_weights_of_targets_mean_the_same_under_every_layout(
+    model_words: list[str], weighting: tuple[str, Trained], kind: str, degrees: tuple[int, ...]
+) -> None:
+    name, single = weighting
+    words = [*model_words, f"schedule={kind}", *layout(*degrees)]
+    assert_close(train_layout(words, batch_of=weighted(name)), single)
+
+
+def test_weights_over_processes_equal_one_rank(
+    model_words: list[str], weighting: tuple[str, Trained]
+) -> None:
+    name, single = weighting
+    words = [*model_words, "schedule=k2", *layout(2, 2, 2, 1)]
+    assert_close(train_layout(words, "processes", batch_of=weighted(name)), single)
 
 
 def metrics_after(run_dir: Path, step: int) -> list[dict[str, Any]]:

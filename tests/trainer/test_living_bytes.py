@@ -23,6 +23,7 @@ from k2train.activations.store import ActivationStore, MicrobatchStore
 from k2train.config.compose import load_config
 from k2train.device.living import Birth, LivingStorages
 from k2train.model.context import Statistics
+from k2train.trainer.batch import Batch, read_batch
 from k2train.trainer.build import Run
 from k2train.trainer.step import run_schedule
 from k2train.trainer.testing import run_on_ranks
@@ -43,8 +44,8 @@ SCHEDULES = {
 class Auditor:
     """Implements runtime.recorder.Watcher: compares books and storages after each action."""
 
-    def __init__(self, run: Run, statistics: Statistics, living: LivingStorages) -> None:
-        self.run, self.statistics, self.living = run, statistics, living
+    def __init__(self, run: Run, batch: Batch, statistics: Statistics, living: LivingStorages) -> None:
+        self.run, self.batch, self.statistics, self.living = run, batch, statistics, living
         self.start = living.mark()
         self.host_before = self.arena.allocated_bytes
         self.most_alive = self.most_stored = 0
@@ -74,7 +75,8 @@ class Auditor:
         books = self.books()
         recorded = {id(tensor.untyped_storage()) for tensor in books.pop("records")}
         known = {id(tensor.untyped_storage()) for tensors in books.values() for tensor in tensors}
-        tokens = tuple(self.run.training._inputs_of_step().tokens(0).shape)
+        train = self.run.config.train
+        tokens = (train.microbatch_size, train.seq_len)
         numbers = [birth for birth in alive if birth.key in recorded - known and birth.shape != tokens]
         assert all(birth.num_bytes <= self.most_numbers for birth in numbers), (when, list(map(str, numbers)))
         known |= recorded
@@ -104,7 +106,7 @@ class Auditor:
             ],
             "messages": list(tensors_in(held)),
             "sending": list(tensors_in(vars(stage.transport)) if stage.transport is not None else ()),
-            "batch": [stage._inputs_of_step().tokens(0)],
+            "batch": list(tensors_in([self.batch.tokens, self.batch.targets])),
             "statistics": list(tensors_in(vars(statistics))),
             "records": list(tensors_in([(kept, context.routes) for kept, context in records.values()])),
         }
@@ -138,9 +140,10 @@ def audited(run: Run) -> list[tuple[int, int, int]]:
         run = dataclasses.replace(run, activations=ActivationStore(run.config.activations, engine))
     found = []
     with LivingStorages() as living:
-        run_schedule(run, 0, Statistics())
-        auditor = Auditor(run, Statistics(), living)
-        run_schedule(run, 1, auditor.statistics, auditor)
+        run_schedule(run, read_batch(run, 0), Statistics())
+        batch = read_batch(run, 1)
+        auditor = Auditor(run, batch, Statistics(), living)
+        run_schedule(run, batch, auditor.statistics, auditor)
         found.append((auditor.most_alive, auditor.most_stored, auditor.offloads))
     return found
 

@@ -14,6 +14,7 @@ from k2train.planner.memory import level_at
 from k2train.schedule.actions import COMPUTE, Kind, Pair, parts
 from k2train.schedule.costs import Costs
 from k2train.schedule.simulate import simulate
+from k2train.trainer.batch import read_batch
 from k2train.trainer.step import run_schedule
 from k2train.trainer.testing import run_on_ranks
 
@@ -44,7 +45,7 @@ def measured(config) -> list[list[int]]:
 
     def run_rank(run):
         meter = Meter(run)
-        run_schedule(run, 0, Statistics(), meter)
+        run_schedule(run, read_batch(run, 0), Statistics(), meter)
         return meter.levels
 
     return run_on_ranks(config, run_rank)

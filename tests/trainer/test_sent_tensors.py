@@ -13,6 +13,7 @@ from torch.multiprocessing.reductions import StorageWeakRef
 
 from k2train.config.compose import load_config
 from k2train.parallel.pipeline import PipelineTransport, Receiving
+from k2train.trainer.batch import read_batch
 from k2train.trainer.build import Run
 from k2train.trainer.step import train_step
 from k2train.trainer.testing import run_on_ranks
@@ -52,7 +53,7 @@ def most_sent(words: Sequence[str], backend: Literal["threads", "processes"]) ->
     def run_rank(run: Run) -> dict[int, int]:
         assert isinstance(run.training.transport, PipelineTransport)
         run.training.transport = watched = Watched(run.training.transport)
-        train_step(run, 0)
+        train_step(run, read_batch(run, 0))
         for refs in watched.sent.values():
             assert all(ref.expired() for ref in refs)
         for stage, most in watched.most_sent.items():

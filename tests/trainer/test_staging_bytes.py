@@ -17,6 +17,7 @@ from k2train.parallel.groups import build_groups
 from k2train.parallel.threads import run_threads
 from k2train.planner.plan import build_plan
 from k2train.trainer.build import build_models
+from k2train.update_rules.chosen import all_rules
 
 GRIDS = [(1, 1, 1, 1), (2, 1, 1, 2), (2, 1, 2, 2), (1, 3, 2, 1), (2, 2, 4, 2), (4, 1, 2, 1), (1, 8, 1, 1)]
 
@@ -31,7 +32,7 @@ def staging_bytes(world: World, config: Config, layout: Layout) -> int:
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float64"])
-@pytest.mark.parametrize("name", ["muonclip", "adamw"])
+@pytest.mark.parametrize("name", [named.name for named in all_rules()])
 @pytest.mark.parametrize(("pp", "edp", "ep", "vpp"), GRIDS)
 def test_the_plan_predicts_the_staging_of_every_stage_to_the_byte(words, pp, edp, ep, vpp, name, dtype):
     config = load_config([*words, f"layout.pp={pp}", f"layout.edp={edp}", f"layout.ep={ep}", f"layout.vpp={vpp}",

@@ -16,6 +16,7 @@ from k2train.config.model import ModelConfig, YarnConfig
 from k2train.config.sections import ActivationsConfig
 from k2train.device.cpu import CpuDevice
 from k2train.model.context import MicrobatchContext
+from k2train.model.loss import CrossEntropy
 from k2train.model.model import Model, backward, forward
 from k2train.ops.weight_grad import PlainGradients, WeightGradQueue
 
@@ -120,8 +121,8 @@ def begin():
         generator = torch.Generator().manual_seed(1)
         tokens = torch.randint(model.config.vocab_size, (SEQUENCES, LENGTH + 1), generator=generator)
         context = MicrobatchContext(
-            SEQUENCES, PlainGradients(), WeightGradQueue() if split else None, targets=tokens[:, 1:],
-            balance_loss_scale=1e-2, loss_scale=1 / (SEQUENCES * LENGTH),
+            SEQUENCES, PlainGradients(), WeightGradQueue() if split else None, loss=CrossEntropy(tokens[:, 1:], 1 / (SEQUENCES * LENGTH)),
+            balance_loss_scale=1e-2,
         )  # fmt: skip
         store = None
         if policies is not None:

@@ -1,0 +1,1 @@
+"""Update rules: what an optimizer keeps, needs, costs and does. Each file of `rules/` is one."""
