@@ -7,7 +7,7 @@
 What is counted:
 
 - **lines** of files, and of functions from `def` to their last line, docstrings included. Nested functions count too.
-- **import cycles**: groups of modules that import one another, wherever in a file the import stands.
+- **import cycles**: groups of modules that import one another: by imports at the top of files, and by those in functions too.
 - **names**: places in the code, not in prose, that say `is_moe`, one of MLA's widths, the string "muon", or the name of a
   schedule kind. "k2" is left out of the kinds, because it also names a model, a layout and a preset.
 - **hops** of the config: functions outside `k2train/config` that are given a config or one of its sections as an
@@ -90,8 +90,11 @@ def function_lines(trees: Iterable[ast.Module]) -> Iterator[int]:
                 yield (node.end_lineno or node.lineno) - node.lineno + 1
 
 
-def imports(tree: ast.Module, known: Iterable[str]) -> set[str]:
-    """The modules of the package that a module imports, those for type checkers alone left out."""
+def imports(tree: ast.Module, known: Iterable[str], deferred: bool) -> set[str]:
+    """The modules of the package that a module imports, those for type checkers alone left out.
+
+    deferred: count imports inside functions, too.
+    """
     names = set(known)
     found: set[str] = set()
     stack: list[ast.AST] = [tree]
@@ -99,6 +102,8 @@ def imports(tree: ast.Module, known: Iterable[str]) -> set[str]:
         node = stack.pop()
         if isinstance(node, ast.If) and "TYPE_CHECKING" in ast.unparse(node.test):
             stack += node.orelse
+            continue
+        if isinstance(node, ast.FunctionDef) and not deferred:
             continue
         if isinstance(node, ast.Import):
             found |= {alias.name for alias in node.names} & names
@@ -109,9 +114,9 @@ def imports(tree: ast.Module, known: Iterable[str]) -> set[str]:
     return found
 
 
-def cycles(trees: dict[str, ast.Module]) -> list[list[str]]:
+def cycles(trees: dict[str, ast.Module], deferred: bool) -> list[list[str]]:
     """Groups of modules that reach one another by imports."""
-    edges = {name: imports(tree, trees) - {name} for name, tree in trees.items()}
+    edges = {name: imports(tree, trees, deferred) - {name} for name, tree in trees.items()}
     reach: dict[str, set[str]] = {}
     for start in edges:
         seen, stack = set(), [start]
@@ -191,7 +196,11 @@ def measure(root: Path, trace: bool = True) -> dict[str, dict[str, object]]:
     result: dict[str, dict[str, object]] = {
         "files": {**spread(lines)},
         "functions": {**spread(function_lines(trees.values()))},
-        "import cycles": {"count": len(found := cycles(trees)), "names": found},
+        "import cycles": {
+            "at the top of modules": len(top := cycles(trees, deferred=False)),
+            "inside functions too": len(deep := cycles(trees, deferred=True)),
+            "names": [*top, *deep],
+        },
         "is_moe": {**mentions(trees, frozenset({"is_moe"}), strings=False)},
         "MLA's widths": {**mentions(trees, WIDTHS, strings=False)},
         '"muon"': {**mentions(trees, frozenset({"muon"}), strings=True)},
