@@ -1,17 +1,19 @@
-"""Whether the sources are easy to read: line widths, legends of shape letters, and references that lead somewhere.
+"""Whether the sources are easy to read: line widths, legends of shape letters, and references that
+lead somewhere.
 
-    python tools/reading.py                 how many findings each room has, in a table
-    python tools/reading.py --list layout   every finding whose path contains a word
+    python tools/reading.py                 a table: how many findings each room has
+    python tools/reading.py --list layout   every finding in files whose path has a word
 
 Five rules, each a function from a file to its findings:
 
     width       a docstring or comment is at most 100 columns wide, unless a URL makes it wider
     skip        no line is kept from the formatter
-    legend      the head of a file explains every letter of its shape suffixes: "Letters: T tokens, D hidden."
+    legend      the head of a file explains the letters of its shapes: "Letters: T tokens."
     path        a file that a docstring, a comment or a page names exists
     name        a dotted name in backticks, `layout.tensors.model_tensors`, exists
 
-Only the syntax is read; nothing is imported. tests/architecture/test_reading.py holds the tree to the rules.
+Only the syntax is read; nothing is imported. tests/architecture/test_reading.py holds the tree to
+the rules.
 """
 
 from __future__ import annotations
@@ -30,6 +32,8 @@ ROOT = Path(__file__).resolve().parents[1]
 WIDTH = 100
 PLACES = ("", "k2train", "docs", "tests", "benchmarks", "configs", "launch", "tools", "examples")
 """Folders from which a path in prose may be meant."""
+HUGGING_FACE = ("model.layers.", "model.safetensors.")
+"""Beginnings of Hugging Face's names, which look like those of our modules."""
 MADE = ("config.yaml",)
 """Files that a run writes, and that prose may name all the same."""
 
@@ -120,15 +124,30 @@ def lost_paths(path: Path) -> list[str]:
 def lost_names(path: Path) -> list[str]:
     """Dotted names of the package that prose quotes and nobody defines.
 
-    Two parts alone, as in `layout.pp`, may be a key of the config, so three are asked for.
+    Two parts alone, as in `layout.pp`, may be a key of the config, so three are asked for. Keys of
+    three parts, as in `data.tokenizer.path`, and Hugging Face's names are let through.
     """
     found = []
     for number, line in prose(path):
         for name in _DOTTED.findall(line):
             room, module, *rest = name.split(".")
-            if room in rooms() and rest and not _defined(room, module, rest[0]):
+            other = not rest or rest[0] in config_keys() or name.startswith(HUGGING_FACE)
+            if room in rooms() and not other and not _defined(room, module, rest[0]):
                 found.append(f"{number}: {name}")
     return found
+
+
+@functools.cache
+def config_keys() -> frozenset[str]:
+    """The names of all keys of the config."""
+    classes = (
+        node
+        for path in python_files("k2train/config")
+        for node in parsed(path).body
+        if isinstance(node, ast.ClassDef)
+    )
+    fields = (item.target for node in classes for item in node.body if isinstance(item, ast.AnnAssign))
+    return frozenset(target.id for target in fields if isinstance(target, ast.Name))
 
 
 @functools.cache
@@ -144,9 +163,12 @@ def file_names() -> frozenset[str]:
 
 
 def _exists(name: str, folder: Path) -> bool:
-    """Whether `name` is a file here, or lies below a folder that is not ours (`megatron/core/x.py`)."""
+    """Whether `name` is a file here, or stands for many (`configs/GROUP/NAME.yaml`), or lies below
+    a folder that is not ours (`megatron/core/x.py`)."""
     if "/" not in name:
         return name in file_names() or name in MADE or (ROOT / name).exists()
+    if Path(name).stem.isupper():
+        return True
     if any((base / name).exists() for base in (folder, *(ROOT / place for place in PLACES))):
         return True
     first = name.split("/")[0]
@@ -154,7 +176,8 @@ def _exists(name: str, folder: Path) -> bool:
 
 
 def _defined(room: str, module: str, name: str) -> bool:
-    """Whether a module of a room defines a name at its top, or in a class whose name the room exports."""
+    """Whether a module of a room defines a name at its top, or in a class whose name the room
+    exports."""
     path = ROOT / "k2train" / room / f"{module}.py"
     return name in top_names(path) if path.exists() else module in top_names(path.with_name("__init__.py"))
 

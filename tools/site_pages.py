@@ -7,9 +7,9 @@ Writes into the folder:
     pages/      docs/ as it is, with a page of docstrings for each room in pages/reference
     mkdocs.yml  the tree's mkdocs.yml, with the order of the pages
 
-The pages of docstrings hold directives that mkdocstrings fills by reading the sources; nothing of the package is imported.
-Links from docs/ to sources become links to the page of their room. Links to other files of the tree, which the site does
-not have, become plain names.
+The pages of docstrings hold directives that mkdocstrings fills by reading the sources; nothing of
+the package is imported. Links from docs/ to sources become links to the page of their room. Links
+to other files of the tree, which the site does not have, become plain names.
 """
 
 from __future__ import annotations
@@ -27,7 +27,15 @@ DOCS, PACKAGE = ROOT / "docs", ROOT / "k2train"
 PAGES = {
     "Start": ["README.md", "design.md", "glossary.md", "extending.md"],
     "Using it": ["launch.md", "data.md", "huggingface.md"],
-    "How it works": ["schedule.md", "plan.md", "rehearsal.md", "memory.md", "optimizer.md", "interfaces.md", "k2.md"],
+    "How it works": [
+        "schedule.md",
+        "plan.md",
+        "rehearsal.md",
+        "memory.md",
+        "optimizer.md",
+        "interfaces.md",
+        "k2.md",
+    ],
     "Measured": ["benchmarks.md", "structure.md"],
 }
 """The order of the pages. A page that is not named here is listed under "Further pages"."""

@@ -1,19 +1,24 @@
 """The shape of the package in numbers, of this tree or of another commit's.
 
-    python tools/structure.py                          a table of this tree
-    python tools/structure.py OLD NEW --json FILE      trees side by side, each a checkout or an unpacked archive
-    python tools/structure.py --no-trace               without the traced runs, which need the package's dependencies
+    python tools/structure.py                   a table of this tree
+    python tools/structure.py OLD NEW           trees side by side, each an unpacked commit
+    python tools/structure.py --json FILE       the same with every name, in a file
+    python tools/structure.py --no-trace        without the runs, which need what the package needs
 
 What is counted:
 
-- **lines** of files, and of functions from `def` to their last line, docstrings included. Nested functions count too.
-- **import cycles**: groups of modules that import one another: by imports at the top of files, and by those in functions too.
-- **names**: places in the code, not in prose, that say `is_moe`, one of MLA's widths, the string "muon", or the name of a
-  schedule kind. "k2" is left out of the kinds, because it also names a model, a layout and a preset.
-- **hops** of the config: functions outside `k2train/config` that are given a config or one of its sections as an
-  argument, between the words and the first action that the executor runs. They are counted on a run, not read off
-  the source: `k2train train` of one small step under `sys.setprofile`, and `k2train plan` of the same config to its end.
-  A function that is called often counts once.
+- **lines** of files, and of functions from `def` to their last line, docstrings included. Nested
+  functions count too.
+- **import cycles**: groups of modules that import one another: by imports at the top of files, and
+  by those in functions too.
+- **names**: places in the code, not in prose, that say `is_moe`, one of MLA's widths, the string
+  "muon", or the name of a schedule kind. "k2" is left out of the kinds, because it also names a
+  model, a layout and a preset.
+- **hops** of the config: functions outside `k2train/config` that are given a config or one of its
+  sections as an argument, between the words and the first action that the executor runs. They are
+  counted on a run, not read off the source: `k2train train` of one small step under
+  `sys.setprofile`, and `k2train plan` of the same config to its end. A function that is called
+  often counts once.
 """
 
 from __future__ import annotations
@@ -43,7 +48,7 @@ seen, done = {}, False
 def profile(frame, event, argument):
     global done
     name = frame.f_globals.get("__name__", "")
-    if done or event != "call" or not name.startswith("k2train.") or name.startswith("k2train.config"):
+    if done or event != "call" or frame.f_code.co_filename == "<string>" or not name.startswith("k2train.") or name.startswith("k2train.config"):
         return
     code = frame.f_code
     if name == "k2train.runtime.executor" and code.co_name == "run_actions":
@@ -58,7 +63,8 @@ status = main([command, *words])
 sys.setprofile(None)
 json.dump([status, sorted(seen, key=seen.get)], open(out, "w"))
 """
-"""Runs a command of the package in a fresh interpreter and writes its status and the functions in order of their first call."""
+"""Runs a command of the package in a fresh interpreter and writes its status and the functions in
+order of their first call."""
 
 
 def modules(root: Path) -> dict[str, ast.Module]:
@@ -76,7 +82,7 @@ def spread(values: Iterable[int]) -> dict[str, float]:
     return {
         "count": len(ordered),
         "sum": sum(ordered),
-        "median": statistics.median(ordered),
+        "median": statistics.median_high(ordered),
         "p90": ordered[int(0.9 * (len(ordered) - 1))],
         "max": ordered[-1],
     }
@@ -119,7 +125,8 @@ def cycles(trees: dict[str, ast.Module], deferred: bool) -> list[list[str]]:
     edges = {name: imports(tree, trees, deferred) - {name} for name, tree in trees.items()}
     reach: dict[str, set[str]] = {}
     for start in edges:
-        seen, stack = set(), [start]
+        seen: set[str] = set()
+        stack = [start]
         while stack:
             new = edges[stack.pop()] - seen
             seen |= new
@@ -134,7 +141,8 @@ def cycles(trees: dict[str, ast.Module], deferred: bool) -> list[list[str]]:
 
 
 def mentions(trees: dict[str, ast.Module], names: frozenset[str], strings: bool) -> dict[str, int]:
-    """Places in code that use one of some names (or string constants), and how many modules have one."""
+    """Places in code that use one of some names (or string constants), and how many modules have
+    one."""
     places: dict[str, int] = defaultdict(int)
     for module, tree in trees.items():
         prose = {id(node.value) for node in ast.walk(tree) if isinstance(node, ast.Expr)}

@@ -1,4 +1,5 @@
-"""The image's steps, without docker: every file they name is there, and pip can do what they ask in a fresh environment."""
+"""The image's steps, without docker: every file they name is there, and pip can do what they ask in
+a fresh environment."""
 
 from __future__ import annotations
 
@@ -33,11 +34,15 @@ def copy_sources(target: Path, until: str) -> None:
 
 
 def run_step(sources: Path, environment: Path, *words: str) -> None:
-    """One step of docker/install.sh with the pip of `environment`; the project itself without its dependencies."""
+    """One step of docker/install.sh with the pip of `environment`; the project itself without its
+    dependencies."""
     done = subprocess.run(
-        [sources / "docker" / "install.sh", *words], capture_output=True, text=True, check=False,
+        [sources / "docker" / "install.sh", *words],
+        capture_output=True,
+        text=True,
+        check=False,
         env={**os.environ, "PATH": f"{environment / 'bin'}:{os.environ['PATH']}", "PIP_ARGS": "--no-deps"},
-    )  # fmt: skip
+    )
     if done.returncode and "connection broken by" in done.stderr + done.stdout:
         pytest.skip("pip reaches no package index")
     assert done.returncode == 0, done.stderr[-2000:]
@@ -68,9 +73,11 @@ def test_an_unknown_step_is_refused() -> None:
 
 
 def test_the_project_and_its_extras_install_in_a_fresh_environment(tmp_path: Path) -> None:
-    """With an empty environment, as in the image: what a build needs must come from a step before it.
+    """With an empty environment, as in the image: what a build needs must come from a step before
+    it.
 
-    The sources are those that the Dockerfile has copied by then, so that a file missing there is missing here.
+    The sources are those that the Dockerfile has copied by then, so that a file missing there is
+    missing here.
     """
     environment = tmp_path / "environment"
     subprocess.run([sys.executable, "-m", "venv", environment], check=True)
@@ -79,7 +86,13 @@ def test_the_project_and_its_extras_install_in_a_fresh_environment(tmp_path: Pat
         copy_sources(sources, step[0])
         run_step(sources, environment, step[0], *(word.replace("${EXTRAS}", "gpu") for word in step[1:]))
     code = "import k2train, pathlib; print((pathlib.Path(k2train.__file__).parent / 'configs' / 'model').is_dir())"
-    done = subprocess.run([environment / "bin" / "python", "-c", code], capture_output=True, text=True, check=True,
-                          cwd=tmp_path, env={"PATH": os.environ["PATH"]})  # fmt: skip
+    done = subprocess.run(
+        [environment / "bin" / "python", "-c", code],
+        capture_output=True,
+        text=True,
+        check=True,
+        cwd=tmp_path,
+        env={"PATH": os.environ["PATH"]},
+    )
     assert done.stdout.strip() == "True"
     assert (environment / "bin" / "k2train").exists()

@@ -1,4 +1,5 @@
-"""launch/env.sh: the one place of the ranks' environment, sourced wherever ranks start, each line with its reason."""
+"""launch/env.sh: the one place of the ranks' environment, sourced wherever ranks start, each line
+with its reason."""
 
 from __future__ import annotations
 
@@ -33,11 +34,15 @@ def settings() -> dict[str, str]:
 
 
 def environment_after(script: str, **before: str) -> dict[str, str]:
-    """The variables of a shell that has sourced launch/env.sh, started with `before` and nothing else."""
+    """The variables of a shell that has sourced launch/env.sh, started with `before` and nothing
+    else."""
     done = subprocess.run(
-        ["bash", "-euo", "pipefail", "-c", f'source "{script}"; env -0'], capture_output=True, text=True, check=True,
+        ["bash", "-euo", "pipefail", "-c", f'source "{script}"; env -0'],
+        capture_output=True,
+        text=True,
+        check=True,
         env={"PATH": os.environ["PATH"], **before},
-    )  # fmt: skip
+    )
     return dict(entry.split("=", 1) for entry in done.stdout.split("\0") if entry)
 
 
@@ -63,7 +68,8 @@ def test_the_user_s_environment_overrides_a_setting(name: str) -> None:
 
 
 def test_the_allocator_s_older_name_overrides_too() -> None:
-    """torch reads both names; a default under the new one must not meet a user's value under the old one."""
+    """torch reads both names; a default under the new one must not meet a user's value under the
+    old one."""
     after = environment_after(str(SETTINGS), PYTORCH_CUDA_ALLOC_CONF="max_split_size_mb:512")
     assert after["PYTORCH_ALLOC_CONF"] == "max_split_size_mb:512"
 
@@ -84,19 +90,33 @@ def put_program(folder: Path, name: str, text: str) -> None:
 
 
 def test_the_slurm_script_finds_the_settings_though_slurm_runs_a_copy(tmp_path: Path) -> None:
-    """Slurm's commands stand in: scontrol names the submitted script, srun shows what ranks would inherit."""
+    """Slurm's commands stand in: scontrol names the submitted script, srun shows what ranks would
+    inherit."""
     copy = tmp_path / "spool" / "slurm_script"
     copy.parent.mkdir()
     shutil.copy(ROOT / "launch" / "slurm.sbatch", copy)
-    put_program(tmp_path, "scontrol", f'[ "$1" = show ] && [ "$2" = hostnames ] && echo n1 || '
-                                      f'printf "JobId=7\\n   Command={ROOT}/launch/slurm.sbatch a=1 b=2\\n   Power=\\n"')  # fmt: skip
+    put_program(
+        tmp_path,
+        "scontrol",
+        f'[ "$1" = show ] && [ "$2" = hostnames ] && echo n1 || '
+        f'printf "JobId=7\\n   Command={ROOT}/launch/slurm.sbatch a=1 b=2\\n   Power=\\n"',
+    )
     put_program(tmp_path, "python", "true")
     put_program(tmp_path, "srun", "env")
     done = subprocess.run(
-        ["bash", copy, "a=1", "b=2"], capture_output=True, text=True, check=True, cwd=tmp_path,
-        env={"PATH": f"{tmp_path}:{os.environ['PATH']}", "RANKS": "2", "SLURM_JOB_ID": "7", "SLURM_NNODES": "1",
-             "SLURM_JOB_NODELIST": "n1"},
-    )  # fmt: skip
+        ["bash", copy, "a=1", "b=2"],
+        capture_output=True,
+        text=True,
+        check=True,
+        cwd=tmp_path,
+        env={
+            "PATH": f"{tmp_path}:{os.environ['PATH']}",
+            "RANKS": "2",
+            "SLURM_JOB_ID": "7",
+            "SLURM_NNODES": "1",
+            "SLURM_JOB_NODELIST": "n1",
+        },
+    )
     expected = environment_after(str(SETTINGS))
     assert all(f"{name}={expected[name]}\n" in done.stdout for name in settings())
 
@@ -104,9 +124,12 @@ def test_the_slurm_script_finds_the_settings_though_slurm_runs_a_copy(tmp_path: 
 def test_the_container_s_command_has_the_settings(tmp_path: Path) -> None:
     put_program(tmp_path, "k2train", 'echo "$@"; env')
     done = subprocess.run(
-        [ROOT / "docker" / "entrypoint.sh", "train", "a=1"], capture_output=True, text=True, check=True,
+        [ROOT / "docker" / "entrypoint.sh", "train", "a=1"],
+        capture_output=True,
+        text=True,
+        check=True,
         env={"PATH": f"{tmp_path}:{os.environ['PATH']}"},
-    )  # fmt: skip
+    )
     expected = environment_after(str(SETTINGS))
     assert done.stdout.startswith("train a=1\n")
     assert all(f"{name}={expected[name]}\n" in done.stdout for name in settings())

@@ -1,4 +1,5 @@
-"""The house: pure rooms import without torch, the design's table is the contract, the README's tree is the disk's."""
+"""The house: pure rooms import without torch, the design's table is the contract, the README's tree
+is the disk's."""
 
 import re
 import subprocess

@@ -1,4 +1,5 @@
-"""What is installed is what is in the clone: the wheel carries configs/ and the program finds it from anywhere."""
+"""What is installed is what is in the clone: the wheel carries configs/ and the program finds it
+from anywhere."""
 
 import os
 import subprocess
@@ -25,6 +26,13 @@ def test_the_wheel_finds_its_configs_from_any_directory(tmp_path: Path) -> None:
     )
     # The path comes first, so that the extracted package hides the editable installation.
     environment = {**os.environ, "PYTHONPATH": str(tmp_path / "installed")}
-    done = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True, cwd=tmp_path,
-                          env=environment, timeout=120)  # fmt: skip
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        check=True,
+        capture_output=True,
+        text=True,
+        cwd=tmp_path,
+        env=environment,
+        timeout=120,
+    )
     assert done.stdout.strip() == str(tmp_path / "installed" / "k2train" / "configs")
