@@ -9,6 +9,14 @@
 # RANKS       ranks a node (one a GPU; 4 where there is none)
 set -euo pipefail
 
+# shellcheck source=launch/started_by.sh
+source "$(dirname "${BASH_SOURCE[0]}")/started_by.sh"
+NODE=""
+# Each node has its own number, so the line that every node is started by again cannot hold one.
+# shellcheck disable=SC2016
+[[ "${NUM_NODES:-1}" -eq 1 ]] || NODE='NODE_RANK=$i '
+started_by "$NODE$0"
+
 if [[ -z "${RANKS:-}" ]]; then
   RANKS=$({ nvidia-smi --list-gpus 2>/dev/null || true; } | wc -l)
   [[ "$RANKS" -gt 0 ]] || RANKS=4

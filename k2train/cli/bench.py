@@ -7,8 +7,8 @@ import subprocess
 import sys
 from pathlib import Path
 
-from k2train.config.compose import config_dir
 from k2train.config.errors import ConfigError, nearest
+from k2train.config.folders import config_dir
 
 USAGE = """usage: k2train bench NAME [OPTION ...]
 

@@ -14,8 +14,8 @@ from pathlib import Path
 from rich.markup import escape
 from rich.table import Table
 
-from k2train.config.compose import config_dir
 from k2train.config.errors import ConfigError
+from k2train.config.folders import config_dir
 from k2train.telemetry.tables import fact_table, output_console
 from k2train.trainer.cores import SYSFS, numa_node, pci_address
 
@@ -24,7 +24,9 @@ USAGE = "usage: k2train doctor\n\nPrints versions, devices and optional packages
 
 @dataclasses.dataclass(frozen=True)
 class Package:
-    """An importable distribution and what k2train uses it for; `extra` is the pip extra that brings it."""
+    """An importable distribution and what k2train uses it for; `extra` is the pip extra that brings
+    it.
+    """
 
     name: str
     purpose: str
@@ -106,14 +108,19 @@ def rdma_devices(sysfs: Path) -> list[str]:
 
 
 def locked_memory(limit: int) -> str:
-    """What a process may lock, which is what RDMA registers. limit: in bytes, as getrlimit says it."""
+    """What a process may lock, which is what RDMA registers.
+
+    limit: in bytes, as getrlimit says it.
+    """
     if limit == resource.RLIM_INFINITY:
         return "unlimited"
     return f"{limit / 1e6:.1f} MB; RDMA wants it unlimited (ulimit -l)"
 
 
 def allocator_settings(environment: Mapping[str, str]) -> str:
-    """What torch's allocator for GPU memory is told, under either of the two names that torch reads."""
+    """What torch's allocator for GPU memory is told, under either of the two names that torch
+    reads.
+    """
     for name in ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF"):
         if environment.get(name):
             return f"{environment[name]} ({name})"

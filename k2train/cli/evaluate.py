@@ -20,11 +20,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from k2train.cli import launch
+from k2train.cli.answers import answered
 from k2train.cli.plan import check_writable
 from k2train.cli.train import NOT_JOINED, lost
-from k2train.config.compose import config_dir, group_options, load_run
+from k2train.config.compose import load_run
 from k2train.config.errors import ConfigError
-from k2train.config.help import render_help
 from k2train.config.schema import Config
 from k2train.telemetry.tables import fact_table, show
 
@@ -32,6 +32,8 @@ if TYPE_CHECKING:
     from k2train.trainer.evaluate import Evaluation
 
 OWN_KEYS = ("checkpoint", "json")
+TITLE = "Score a checkpoint on held-out text."
+NOT_READ = ("plan", "rehearse")
 USAGE = """k2train evaluate run_dir=DIR [checkpoint=DIR] [json=FILE] [key=value ...]
 
 checkpoint: directory of the checkpoint; left out, it is the run's newest. json: file for the score.
@@ -40,10 +42,9 @@ The held-out text is that of the run, or of data.valid; train.final_eval_tokens 
 
 def run(args: list[str]) -> int:
     """Score a checkpoint, print a table and write the file; returns 0. Raises ConfigError."""
-    if any(word in ("-h", "--help") for word in args):
-        print(render_help(Config, "Score a checkpoint on held-out text.", USAGE, group_options(config_dir())))
-        return 0
     words = [word for word in args if word.split("=", 1)[0] not in OWN_KEYS]
+    if answered(words, TITLE, USAGE, load_run, NOT_READ):
+        return 0
     check_run_dir(words)
     config = load_run(words)
     path = own_value(args, "json")

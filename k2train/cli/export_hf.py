@@ -41,7 +41,7 @@ class ExportConfig:
     max_shard_bytes: int = key("largest file of the model", default=5_000_000_000, unit="bytes", minimum=1)
 
     def __post_init__(self) -> None:
-        check_ranges("export-hf", self)
+        check_ranges("", self)
         if not self.run_dir and not self.checkpoint:
             raise ConfigError("run_dir", "(missing)", "one of run_dir and checkpoint must be given", USAGE)
         if self.run_dir and self.checkpoint:

@@ -32,7 +32,7 @@ class ImportConfig:
     )
 
     def __post_init__(self) -> None:
-        check_ranges("import-hf", self)
+        check_ranges("", self)
         if not self.out:
             raise ConfigError(
                 "out", self.out, "must name a directory", "for example out=checkpoints/moonlight"

@@ -1,9 +1,10 @@
 """`world=processes` without a launcher: the layout's ranks as processes of this machine.
 
-torchrun starts each rank as a new program, which imports torch and megatron-core for itself; four of them on two cores
-took 12 seconds to their first step. Here ranks are forked from a server that has imported once (multiprocessing's
-forkserver). It does nothing else, so a fork of it is sound. Ranks on GPUs are new programs here, too: whatever an import asks
-of a driver would not outlive a fork.
+torchrun starts each rank as a new program, which imports torch and megatron-core for itself; four
+of them on two cores took 12 seconds to their first step. Here ranks are forked from a server that
+has imported once (multiprocessing's forkserver). It does nothing else, so a fork of it is sound.
+Ranks on GPUs are new programs here, too: whatever an import asks of a driver would not outlive a
+fork.
 """
 
 from __future__ import annotations
@@ -28,28 +29,37 @@ from k2train.config.schema import Config
 RankMain = Callable[[Config, list[str]], int]
 IMPORTED_ONCE = ["k2train.trainer.loop", "k2train.data.megatron"]
 PATIENCE_SECONDS = 30.0
-"""How long the others may go on after a rank has failed. They notice for themselves, unless they hang."""
+"""How long the others may go on after a rank has failed.
+
+They notice for themselves, unless they hang.
+"""
 
 
 def is_wanted(config: Config, environment: Mapping[str, str]) -> bool:
-    """Whether the ranks are still to be started: processes are asked for, and no launcher has started this one."""
+    """Whether the ranks are still to be started: processes are asked for, and no launcher has
+    started this one.
+    """
     return config.world == "processes" and "WORLD_SIZE" not in environment
 
 
 def launch(main: RankMain, config: Config, words: list[str]) -> int:
-    """Start the ranks of `config`, wait for them and return their exit status: that of the first to fail, else 0.
+    """Start the ranks of `config`, wait for them and return their exit status: that of the first to
+    fail, else 0.
 
-    main: what each rank calls with `config` and `words`, the user's; a function of a module, which returns an exit status.
-    Raises ConfigError, before any rank starts, for what `trainer.loop.prepare` refuses. SIGTERM and Ctrl-C go to every rank.
+    main: what each rank calls with `config` and `words`, the user's; a function of a module, which
+    returns an exit status. Raises ConfigError, before any rank starts, for what
+    `trainer.loop.prepare` or `check_start` refuses. SIGTERM and Ctrl-C go to every rank.
     """
     os.environ.setdefault("OMP_NUM_THREADS", "1")
     multiprocessing.set_forkserver_preload(IMPORTED_ONCE)
     ensure_running()  # it imports while this process does
     from torch.distributed import TCPStore
 
+    from k2train.trainer.check_start import check_start
     from k2train.trainer.loop import prepare
 
     ready = prepare(config)
+    check_start(ready.config, ready.layout)
     num_ranks = ready.layout.world
     # Kept here, where it outlives every rank, and on a port that is taken from the start.
     store = TCPStore("localhost", 0, is_master=True, wait_for_workers=False)
@@ -86,7 +96,8 @@ def rank_environment(rank: int, num_ranks: int, port: int) -> dict[str, str]:
 
 def run_rank(environment: Mapping[str, str], main: RankMain, config: Config, words: list[str]) -> None:
     """One rank, in its process, whose exit status is the command's."""
-    # In a session of its own a Ctrl-C in the terminal does not reach it beside the one that is passed on.
+    # In a session of its own a Ctrl-C in the terminal does not reach it beside the one that is
+    # passed on.
     os.setsid()
     os.environ.update(environment)
     threading.Thread(target=_stop_when_left_alone, daemon=True).start()
@@ -117,7 +128,10 @@ def passing_signals_to(ranks: Sequence[BaseProcess]) -> Iterator[None]:
 
 
 def wait(ranks: Sequence[BaseProcess]) -> int:
-    """Wait for all; when one fails, stop the others. The first failure's exit status, 0 without one."""
+    """Wait for all; when one fails, stop the others.
+
+    The first failure's exit status, 0 without one.
+    """
     running = {rank.sentinel: number for number, rank in enumerate(ranks)}
     status, deadline = 0, None
     while running:

@@ -1,8 +1,8 @@
 """The `k2train` program: a word, then Hydra overrides.
 
-Each command is a module of this package with `run(args) -> int`; it is imported only when it is called, so that `plan`
-and `--help` start without torch. This file alone turns errors into messages and exit statuses:
-0 done, 1 the run failed, 2 a mistake in what the user wrote, 130 interrupted.
+Each command is a module of this package with `run(args) -> int`; it is imported only when it is
+called, so that `plan` and `--help` start without torch. This file alone turns errors into messages
+and exit statuses: 0 done, 1 the run failed, 2 a mistake in what the user wrote, 130 interrupted.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ from collections.abc import Callable, Sequence
 
 from k2train import __version__
 from k2train.config.errors import ConfigError, nearest
+from k2train.config.folders import user_folder
 
 COMMANDS = {
     "train": "train a model; a run directory that holds a checkpoint is resumed",
@@ -38,16 +39,29 @@ def main(argv: Sequence[str] | None = None) -> int:
     if words[0] in ("-V", "--version"):
         print(f"k2train {__version__}")
         return 0
-    return run_told(words[0], lambda: command(words[0])(words[1:]))
+    return run_told(next((word for word in words if word in COMMANDS), words[0]), lambda: dispatch(words))
+
+
+def dispatch(words: Sequence[str]) -> int:
+    """Run the command that the words begin with, with the user's folder of configs found first.
+
+    Raises ConfigError.
+    """
+    with user_folder(words) as rest:
+        if not rest:
+            raise ConfigError("command", "(missing)", "must be given", usage())
+        return command(rest[0])(rest[1:])
 
 
 def run_told(name: str, run: Callable[[], int]) -> int:
-    """The exit status of `run`, which is command `name`; a mistake of the user's is told in a few lines."""
+    """The exit status of `run`, which is command `name`; a mistake of the user's is told in a few
+    lines.
+    """
     try:
         return run()
     except ConfigError as error:
-        # Under a launcher every rank finds a mistake in the words, and one telling is enough; what is amiss on one machine
-        # each rank tells for itself.
+        # Under a launcher every rank finds a mistake in the words, and one telling is enough; what
+        # is amiss on one machine each rank tells for itself.
         rank = os.environ.get("RANK", "0")
         if error.local or rank == "0":
             who = f"rank {rank}: " if error.local and "RANK" in os.environ else ""
@@ -75,7 +89,10 @@ def usage() -> str:
     width = max(map(len, COMMANDS))
     lines = ["usage: k2train COMMAND [key=value ...]", ""]
     lines += [f"  {word:{width}}  {text}" for word, text in COMMANDS.items()]
-    lines += ["", "`k2train COMMAND --help` explains every key."]
+    lines += [
+        "",
+        "`k2train COMMAND --help` explains every key. `--config-dir FOLDER` finds config files of your own.",
+    ]
     return "\n".join(lines)
 
 

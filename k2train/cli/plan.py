@@ -1,4 +1,5 @@
-"""`k2train plan`: memory, step time and exposed communication of a config, before a device is rented.
+"""`k2train plan`: memory, step time and exposed communication of a config, before a device is
+rented.
 
     k2train plan experiment=k2                                   one plan, in tables
     k2train plan experiment=k2 plan.json=plan.json               the same for scripts
@@ -16,9 +17,9 @@ import os
 from collections.abc import Sequence
 from pathlib import Path
 
+from k2train.cli.answers import answered
 from k2train.config.compose import expand_sweep, load_config, parse_overrides
 from k2train.config.errors import ConfigError
-from k2train.config.help import render_help
 from k2train.config.schema import Config
 from k2train.config.sections import PlanConfig
 from k2train.config.sweep import is_multirun, without_flags
@@ -31,13 +32,14 @@ from k2train.schedule.render import render_timeline
 from k2train.schedule.trace import write_trace
 from k2train.telemetry.tables import show
 
+TITLE = "Predict memory, step time and exposed communication."
+NOT_READ = ("world", "run_dir", "data", "telemetry", "rehearse")
 USAGE = "k2train plan [-m] [key=value ...]"
 
 
 def run(args: list[str]) -> int:
     """Plan what the overrides say and print it; 1 where nothing fits, else 0. Raises ConfigError."""
-    if any(word in ("-h", "--help") for word in args):
-        print(render_help(Config, "Predict memory, step time and exposed communication.", USAGE))
+    if answered(args, TITLE, USAGE, load_config, NOT_READ):
         return 0
     words = without_flags(args)
     if is_multirun(args):
@@ -70,7 +72,9 @@ def _compare(config: Config) -> int:
 
 
 def _sweep(words: Sequence[str]) -> int:
-    """`-m`: every point of the sweep, and under every schedule of `plan.compare` where that is given."""
+    """`-m`: every point of the sweep, and under every schedule of `plan.compare` where that is
+    given.
+    """
     keys = swept_keys(words)
     points: list[Point] = []
     for overrides in expand_sweep(words):
@@ -114,7 +118,9 @@ def _value(overrides: Sequence[str], key: str) -> str:
 
 
 def check_files(section: PlanConfig) -> None:
-    """Raise ConfigError for a file that cannot be written, before the planning that it would be written after."""
+    """Raise ConfigError for a file that cannot be written, before the planning that it would be
+    written after.
+    """
     for name in ("json", "timeline", "trace"):
         value = getattr(section, name)
         if value is not None:
@@ -130,8 +136,12 @@ def refuse_pictures(section: PlanConfig) -> None:
     for name in ("timeline", "trace"):
         value = getattr(section, name)
         if value is not None:
-            raise ConfigError(f"plan.{name}", value, "shows one plan, not a sweep or a comparison",
-                              "leave out -m and plan.compare, or this key")  # fmt: skip
+            raise ConfigError(
+                f"plan.{name}",
+                value,
+                "shows one plan, not a sweep or a comparison",
+                "leave out -m and plan.compare, or this key",
+            )
 
 
 def check_writable(field: str, value: str) -> None:
@@ -143,8 +153,12 @@ def check_writable(field: str, value: str) -> None:
             pass
     except (OSError, ValueError) as error:
         reason = getattr(error, "strerror", None) or str(error)
-        raise ConfigError(field, value, f"cannot be written: {reason}", "give a file in a directory that exists and "
-                          "that you may write to") from error  # fmt: skip
+        raise ConfigError(
+            field,
+            value,
+            f"cannot be written: {reason}",
+            "give a file in a directory that exists and that you may write to",
+        ) from error
     if not existed:
         path.unlink()
 

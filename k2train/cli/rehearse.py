@@ -1,9 +1,11 @@
-"""`k2train rehearse`: one rank's step at real size, on tensors without memory, beside what the plan says of it.
+"""`k2train rehearse`: one rank's step at real size, on tensors without memory, beside what the plan
+says of it.
 
     k2train rehearse experiment=k2 rehearse.stage=1 rehearse.microbatches=64
     k2train rehearse experiment=k2 rehearse.json=stage0.json rehearse.picture=stage0.png
 
-The same keys as `k2train train` and `plan`. Needs no GPU; a torch without CUDA needs a C++ compiler, once.
+The same keys as `k2train train` and `plan`. Needs no GPU; a torch without CUDA needs a C++
+compiler, once.
 """
 
 from __future__ import annotations
@@ -15,22 +17,22 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
+from k2train.cli.answers import answered
 from k2train.cli.plan import check_writable
 from k2train.config.compose import load_config
 from k2train.config.errors import ConfigError
-from k2train.config.help import render_help
 from k2train.config.schema import Config
 from k2train.layout.build import build_layout
 from k2train.rehearsal.stub import load_stub
 from k2train.telemetry.tables import show
 
+NOT_READ = ("world", "run_dir", "data", "telemetry", "plan")
 USAGE = "k2train rehearse [key=value ...]"
 
 
 def run(args: list[str]) -> int:
     """Rehearse what the overrides say and print it; returns 0. Raises ConfigError."""
-    if any(word in ("-h", "--help") for word in args):
-        print(render_help(Config, "Run one rank's step without a device.", USAGE))
+    if answered(args, "Run one rank's step without a device.", USAGE, load_config, NOT_READ):
         return 0
     config = as_rehearsed(load_config(args))
     check_section(config)
@@ -88,8 +90,12 @@ def check_section(config: Config) -> None:
         ("data_rank", section.data_rank, layout.dp),
     ):
         if value >= limit:
-            raise ConfigError(f"rehearse.{name}", value, f"the layout has {limit} of them, counted from 0",
-                              f"give 0 to {limit - 1}")  # fmt: skip
+            raise ConfigError(
+                f"rehearse.{name}",
+                value,
+                f"the layout has {limit} of them, counted from 0",
+                f"give 0 to {limit - 1}",
+            )
     for name in ("json", "picture"):
         value = getattr(section, name)
         if value is not None:

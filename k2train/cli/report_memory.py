@@ -1,5 +1,6 @@
 """`k2train report memory`: bytes of every saved activation under the chosen policies, predicted
-beside measured."""
+beside measured.
+"""
 
 from __future__ import annotations
 
@@ -7,8 +8,8 @@ from collections.abc import Iterable
 
 import torch
 
-from k2train.config.compose import config_dir, group_options, load_config
-from k2train.config.help import render_help
+from k2train.cli.answers import answered
+from k2train.config.compose import load_config
 from k2train.config.schema import Config
 from k2train.device.build import build_device
 from k2train.estimate.activations import check_policies
@@ -16,17 +17,13 @@ from k2train.telemetry.tables import NumberTable, new_table, output_console
 from k2train.trainer.memory_report import MemoryReport, NameBytes, measure_memory
 
 USAGE = "k2train report memory [group=name ...] [key=value ...]"
+NOT_READ = ("world", "run_dir", "data", "telemetry", "plan", "rehearse")
 COLUMNS = ("computed", "planned", "predicted_device", "measured_device", "predicted_host", "measured_host")
 
 
 def run(args: list[str]) -> int:
     """Measure the config's layers and print a table for each kind."""
-    if any(word in ("-h", "--help") for word in args):
-        print(
-            render_help(
-                Config, "Show what lives between forward and backward.", USAGE, group_options(config_dir())
-            )
-        )
+    if answered(args, "Show what lives between forward and backward.", USAGE, load_config, NOT_READ):
         return 0
     config: Config = load_config(args)
     check_policies(config.activations)

@@ -7,8 +7,8 @@ import os
 import sys
 
 from k2train.cli import launch
-from k2train.config.compose import config_dir, group_options, load_config
-from k2train.config.help import render_help
+from k2train.cli.answers import answered
+from k2train.config.compose import load_run
 from k2train.config.schema import Config
 from k2train.config.sweep import is_multirun, run_sweep
 
@@ -17,7 +17,8 @@ USAGE = """k2train train [group=name ...] [key=value ...]
        k2train train -m key=a,b,c ...        one run for each value (Hydra multirun)
        k2train train --check key=value ...   say whether this run can start, and start nothing
 
-A run directory that holds a checkpoint is resumed: k2train train run_dir=DIR with the words of its first start.
+A run directory that holds a checkpoint is resumed: k2train train run_dir=DIR takes the run's own config.yaml, and
+words after it change that.
 SIGTERM and Ctrl-C finish the step, write a checkpoint and exit with 0; a second Ctrl-C stops at once."""
 
 NOT_JOINED = """  A rank was not started, or the ranks do not reach one another at MASTER_ADDR:MASTER_PORT; what another rank printed
@@ -25,33 +26,42 @@ NOT_JOINED = """  A rank was not started, or the ranks do not reach one another 
 
 
 def run(args: list[str]) -> int:
-    """Train; 0 when done or stopped on request, 1 where the loss became non-finite or ranks lost one another."""
-    if any(word in ("-h", "--help") for word in args):
-        print(render_help(Config, "Train a model.", USAGE, group_options(config_dir())))
+    """Train; 0 when done or stopped on request, 1 where the loss became non-finite or ranks lost
+    one another.
+    """
+    if answered(args, "Train a model.", USAGE, load_run, ("plan", "rehearse")):
         return 0
     if CHECK in args:
-        return check(load_config([word for word in args if word != CHECK]))
+        return check(load_run([word for word in args if word != CHECK]))
     if is_multirun(args):
         run_sweep(args, train_point)
         return 0
-    return train_once(load_config(args), args)
+    return train_once(load_run(args), args)
 
 
 def check(config: Config) -> int:
-    """Find the mistakes that every rank would find, before a launcher starts them. WORLD_SIZE says how many it will start."""
+    """Find the mistakes that every rank would find, before a launcher starts them.
+
+    WORLD_SIZE says how many it will start.
+    """
+    from k2train.trainer.check_start import check_start
     from k2train.trainer.loop import prepare
 
     prepared = prepare(config)
     layout = prepared.layout
-    print(f"{layout.world} rank(s) on {prepared.device.type} as {prepared.kind}: pp {layout.pp} x edp {layout.edp} x ep {layout.ep}, "
-          f"{prepared.schedule.num_microbatches} microbatches a pipeline")  # fmt: skip
+    check_start(prepared.config, layout)
+    print(
+        f"{layout.world} rank(s) on {prepared.device.type} as {prepared.kind}: pp {layout.pp} x edp {layout.edp} x ep {layout.ep}, "
+        f"{prepared.schedule.num_microbatches} microbatches a pipeline"
+    )
     return 0
 
 
 def train_once(config: Config, words: list[str]) -> int:
     """One run: in processes that are started for it where that is asked for, else in this one."""
-    # OpenMP's threads spin while they wait; on a machine whose cores are shared, two spinning ranks or a busy neighbour
-    # cost a factor of ten (docs/decisions/0003). It is read when torch is loaded, so it is set before.
+    # OpenMP's threads spin while they wait; on a machine whose cores are shared, two spinning ranks
+    # or a busy neighbour cost a factor of ten (docs/decisions/0003). It is read when torch is
+    # loaded, so it is set before.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     if launch.is_wanted(config, os.environ):
         return launch.launch(train_here, config, words)

@@ -1,7 +1,8 @@
-"""Plain dicts (what YAML gives) to frozen dataclasses and back, with errors that name the dotted key.
+"""Plain dicts (what YAML gives) to frozen dataclasses and back, with errors that name the dotted
+key.
 
-The rules are few: unknown keys are errors, a missing key without a default is an error, whole floats are accepted
-where an int is asked for (`1e6`), nothing else is coerced.
+The rules are few: unknown keys are errors, a missing key without a default is an error, whole
+floats are accepted where an int is asked for (`1e6`), nothing else is coerced.
 """
 
 from __future__ import annotations
@@ -20,7 +21,8 @@ T = TypeVar("T")
 def from_dict(cls: type[T], data: Any, path: str = "") -> T:
     """Build dataclass `cls` from a mapping; `path` is the dotted key of the mapping, for errors.
 
-    Raises ConfigError for an unknown or missing key, a wrong type, or a value the dataclass itself refuses.
+    Raises ConfigError for an unknown or missing key, a wrong type, or a value the dataclass itself
+    refuses.
     """
     if not isinstance(data, Mapping):
         raise ConfigError(path or "config", data, "must be a section with keys", _keys_hint(cls))
@@ -34,10 +36,13 @@ def from_dict(cls: type[T], data: Any, path: str = "") -> T:
     values = {name: _convert(hints[name], value, _join(path, str(name))) for name, value in data.items()}
     missing = [name for name, field in fields.items() if name not in values and _required(field)]
     if missing:
-        raise ConfigError(
-            _join(path, missing[0]), "(missing)", "must be given", fields[missing[0]].metadata["doc"]
-        )
-    return cls(**values)
+        name = _join(path, missing[0])
+        meaning = fields[missing[0]].metadata["doc"]
+        raise ConfigError(name, "(missing)", "must be given", f"give {name}: {meaning}")
+    try:
+        return cls(**values)
+    except ConfigError as error:
+        raise error.placed(path) from error
 
 
 def to_dict(config: Any) -> Any:
@@ -81,13 +86,14 @@ def _convert_choice(choices: tuple[Any, ...], value: Any, path: str) -> Any:
     for choice in choices:
         if str(value) == choice:
             return choice
-    raise ConfigError(path, value, "must be one of " + ", ".join(map(str, choices)),
-                      nearest(str(value), map(str, choices)))  # fmt: skip
+    rule = "must be one of " + ", ".join(map(str, choices))
+    raise ConfigError(path, value, rule, nearest(str(value), map(str, choices)))
 
 
 def _convert_tuple(item: Any, value: Any, path: str) -> tuple[Any, ...]:
     if isinstance(value, str) or not isinstance(value, Sequence):
-        raise ConfigError(path, value, "must be a list", f"{path}=[{value}]")
+        remedy = f"{path}=[{value}]" if value is not None else f"{path}=[] for none"
+        raise ConfigError(path, value, "must be a list", remedy)
     return tuple(_convert(item, element, f"{path}[{index}]") for index, element in enumerate(value))
 
 

@@ -1,4 +1,7 @@
-"""`ops`: whose kernels compute, and in which cases. Program and plan both ask `attention_kernel`, the one owner of that rule."""
+"""`ops`: whose kernels compute, and in which cases.
+
+Program and plan both ask `attention_kernel`, the one owner of that rule.
+"""
 
 from __future__ import annotations
 
@@ -43,8 +46,9 @@ DEFAULT_OPS = OpsConfig()
 class AttentionSite:
     """What decides which kernels attention can take.
 
-    query_width, value_width: features of a head. capability: of the GPU. cudnn, triton, te: whether torch's cuDNN says
-    that it takes these widths, Triton is installed, Transformer Engine is installed; a plan takes it that they are.
+    query_width, value_width: features of a head. capability: of the GPU. cudnn, triton, te: whether
+    torch's cuDNN says that it takes these widths, Triton is installed, Transformer Engine is
+    installed; a plan takes it that they are.
     """
 
     on_gpu: bool
@@ -58,10 +62,11 @@ class AttentionSite:
 
 
 def exact_above(ops: OpsConfig, tau: float | None) -> float:
-    """The logit from which the largest of a head must be exact: QK-Clip's tau, from where it would be clipped.
+    """The logit from which the largest of a head must be exact: QK-Clip's tau, from where it would
+    be clipped.
 
-    Nothing else that a run computes depends on the largest logits. Minus infinity where they are wanted exactly, infinity
-    where nothing is clipped.
+    Nothing else that a run computes depends on the largest logits. Minus infinity where they are
+    wanted exactly, infinity where nothing is clipped.
     """
     if ops.exact_max_logits:
         return -math.inf
@@ -69,7 +74,10 @@ def exact_above(ops: OpsConfig, tau: float | None) -> float:
 
 
 def attention_words(kernel: AttentionKernel, exact_above: float, triton: bool = True) -> str:
-    """What attention takes, for people. triton: whether the largest logits beside cuDNN's attention are Triton's."""
+    """What attention takes, for people.
+
+    triton: whether the largest logits beside cuDNN's attention are Triton's.
+    """
     if kernel == "triton":
         return "Triton kernels; largest logits exact"
     if kernel == "te":
@@ -96,7 +104,10 @@ _REMEDY = "set ops.backend=auto, which takes the fastest that can run"
 
 
 def attention_kernel(backend: Backend, site: AttentionSite) -> AttentionKernel:
-    """The first kernel of the backend that can run. Raises ConfigError for a backend of which none can."""
+    """The first kernel of the backend that can run.
+
+    Raises ConfigError for a backend of which none can.
+    """
     kernels = _IN_ORDER[backend]
     for kernel in kernels:
         if obstacle(kernel, site) is None:
@@ -124,7 +135,9 @@ def obstacle(kernel: AttentionKernel, site: AttentionSite) -> str | None:
 
 
 def _cudnn_obstacle(site: AttentionSite) -> str | None:
-    """Forward and backward, from cuDNN 9.11 on: what torch 2.13's `can_use_cudnn_attention` asks for."""
+    """Forward and backward, from cuDNN 9.11 on: what torch 2.13's `can_use_cudnn_attention` asks
+    for.
+    """
     widths = (site.query_width, site.value_width)
     if site.capability[0] not in (9, 10):
         return "cuDNN's attention is fast on Hopper and Blackwell alone"

@@ -1,4 +1,7 @@
-"""The root of a config: one frozen dataclass a section. Nothing here is derived; layout and plan hold derived values."""
+"""The root of a config: one frozen dataclass a section.
+
+Nothing here is derived; layout and plan hold derived values.
+"""
 
 from __future__ import annotations
 
@@ -57,15 +60,35 @@ class Config:
 
 
 def check_batch(config: Config) -> None:
-    """The global batch is fixed in tokens, so it must be whole sequences and whole microbatches."""
+    """The global batch is fixed in tokens, so it must be whole sequences and whole microbatches.
+
+    Whether the ranks can share them is the layout's check, but what is proposed here passes that,
+    too. A rehearsal that sets its microbatches makes the batch from them.
+    """
     train = config.train
-    tokens = train.seq_len * train.microbatch_size
-    if train.global_batch_tokens % tokens:
-        below = train.global_batch_tokens // tokens * tokens
-        choices = f"{below} and {below + tokens}" if below else f"{tokens} and {2 * tokens}"
-        raise ConfigError("train.global_batch_tokens", train.global_batch_tokens,
-                          f"must be a multiple of train.seq_len * train.microbatch_size = {tokens} tokens",
-                          f"nearest are {choices}; or change train.microbatch_size")  # fmt: skip
+    if (
+        train.global_batch_tokens % (train.seq_len * train.microbatch_size)
+        and config.rehearse.microbatches is None
+    ):
+        raise batch_error(train, config.layout.known_data_ranks(config.cluster.gpus_per_node))
+
+
+def batch_error(train: TrainConfig, ranks: int) -> ConfigError:
+    """What is wrong with a global batch that `ranks` data-parallel ranks cannot share.
+
+    ranks: 1 names none.
+    """
+    tokens = train.seq_len * train.microbatch_size * ranks
+    below = train.global_batch_tokens // tokens * tokens
+    product, numbers = "train.seq_len * train.microbatch_size", f"{train.seq_len} * {train.microbatch_size}"
+    if ranks > 1:
+        product, numbers = f"{product} * data-parallel ranks", f"{numbers} * {ranks}"
+    near = f"nearest are {below} and {below + tokens}" if below else f"nearest is {tokens}"
+    rule = f"must be a multiple of {product} = {numbers} = {tokens} tokens"
+    remedy = f"{near}; or change train.seq_len={train.seq_len}, train.microbatch_size={train.microbatch_size}"
+    if ranks > 1:
+        remedy += ", layout.nodes or layout.edp"
+    return ConfigError("train.global_batch_tokens", train.global_batch_tokens, rule, remedy)
 
 
 def check_experts_fit(config: Config) -> None:
@@ -74,13 +97,21 @@ def check_experts_fit(config: Config) -> None:
     if config.model.num_moe_layers and experts % ep:
         divisors = [n for n in range(1, experts + 1) if experts % n == 0]
         close = sorted(divisors, key=lambda n: abs(n - ep))[:2]
-        raise ConfigError("layout.ep", ep, f"must divide model.n_routed_experts={experts}",
-                          f"nearest are {' and '.join(map(str, sorted(close)))}")  # fmt: skip
+        raise ConfigError(
+            "layout.ep",
+            ep,
+            f"must divide model.n_routed_experts={experts}",
+            f"nearest are {' and '.join(map(str, sorted(close)))}",
+        )
 
 
 def check_sequence(config: Config) -> None:
     """A sequence longer than the rotary embedding was made for trains nonsense silently."""
     limit = config.model.max_position_embeddings
     if config.train.seq_len > limit:
-        raise ConfigError("train.seq_len", config.train.seq_len, f"exceeds model.max_position_embeddings={limit}",
-                          "lower it, or raise model.max_position_embeddings (with model.rope_scaling for YaRN)")  # fmt: skip
+        raise ConfigError(
+            "train.seq_len",
+            config.train.seq_len,
+            f"exceeds model.max_position_embeddings={limit}",
+            "lower it, or raise model.max_position_embeddings (with model.rope_scaling for YaRN)",
+        )

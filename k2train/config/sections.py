@@ -1,4 +1,6 @@
-"""The sections that say where and how a model is trained: layout, schedule, activations, cluster, train, plan."""
+"""The sections that say where and how a model is trained: layout, schedule, activations, cluster,
+train, plan.
+"""
 
 from __future__ import annotations
 
@@ -22,8 +24,12 @@ class LayoutConfig:
 
     pp: int = key("pipeline stages", default=1, unit="ranks", minimum=1)
     ep: int = key("ranks the experts of a layer are spread over", default=1, unit="ranks", minimum=1)
-    edp: int | None = key("replicas of every expert; null derives it from layout.nodes, or 1", default=None,
-                          unit="ranks", minimum=1)  # fmt: skip
+    edp: int | None = key(
+        "replicas of every expert; null derives it from layout.nodes, or 1",
+        default=None,
+        unit="ranks",
+        minimum=1,
+    )
     vpp: int = key(
         "virtual stages (chunks of layers) on each pipeline stage",
         default=1,
@@ -34,8 +40,10 @@ class LayoutConfig:
         "machines; null derives it from pp, edp and ep", default=None, unit="nodes", minimum=1
     )
     layers_per_virtual_stage: tuple[int, ...] | None = key(
-        "transformer layers on each virtual stage in pipeline order; null balances them by cost", default=None,
-        unit="layers")  # fmt: skip
+        "transformer layers on each virtual stage in pipeline order; null balances them by cost",
+        default=None,
+        unit="layers",
+    )
     dispatch: DispatchKind = key(
         "how often a token is sent on its way to the experts: once for every expert it chose, once for every rank that holds "
         "one, or once for every node that does and there once for every rank; deepep is the last by DeepEP's kernels, where "
@@ -45,10 +53,22 @@ class LayoutConfig:
     dispatch_parts: int = key(
         "parts that a microbatch's tokens are sent in with dispatch=per_node, so that one travels between nodes while "
         "another is passed on inside them; without effect where there is one hop",
-        default=1, unit="parts", minimum=1)  # fmt: skip
+        default=1,
+        unit="parts",
+        minimum=1,
+    )
 
     def __post_init__(self) -> None:
         check_ranges("layout", self)
+
+    def known_data_ranks(self, gpus_per_node: int) -> int:
+        """The data-parallel ranks that the section itself says; a launcher may add replicas where
+        it names none.
+        """
+        replicas = self.edp or 1
+        if self.nodes is not None:
+            replicas = max(1, self.nodes * gpus_per_node // (self.pp * self.ep))
+        return self.ep * replicas
 
 
 @dataclasses.dataclass(frozen=True)
@@ -59,26 +79,37 @@ class ScheduleConfig:
     extra_warmup_microbatches: int = key(
         "warm-up microbatches beyond the base order's", default=0, unit="microbatches", minimum=0
     )
-    pair_forward_backward: bool = key("run a forward and a backward together, one's all-to-all under the other's compute",
-                                      default=False)  # fmt: skip
-    split_weight_grad: bool = key("take weight gradients out of the backward and put them beside the pipeline's sends",
-                                  default=False)  # fmt: skip
-    prefetch_depth: int = key("how many microbatches ahead an offloaded activation is reloaded", default=1,
-                              unit="microbatches", minimum=1)  # fmt: skip
+    pair_forward_backward: bool = key(
+        "run a forward and a backward together, one's all-to-all under the other's compute", default=False
+    )
+    split_weight_grad: bool = key(
+        "take weight gradients out of the backward and put them beside the pipeline's sends", default=False
+    )
+    prefetch_depth: int = key(
+        "how many microbatches ahead an offloaded activation is reloaded",
+        default=1,
+        unit="microbatches",
+        minimum=1,
+    )
 
     def __post_init__(self) -> None:
         check_ranges("schedule", self)
         if self.pair_forward_backward and not self.split_weight_grad:
-            raise ConfigError("schedule.pair_forward_backward", True, "a pair runs the input gradient only",
-                              "set schedule.split_weight_grad=true as well")  # fmt: skip
+            raise ConfigError(
+                "schedule.pair_forward_backward",
+                True,
+                "a pair runs the input gradient only",
+                "set schedule.split_weight_grad=true as well",
+            )
 
 
 @dataclasses.dataclass(frozen=True)
 class ActivationsConfig:
     """`activations`: what happens to each saved tensor between forward and backward.
 
-    Policies: keep it on the device; store it as FP8 (E4M3, 1 x 128 tiles); drop and recompute it; offload it to host
-    memory; or FP8 first and then offload. Names are per layer; docs/glossary.md lists what each tensor is.
+    Policies: keep it on the device; store it as FP8 (E4M3, 1 x 128 tiles); drop and recompute it;
+    offload it to host memory; or FP8 first and then offload. Names are per layer; docs/memory.md
+    lists what each tensor is.
     """
 
     layer_input: Policy = key("residual stream entering the layer, input of its first norm", default="keep")
@@ -113,7 +144,10 @@ class ActivationsConfig:
 
 @dataclasses.dataclass(frozen=True)
 class ClusterConfig:
-    """`cluster`: what the machine can do. Rates are one device's and one direction's; sources stand in configs/cluster."""
+    """`cluster`: what the machine can do.
+
+    Rates are one device's and one direction's; sources stand in configs/cluster.
+    """
 
     name: str = key("name shown in reports")
     gpus_per_node: int = key("devices in a node", unit="devices", minimum=1)
@@ -143,14 +177,26 @@ class ClusterConfig:
     internode_latency_seconds: float = key("fixed cost of a message between nodes", unit="seconds", minimum=0)
     device_memory_bytes: float = key("memory of a device", unit="bytes", above=0)
     host_memory_bytes: float = key("memory of a node's host", unit="bytes", above=0)
-    reserved_device_bytes: float = key("device memory taken by the driver, libraries and fragmentation", unit="bytes",
-                                       default=0.0, minimum=0)  # fmt: skip
-    # docs/optimizer.md: 50 M parameters in 50 ms on one core, seven FP32 numbers read or written for each.
-    host_update_bytes_per_second: float = key("host memory that one rank's AdamW reads and writes, where its states live "
-                                              "there", unit="bytes/s", default=28.0e9, above=0)  # fmt: skip
-    # Assumption: a copy into pinned memory, the wake-up of the host, and the launch of a first kernel, some 10 us each.
-    host_read_seconds: float = key("from numbers on the device until the host has read them and its next kernel starts",
-                                   unit="seconds", default=3.0e-5, minimum=0)  # fmt: skip
+    kind: Literal["gpu", "cpu"] = key("what its devices are", default="gpu")
+    reserved_device_bytes: float = key(
+        "device memory taken by the driver, libraries and fragmentation", unit="bytes", default=0.0, minimum=0
+    )
+    # docs/optimizer.md: 50 M parameters in 50 ms on one core, seven FP32 numbers read or written
+    # for each.
+    host_update_bytes_per_second: float = key(
+        "host memory that one rank's AdamW reads and writes, where its states live there",
+        unit="bytes/s",
+        default=28.0e9,
+        above=0,
+    )
+    # Assumption: a copy into pinned memory, the wake-up of the host, and the launch of a first
+    # kernel, some 10 us each.
+    host_read_seconds: float = key(
+        "from numbers on the device until the host has read them and its next kernel starts",
+        unit="seconds",
+        default=3.0e-5,
+        minimum=0,
+    )
 
     def __post_init__(self) -> None:
         check_ranges("cluster", self)
@@ -160,7 +206,12 @@ class ClusterConfig:
 class TrainConfig:
     """`train`: the size of a step, how many, and what happens between them."""
 
-    steps: int = key("optimizer steps", unit="steps", default=100, minimum=1)
+    steps: int = key(
+        "optimizer steps; in a config file or on the command line also `phases`, as many as optim.lr_phases last",
+        unit="steps",
+        default=100,
+        minimum=1,
+    )
     seed: int = key("seed of the initial weights and of the data order", default=0, minimum=0)
     global_batch_tokens: int = key("tokens in a step over all ranks", unit="tokens", default=8192, minimum=1)
     seq_len: int = key("tokens in a sequence", unit="tokens", default=256, minimum=2)
@@ -175,18 +226,35 @@ class TrainConfig:
     eval_every_steps: int = key(
         "steps between evaluations; 0 evaluates at the end only", unit="steps", default=0, minimum=0
     )
-    eval_tokens: int = key("held-out tokens of an evaluation during the run; the last one uses final_eval_tokens",
-                           unit="tokens", default=32768, minimum=0)  # fmt: skip
-    final_eval_tokens: int = key("held-out tokens of the last evaluation; 0 switches it off", unit="tokens", default=262144,
-                                 minimum=0)  # fmt: skip
+    eval_tokens: int = key(
+        "held-out tokens of an evaluation during the run; the last one uses final_eval_tokens",
+        unit="tokens",
+        default=32768,
+        minimum=0,
+    )
+    final_eval_tokens: int = key(
+        "held-out tokens of the last evaluation; 0 switches it off", unit="tokens", default=262144, minimum=0
+    )
     eval_microbatch_size: int | None = key(
         "sequences in a microbatch of an evaluation, which keeps nothing for a backward; null takes microbatch_size",
-        unit="sequences", default=None, minimum=1,
-    )  # fmt: skip
-    eval_overlap: float = key("share of an evaluation window that the window before it scored: what follows is scored "
-                              "with that much text before it; 0 lays windows end to end", default=0.0, minimum=0)  # fmt: skip
+        unit="sequences",
+        default=None,
+        minimum=1,
+    )
+    eval_overlap: float = key(
+        "share of an evaluation window that the window before it scored: what follows is scored "
+        "with that much text before it; 0 lays windows end to end",
+        default=0.0,
+        minimum=0,
+    )
     checkpoint_every_steps: int = key(
         "steps between checkpoints; 0 writes one at the end only", unit="steps", default=0, minimum=0
+    )
+    checkpoint_every_minutes: float = key(
+        "minutes between checkpoints, by the clock of rank 0, after the step in hand; 0 goes by steps alone",
+        unit="minutes",
+        default=0.0,
+        minimum=0,
     )
     keep_checkpoints: int = key("newest checkpoints kept on disk", default=2, minimum=1)
     timeout_seconds: float = key(
@@ -206,8 +274,12 @@ class TrainConfig:
     def __post_init__(self) -> None:
         check_ranges("train", self)
         if self.eval_overlap >= 1:
-            raise ConfigError("train.eval_overlap", self.eval_overlap, "a window must score some of its tokens",
-                              "give a share below 1, for example 0.25")  # fmt: skip
+            raise ConfigError(
+                "train.eval_overlap",
+                self.eval_overlap,
+                "a window must score some of its tokens",
+                "give a share below 1, for example 0.25",
+            )
 
     @property
     def eval_overlap_tokens(self) -> int:
@@ -267,8 +339,9 @@ class RehearseConfig:
     )
     skew: float = key(
         "how unevenly experts are chosen: deviation of the logarithm of an expert's popularity, 0 for chance alone",
-        default=0.0, minimum=0.0,
-    )  # fmt: skip
+        default=0.0,
+        minimum=0.0,
+    )
     json: str | None = key("file for the machine-readable report", default=None)
     picture: str | None = key("PNG file for memory over the step, planned and rehearsed", default=None)
 

@@ -16,7 +16,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from k2train.config.data import DataConfig
+from k2train.config.data import DataConfig, TokenizerConfig
 from k2train.config.errors import ConfigError
 from k2train.data.epochs import EpochReader, Window
 from k2train.data.indexed import open_indexed
@@ -152,14 +152,8 @@ def build_corpus(config: DataConfig, seq_len: int, seed: int, vocab_size: int | 
     Communicates with nobody: every rank may call it, at any time.
     Raises ConfigError for whatever the user got wrong about `data`.
     """
-    tokenizer = build_tokenizer(config.tokenizer)
-    if vocab_size is not None and tokenizer.vocab_size > vocab_size:
-        raise ConfigError(
-            "model.vocab_size",
-            vocab_size,
-            f"is smaller than the {tokenizer.vocab_size} ids of the tokenizer {tokenizer.name}",
-            f"set model.vocab_size={tokenizer.vocab_size} or more",
-        )
+    config.check_corpus()
+    tokenizer = check_vocabulary(config.tokenizer, vocab_size)
     parse_split(config.split)
     named = [(entry.prefix, f"data.blend[{i}].prefix", entry.weight) for i, entry in enumerate(config.blend)]
     if not named:
@@ -174,6 +168,23 @@ def build_corpus(config: DataConfig, seq_len: int, seed: int, vocab_size: int | 
         "test": sources,
     }
     return Corpus(of_split, tokenizer, seq_len, vocab_size or tokenizer.vocab_size, identity)
+
+
+def check_vocabulary(config: TokenizerConfig, vocab_size: int | None) -> Tokenizer:
+    """The tokenizer of `data.tokenizer`.
+
+    Raises ConfigError where it cannot be read or has ids that the model has not.
+    vocab_size: the model's; None for any.
+    """
+    try:
+        tokenizer = build_tokenizer(config)
+    except ConfigError as error:
+        raise error.placed("data.tokenizer") from error
+    if vocab_size is not None and tokenizer.vocab_size > vocab_size:
+        rule = f"is smaller than the {tokenizer.vocab_size} ids of the tokenizer {tokenizer.name}"
+        remedy = f"set model.vocab_size={tokenizer.vocab_size} or more"
+        raise ConfigError("model.vocab_size", vocab_size, rule, remedy)
+    return tokenizer
 
 
 def _open_source(

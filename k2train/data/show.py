@@ -29,7 +29,7 @@ class ShowConfig:
     characters: int = key("characters shown of each", default=200, minimum=1)
 
     def __post_init__(self) -> None:
-        check_ranges("data show", self)
+        check_ranges("", self)
 
 
 def describe_dataset(config: ShowConfig) -> Iterator[str]:

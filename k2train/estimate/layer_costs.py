@@ -164,7 +164,8 @@ def head(w: Workload, machine: Machine, num_owners: int = 1) -> LayerCosts:
         (TimedPhase("head", "compute", machine.backward_input([norm])),),
         machine.weight_grad([norm]),
         kept,
-        chunk * w.model.vocab_size * (2 * w.element_bytes + 4),
+        # A chunk's logits, their wide copy and its softmax; torch casts before it, but for FP16.
+        chunk * w.model.vocab_size * (w.element_bytes + 2 * accumulation_bytes(w.dtype)),
         stream * w.element_bytes,
         stream * w.element_bytes,
         _queue_bytes([norm]),

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 
 from k2train.config.errors import ConfigError
 from k2train.config.model import ModelConfig
+from k2train.config.schema import batch_error
 from k2train.config.sections import ClusterConfig, LayoutConfig, TrainConfig
 from k2train.layout.grid import RankGrid
 from k2train.layout.layout import Layout, VirtualStage
@@ -86,8 +87,11 @@ def _edp_from_nodes(layout: LayoutConfig, gpus_per_node: int) -> int:
             fills = f"{layout.pp} x {layout.ep} model-parallel group fills whole nodes of {gpus_per_node} GPUs only by {unit}"
         below = layout.nodes // unit * unit
         near = f"nearest are {below} and {below + unit}" if below else f"nearest is {unit}"
-        raise ConfigError("layout.nodes", layout.nodes,
-                          f"the {fills}, so nodes must be a multiple of {unit}", near)  # fmt: skip
+        shorter = layout.pp * layout.nodes // unit
+        if not below and shorter * unit == layout.pp * layout.nodes:
+            near += f"; or give {layout.nodes} nodes a shorter pipeline, layout.pp={shorter}"
+        rule = f"the {fills}, so nodes must be a multiple of {unit}"
+        raise ConfigError("layout.nodes", layout.nodes, rule, near)
     return layout.nodes * gpus_per_node // group
 
 
@@ -171,10 +175,5 @@ def num_microbatches(train: TrainConfig, layout: Layout) -> int:
     tokens = train.seq_len * train.microbatch_size * layout.dp
     whole, rest = divmod(train.global_batch_tokens, tokens)
     if rest or not whole:
-        near = f"{whole * tokens} and {(whole + 1) * tokens}" if whole else f"{tokens}"
-        raise ConfigError("train.global_batch_tokens", train.global_batch_tokens,
-                          f"must be a multiple of train.seq_len * train.microbatch_size * data-parallel ranks = "
-                          f"{train.seq_len} * {train.microbatch_size} * {layout.dp} = {tokens} tokens",
-                          f"nearest {'are' if whole else 'is'} {near}; or change train.microbatch_size, "
-                          "layout.nodes or layout.edp")  # fmt: skip
+        raise batch_error(train, layout.dp)
     return whole

@@ -85,6 +85,37 @@ def _chunk_loss(
     return top_C1 - at_target_C1 - probs_CV.amax(1, keepdim=True).log_(), probs_CV
 
 
+def _add_chunk(
+    hidden_CD: torch.Tensor,
+    weight_VD: torch.Tensor,
+    targets_C1: torch.Tensor,
+    token_weights_C1: torch.Tensor | None,
+    scale: float,
+    dhidden_CD: torch.Tensor | None,
+    add_weight_grad: AddWeightGrad | None,
+) -> torch.Tensor:
+    """One chunk's loss, not scaled yet; its scaled gradients are written and added on the spot.
+
+    A function of its own, so that its logits are gone before the next chunk's are there.
+    """
+    ignored_C1 = targets_C1 == IGNORED_TARGET
+    targets_C1 = targets_C1.masked_fill(ignored_C1, 0)
+    losses_C1, probs_CV = _chunk_loss(hidden_CD, weight_VD, targets_C1)
+    factor_C1 = (~ignored_C1).to(losses_C1.dtype)
+    if token_weights_C1 is not None:
+        factor_C1.mul_(token_weights_C1)
+    loss = (losses_C1 * factor_C1).sum()
+    if dhidden_CD is None and add_weight_grad is None:
+        return loss
+    factor_C1.mul_(scale)
+    dlogits_CV = probs_CV.mul_(factor_C1).scatter_add_(1, targets_C1, -factor_C1).to(hidden_CD.dtype)
+    if dhidden_CD is not None:
+        torch.mm(dlogits_CV, weight_VD, out=dhidden_CD)
+    if add_weight_grad is not None:
+        add_weight_grad(dlogits_CV, hidden_CD)
+    return loss
+
+
 class _LinearCrossEntropy(torch.autograd.Function):
     """Saves the gradient of hidden, and of the weight where nobody else takes it."""
 
@@ -109,22 +140,15 @@ class _LinearCrossEntropy(torch.autograd.Function):
         rows = max(chunk_elements // weight_VD.shape[0], 1)
         for start in range(0, hidden_TD.shape[0], rows):
             chunk = slice(start, start + rows)
-            hidden_CD, targets_C1 = hidden_TD[chunk], targets_T[chunk].unsqueeze(1)
-            ignored_C1 = targets_C1 == IGNORED_TARGET
-            targets_C1 = targets_C1.masked_fill(ignored_C1, 0)
-            losses_C1, probs_CV = _chunk_loss(hidden_CD, weight_VD, targets_C1)
-            factor_C1 = (~ignored_C1).to(losses_C1.dtype)
-            if token_weights_T is not None:
-                factor_C1.mul_(token_weights_T[chunk].unsqueeze(1))
-            loss += (losses_C1 * factor_C1).sum()
-            if dhidden_TD is None and add_weight_grad is None:
-                continue
-            factor_C1.mul_(scale)
-            dlogits_CV = probs_CV.mul_(factor_C1).scatter_add_(1, targets_C1, -factor_C1).to(hidden_TD.dtype)
-            if dhidden_TD is not None:
-                torch.mm(dlogits_CV, weight_VD, out=dhidden_TD[start : start + rows])
-            if add_weight_grad is not None:
-                add_weight_grad(dlogits_CV, hidden_CD)
+            loss += _add_chunk(
+                hidden_TD[chunk],
+                weight_VD,
+                targets_T[chunk].unsqueeze(1),
+                None if token_weights_T is None else token_weights_T[chunk].unsqueeze(1),
+                scale,
+                None if dhidden_TD is None else dhidden_TD[chunk],
+                add_weight_grad,
+            )
         ctx.save_for_backward(dhidden_TD, dweight_VD)
         ctx.weight_dtype = weight_VD.dtype
         return loss.mul_(scale)

@@ -22,6 +22,7 @@ from collections.abc import Sequence
 
 from k2train.config.errors import ConfigError
 from k2train.config.optim import LrPhase
+from k2train.config.phases import phase_steps
 
 
 @dataclasses.dataclass(frozen=True)
@@ -64,7 +65,7 @@ class LrSchedule:
         self._stretches: list[_Stretch] = []
         position, rate = 0.0, 0.0
         for phase in phases:
-            end = round(position + _length(phase, total_steps, tokens_per_step), 6)
+            end = round(position + phase_steps(phase, total_steps, tokens_per_step), 6)
             if end > position:
                 self._stretches.append(_Stretch(phase.kind, position, end, rate, phase.to))
             position, rate = end, phase.to
@@ -76,16 +77,3 @@ class LrSchedule:
             if stretch.start < step + 1 <= stretch.end:
                 return stretch.at(step + 1)
         return self._last
-
-
-def _length(phase: LrPhase, total_steps: int, tokens_per_step: int) -> float:
-    """Length of a phase in steps, rounded to a millionth.
-
-    So 0.1 of 30 steps ends at step 3, not just behind it.
-    """
-    if phase.steps is not None:
-        return float(phase.steps)
-    if phase.tokens is not None:
-        return round(phase.tokens / tokens_per_step, 6)
-    assert phase.fraction is not None, "LrPhase checks that one length is given"
-    return round(phase.fraction * total_steps, 6)

@@ -19,6 +19,7 @@ from k2train.layout.build import build_layout, num_microbatches
 from k2train.layout.layout import Layout, VirtualStage
 from k2train.schedule.builders import build_schedule
 from k2train.schedule.costs import Costs, Phase, Stream, VirtualStageCosts
+from k2train.schedule.errors import told_as_config
 from k2train.schedule.program import Schedule
 from k2train.schedule.spec import ScheduleSpec
 
@@ -76,7 +77,8 @@ def schedule_spec(config: Config, microbatches: int) -> ScheduleSpec:
         field.name: getattr(config.schedule, field.name) for field in dataclasses.fields(ScheduleConfig)
     }
     offload = config.activations.offloads
-    return ScheduleSpec(config.layout.pp, microbatches, vpp=config.layout.vpp, offload=offload, **section)
+    with told_as_config(config.schedule):
+        return ScheduleSpec(config.layout.pp, microbatches, vpp=config.layout.vpp, offload=offload, **section)
 
 
 def _fitted(config: Config, layout: Layout, schedule: Schedule) -> Layout:

@@ -1,8 +1,8 @@
 """Memory of every stage by kind, on the device and on the host, against what the cluster has.
 
-What does not change within a step (parameters, gradient sums, optimizer states) comes from the estimate; what does comes
-from the simulator: it is run again with one kind of bytes at a time, which changes no time, and each kind is read off
-at the moment the stage is fullest.
+What does not change within a step (parameters, gradient sums, optimizer states) comes from the
+estimate; what does comes from the simulator: it is run again with one kind of bytes at a time,
+which changes no time, and each kind is read off at the moment the stage is fullest.
 """
 
 from __future__ import annotations
@@ -23,7 +23,9 @@ from k2train.schedule.simulate import simulate
 from k2train.schedule.simulation import Simulation
 
 MICROBATCHES_PER_STAGE = 8
-"""A step with so many microbatches for each stage has usually reached its peaks; if not, the whole step is used."""
+"""A step with so many microbatches for each stage has usually reached its peaks; if not, the whole
+step is used.
+"""
 
 
 @dataclass(frozen=True)
@@ -118,8 +120,8 @@ def stage_memories(
 def fullest_node(layout: Layout, stage: int, bytes_per_rank: Sequence[int]) -> int:
     """Host bytes of the fullest node among those with ranks of a stage. bytes_per_rank: by stage.
 
-    A node may hold ranks of several stages; those of one stage are neighbours, so its first node, its last and one in
-    between are all there is to look at.
+    A node may hold ranks of several stages; those of one stage are neighbours, so its first node,
+    its last and one in between are all there is to look at.
     """
     first, last = (layout.node_of(rank) for rank in (stage * layout.dp, (stage + 1) * layout.dp - 1))
     nodes = {first, min(first + 1, last), last}
@@ -129,7 +131,9 @@ def fullest_node(layout: Layout, stage: int, bytes_per_rank: Sequence[int]) -> i
 
 
 def _short_enough(config: Config, assembly: Assembly, simulation: Simulation) -> tuple[Assembly, Simulation]:
-    """A step of few microbatches with the same peaks, where there is one: the steady phase repeats itself."""
+    """A step of few microbatches with the same peaks, where there is one: the steady phase repeats
+    itself.
+    """
     enough = MICROBATCHES_PER_STAGE * assembly.layout.pp
     if assembly.schedule.num_microbatches <= enough:
         return assembly, simulation

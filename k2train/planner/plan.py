@@ -1,7 +1,9 @@
-"""`Plan`: everything `k2train plan` says about one config. Bytes, seconds, tokens; GB in reports is 1e9 bytes.
+"""`Plan`: everything `k2train plan` says about one config. Bytes, seconds, tokens; GB in reports is
+1e9 bytes.
 
-A step is the simulated pipeline, then what follows it: gradients reduced, the update, parameters gathered. Waits are
-reported for the busiest stage, because the others stand still for its sake. Source: docs/design.md, "The one idea".
+A step is the simulated pipeline, then what follows it: gradients reduced, the update, parameters
+gathered. Waits are reported for the busiest stage, because the others stand still for its sake.
+Source: docs/design.md, "The one idea".
 """
 
 from __future__ import annotations
@@ -15,7 +17,7 @@ from k2train.estimate.step import UpdateSeconds, model_flops_utilisation, step_f
 from k2train.estimate.work import Machine
 from k2train.planner.assemble import Assembly, assemble
 from k2train.planner.memory import StageMemory, all_stage_states, stage_memories
-from k2train.schedule.errors import ScheduleError
+from k2train.schedule.errors import told_as_config
 from k2train.schedule.simulate import simulate
 from k2train.schedule.simulation import Simulation, StageTimes
 from k2train.schedule.validate import validate
@@ -93,9 +95,10 @@ def _communication(stage: StageTimes) -> float:
 def build_plan(config: Config, record: bool = False, check: bool = True) -> Plan:
     """Plan one config.
 
-    record: keep what timelines and traces need. check: prove the schedule first, which for a long step takes as long as the
-    simulation. Raises ConfigError, also for a schedule that cannot run.
+    record: keep what timelines and traces need. check: prove the schedule first, which for a long
+    step takes as long as the simulation. Raises ConfigError, also for a schedule that cannot run.
     """
+    check_dispatch(config)
     assembly = assemble(config)
     simulation = _proved(config, assembly, record, check)
     states = all_stage_states(config, assembly)
@@ -109,12 +112,14 @@ def build_plan(config: Config, record: bool = False, check: bool = True) -> Plan
 
 
 def _proved(config: Config, assembly: Assembly, record: bool, check: bool) -> Simulation:
-    try:
+    with told_as_config(config.schedule):
         if check:
             validate(assembly.schedule)
         return simulate(assembly.schedule, assembly.costs, record)
-    except ScheduleError as error:
-        remedy = ""
-        if config.schedule.pair_forward_backward and not config.schedule.extra_warmup_microbatches:
-            remedy = "pairs need schedule.extra_warmup_microbatches=1"
-        raise ConfigError("schedule.kind", config.schedule.kind, f"cannot run: {error}", remedy) from error
+
+
+def check_dispatch(config: Config) -> None:
+    """Raise ConfigError for an all-to-all by CUDA kernels on a cluster without GPUs."""
+    if config.layout.dispatch == "deepep" and config.layout.ep > 1 and config.cluster.kind == "cpu":
+        rule = f"its kernels run on GPUs, and cluster={config.cluster.name} has none"
+        raise ConfigError("layout.dispatch", "deepep", rule, "use layout.dispatch=per_node, or cluster=h100")

@@ -81,6 +81,14 @@ class WandbSink:
         self._run.finish()
 
 
+def check_sinks(telemetry: TelemetryConfig) -> None:
+    """Raise ConfigError for a sink that is asked for and not installed."""
+    if telemetry.wandb_project is not None and importlib.util.find_spec("wandb") is None:
+        rule = "needs the wandb package"
+        remedy = "pip install 'k2train[wandb]', or telemetry.wandb_project=null"
+        raise ConfigError("telemetry.wandb_project", telemetry.wandb_project, rule, remedy)
+
+
 def open_sinks(
     telemetry: TelemetryConfig, run_dir: Path, config: Mapping[str, Any], wandb: Any = None
 ) -> list[Sink]:
@@ -88,22 +96,12 @@ def open_sinks(
 
     Raises ConfigError where a package is not installed.
     """
+    if wandb is None:
+        check_sinks(telemetry)
     sinks: list[Sink] = []
     if telemetry.tensorboard:
         sinks.append(TensorBoardSink(run_dir / "tensorboard"))
     if telemetry.wandb_project is not None:
-        wandb = wandb or _import_wandb(telemetry.wandb_project)
+        wandb = wandb or importlib.import_module("wandb")
         sinks.append(WandbSink(wandb, telemetry.wandb_project, run_dir.name, run_dir, config))
     return sinks
-
-
-def _import_wandb(project: str) -> Any:
-    """The package, which is an extra. Raises ConfigError where it is not installed."""
-    if importlib.util.find_spec("wandb") is None:
-        raise ConfigError(
-            "telemetry.wandb_project",
-            project,
-            "needs the wandb package",
-            "pip install 'k2train[wandb]', or telemetry.wandb_project=null",
-        )
-    return importlib.import_module("wandb")

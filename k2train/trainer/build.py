@@ -38,6 +38,7 @@ from k2train.parallel.side_stream import SideStream
 from k2train.planner.assemble import schedule_spec
 from k2train.runtime.stage import PipelineStage, Route
 from k2train.schedule import Schedule, build_schedule, validate
+from k2train.schedule.errors import told_as_config
 from k2train.trainer.activations import build_activations
 
 
@@ -105,7 +106,8 @@ def build_layouts(config: Config) -> tuple[Layout, Schedule]:
         check_deepep(choose_device(config), DTYPES[config.train.dtype], config.model.hidden_size)
     # The same function that `plan` calls: what it predicts is what runs here.
     schedule = build_schedule(schedule_spec(config, num_microbatches(config.train, layout)))
-    validate(schedule)
+    with told_as_config(config.schedule):
+        validate(schedule)
     return layout, schedule
 
 

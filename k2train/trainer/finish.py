@@ -12,6 +12,8 @@ from pathlib import Path
 from rich.console import Console
 
 from k2train.checkpoint import latest_checkpoint
+from k2train.config.folders import FLAG
+from k2train.config.folders import VARIABLE as FOLDER_VARIABLE
 from k2train.telemetry.metrics import read_metrics
 from k2train.telemetry.plot import draw_loss_curve
 from k2train.trainer.build import Run
@@ -61,14 +63,29 @@ def comparison(run: Run, bits_per_byte: float) -> str:
 
 
 def resume_command(run_dir: Path, words: Sequence[str], environment: Mapping[str, str]) -> str:
-    """The command line that goes on from the newest checkpoint, with the launcher that started
-    this run."""
+    """The command line that goes on from the newest checkpoint: launcher, its settings, the user's
+    folder and words.
+
+    The launch scripts say themselves how they were started (launch/started_by.sh), as text for a
+    shell.
+    """
+    folder = environment.get(FOLDER_VARIABLE)
+    kept = [f"{FLAG}={folder}"] if folder else []
+    kept += [word for word in words if not word.startswith("run_dir=")]
+    started = environment.get("K2TRAIN_STARTED_BY") or shlex.join(_program(environment))
+    return f"{started} {shlex.join([*kept, f'run_dir={run_dir}'])}"
+
+
+def _program(environment: Mapping[str, str]) -> list[str]:
+    """The command that started this process, as far as a launcher's variables tell."""
     program = ["k2train", "train"]
     job = environment.get("SLURM_JOB_ID")
     if job is not None and environment.get("TORCHELASTIC_RUN_ID") == job:
         # launch/slurm.sbatch names torchrun's run by the job.
-        program = ["sbatch", f"--nodes={environment['SLURM_NNODES']}", "launch/slurm.sbatch"]
-    elif "WORLD_SIZE" in environment and environment.get("TORCHELASTIC_RUN_ID") != LOCAL_RUN:
-        program = ["torchrun", f"--nproc-per-node={environment['LOCAL_WORLD_SIZE']}", "-m", *program]
-    kept = [word for word in words if not word.startswith("run_dir=")]
-    return shlex.join([*program, *kept, f"run_dir={run_dir}"])
+        return ["sbatch", f"--nodes={environment['SLURM_NNODES']}", "launch/slurm.sbatch"]
+    if "WORLD_SIZE" not in environment or environment.get("TORCHELASTIC_RUN_ID") == LOCAL_RUN:
+        return program
+    nodes = int(environment["WORLD_SIZE"]) // int(environment["LOCAL_WORLD_SIZE"])
+    several = [f"--nnodes={nodes}", f"--rdzv-endpoint={environment.get('MASTER_ADDR', 'NODE_0')}:29400"]
+    ranks = f"--nproc-per-node={environment['LOCAL_WORLD_SIZE']}"
+    return ["torchrun", ranks, *(several if nodes > 1 else []), "-m", *program]

@@ -12,7 +12,7 @@ import dataclasses
 import os
 import signal
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -40,6 +40,7 @@ from k2train.telemetry.tables import output_console
 from k2train.trainer.activations import host_traffic, non_finite_tiles
 from k2train.trainer.batch import AHEAD, Batch, open_batches
 from k2train.trainer.build import Run, build_layouts, build_run, choose_device, open_corpus
+from k2train.trainer.checkpoint_clock import SAVE_NUMBER, CheckpointClock
 from k2train.trainer.dry_run import dry_run
 from k2train.trainer.evaluate import evaluate
 from k2train.trainer.finish import Outcome, print_end
@@ -192,14 +193,16 @@ def run_steps(
     """
     config = run.config
     stopped_by: str | None = None
+    clock = CheckpointClock(config.train.checkpoint_every_minutes, run.is_main)
     with open_outputs(run, run_dir, done) as outputs, open_batches(run, done, ahead) as batches:
         while done < config.train.steps and stopped_by is None:
-            signal_number = take_step(run, batches, outputs, stop)
+            number = take_step(run, batches, outputs, lambda: clock.number(stop.number))
             done += 1
             garbage.after_step(done)
-            stopped_by = signal.Signals(signal_number).name if signal_number else None
-            if stopped_by is not None or checkpoint_due(config, done):
+            stopped_by = signal.Signals(number).name if number > SAVE_NUMBER else None
+            if number or checkpoint_due(config, done):
                 save(run, run_dir, done)
+                clock.saved()
         run.optimizer.finish_gather()
     return Outcome(run_dir, done, stopped_by if done < config.train.steps else None)
 
@@ -242,16 +245,17 @@ def ideal_seconds(config: Config, world: int, device: torch.device) -> float | N
     return model_flops_utilisation(flops, 1.0, world, peak)
 
 
-def take_step(run: Run, batches: ReadAhead[Batch], outputs: Outputs, stop: StopRequest) -> int:
+def take_step(run: Run, batches: ReadAhead[Batch], outputs: Outputs, asked: Callable[[], int]) -> int:
     """One step on the next batch, its evaluation where one is due, and its line of metrics.
 
-    Returns a signal by which some rank had been asked to stop before the step's end, the same on
-    every rank, 0 for none. Every rank must call it: see `train_step` and `evaluate`.
+    asked: the number of a signal by which this rank was asked to stop, or SAVE_NUMBER, or 0.
+    Returns the largest that some rank was asked before the step's end, the same on every rank.
+    Every rank must call it: see `train_step` and `evaluate`.
     """
     began = time.perf_counter()
     batch = batches.take()
     recorder = start_recorder(run, batch.index)
-    step = train_step(run, batch, recorder, lambda: stop.number)
+    step = train_step(run, batch, recorder, asked)
     seconds = time.perf_counter() - began
     if recorder is not None:
         write_recording(run, recorder, outputs.run_dir)

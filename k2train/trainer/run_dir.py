@@ -1,4 +1,6 @@
-"""The run directory: config.yaml, metrics.jsonl, checkpoints/, tensorboard/, loss.png; and what may change on resume."""
+"""The run directory: config.yaml, metrics.jsonl, checkpoints/, tensorboard/, loss.png; and what may
+change on resume.
+"""
 
 from __future__ import annotations
 
@@ -14,11 +16,13 @@ from k2train.config.convert import to_dict
 from k2train.config.errors import ConfigError
 from k2train.config.schema import Config
 
-# The weights of a run fix its model and its precision; everything else may change between one start and the next.
+# The weights of a run fix its model and its precision; everything else may change between one start
+# and the next.
 FIXED_ON_RESUME = ("model.", "train.dtype", "optim.name")
 # Sections that say where and how a run is carried out, not what it computes.
 NEUTRAL_ON_RESUME = ("run_dir", "name", "telemetry.", "plan.", "cluster.", "world", "train.keep_checkpoints", "data.cache_dir",
-                     "train.checkpoint_every_steps", "train.device", "train.timeout_seconds")  # fmt: skip
+                     "train.checkpoint_every_steps", "train.checkpoint_every_minutes",
+                     "train.device", "train.timeout_seconds")  # fmt: skip
 
 
 def choose_run_dir(config: Config) -> Path:
@@ -38,13 +42,14 @@ def choose_run_dir(config: Config) -> Path:
 def open_run_dir(config: Config) -> tuple[Path, Path | None, list[str]]:
     """Make or reopen the run directory and write config.yaml.
 
-    Returns the directory, the checkpoint to resume from (None for a new run) and the keys that differ from the
-    config of the run so far. Raises ConfigError where a difference makes resuming impossible, or where the directory
-    cannot be written.
+    Returns the directory, the checkpoint to resume from (None for a new run) and the keys that
+    differ from the config of the run so far. Raises ConfigError where a difference makes resuming
+    impossible, or where the directory cannot be written.
     """
     run_dir = choose_run_dir(config)
     if (run_dir / "checkpoints").is_dir():
-        # First of all: it may put back a checkpoint whose replacement was cut off between two renames.
+        # First of all: it may put back a checkpoint whose replacement was cut off between two
+        # renames.
         clean_leftovers(run_dir / "checkpoints")
     checkpoint = latest_checkpoint(run_dir / "checkpoints")
     changes = config_changes(run_dir / "config.yaml", config) if checkpoint else []

@@ -30,6 +30,7 @@ from k2train.checkpoint.staging import partial_path
 from k2train.checkpoint.writer import RowPiece
 from k2train.config.convert import to_dict
 from k2train.config.errors import ConfigError
+from k2train.config.model import ModelConfig
 from k2train.model.pieces import Piece
 from k2train.trainer.build import Run
 from k2train.update_rules.rule import MASTER
@@ -86,7 +87,7 @@ def resume(run: Run, directory: Path) -> int:
     all-gather a bucket.
     """
     checkpoint = open_checkpoint(directory)
-    check_model(run, checkpoint)
+    check_model(run.config.model, checkpoint)
     run.optimizer.load(lambda name, start, stop: checkpoint.load(name, (start, stop)))
     load_biases(run, checkpoint)
     return int(checkpoint.meta["step"])
@@ -98,8 +99,8 @@ def start_from(run: Run, directory: Path) -> None:
 
     Every rank must call it: an all-gather a bucket.
     """
-    checkpoint = open_checkpoint(directory)
-    check_model(run, checkpoint)
+    checkpoint = open_named("train.init_from", directory)
+    check_model(run.config.model, checkpoint)
 
     def lookup(name: str, start: int, stop: int) -> torch.Tensor:
         kind, _, tensor = name.partition("/")
@@ -109,6 +110,14 @@ def start_from(run: Run, directory: Path) -> None:
 
     run.optimizer.load(lookup)
     load_biases(run, checkpoint)
+
+
+def open_named(field: str, directory: Path) -> Checkpoint:
+    """The checkpoint that the key `field` names. Raises ConfigError of that key where it cannot be opened."""
+    try:
+        return open_checkpoint(directory)
+    except ConfigError as error:
+        raise ConfigError(field, directory, error.rule, error.remedy) from error
 
 
 def load_biases(run: Run, checkpoint: Checkpoint) -> None:
@@ -126,11 +135,11 @@ def bias_pieces(run: Run) -> Iterator[Piece]:
 _FREE = {"initializer_range", "rope_scaling", "max_position_embeddings"}
 
 
-def check_model(run: Run, checkpoint: Checkpoint) -> None:
+def check_model(model: ModelConfig, checkpoint: Checkpoint) -> None:
     """The checkpoint's model must be the configured one, but for what YaRN stretches."""
     stored = checkpoint.meta.get("model", {})
-    for field in dataclasses.fields(run.config.model):
-        mine = to_dict(getattr(run.config.model, field.name))
+    for field in dataclasses.fields(model):
+        mine = to_dict(getattr(model, field.name))
         if field.name in stored and stored[field.name] != mine and field.name not in _FREE:
             raise ConfigError(
                 f"model.{field.name}",

@@ -12,7 +12,7 @@ from pathlib import Path
 from rich.console import Console
 from rich.table import Table
 
-from k2train.config.sections import ActivationsConfig
+from k2train.config.sections import ActivationsConfig, TrainConfig
 from k2train.layout.tensors import model_tensors
 from k2train.optim.optimizer import Optimizer
 from k2train.schedule.actions import Action, Kind
@@ -99,13 +99,18 @@ def feature_table(run: Run) -> Table:
         ("weight gradients split off", "on" if schedule.split_weight_grad else "off"),
         ("activations", ", ".join(f"{count} {policy}" for policy, count in policies.items())),
         *describe_offload(run),
-        (
-            "checkpoints",
-            f"every {train.checkpoint_every_steps} steps" if train.checkpoint_every_steps else "at the end",
-        ),
+        ("checkpoints", describe_checkpoints(train)),
         ("evaluation", f"every {train.eval_every_steps} steps" if train.eval_every_steps else "at the end"),
     ]
     return fact_table("features", rows)
+
+
+def describe_checkpoints(train: TrainConfig) -> str:
+    """When checkpoints are written besides the last one."""
+    steps, minutes = train.checkpoint_every_steps, train.checkpoint_every_minutes
+    named = [f"{steps} steps" if steps else "", f"{minutes:g} minutes" if minutes else ""]
+    every = " and every ".join(filter(None, named))
+    return f"every {every}" if every else "at the end"
 
 
 def describe_offload(run: Run) -> list[tuple[str, str]]:

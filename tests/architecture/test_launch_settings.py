@@ -89,9 +89,9 @@ def put_program(folder: Path, name: str, text: str) -> None:
     (folder / name).chmod(0o755)
 
 
-def test_the_slurm_script_finds_the_settings_though_slurm_runs_a_copy(tmp_path: Path) -> None:
-    """Slurm's commands stand in: scontrol names the submitted script, srun shows what ranks would
-    inherit."""
+def after_slurm_script(tmp_path: Path, srun: str, limit: str = "UNLIMITED", **given: str) -> str:
+    """What `srun` prints when a copy of launch/slurm.sbatch runs, with stand-ins for Slurm's
+    commands."""
     copy = tmp_path / "spool" / "slurm_script"
     copy.parent.mkdir()
     shutil.copy(ROOT / "launch" / "slurm.sbatch", copy)
@@ -99,10 +99,10 @@ def test_the_slurm_script_finds_the_settings_though_slurm_runs_a_copy(tmp_path: 
         tmp_path,
         "scontrol",
         f'[ "$1" = show ] && [ "$2" = hostnames ] && echo n1 || '
-        f'printf "JobId=7\\n   Command={ROOT}/launch/slurm.sbatch a=1 b=2\\n   Power=\\n"',
+        f'printf "JobId=7\\n   RunTime=00:00:01 TimeLimit={limit} TimeMin=N/A\\n   Command={ROOT}/launch/slurm.sbatch a=1 b=2\\n   Power=\\n"',
     )
     put_program(tmp_path, "python", "true")
-    put_program(tmp_path, "srun", "env")
+    put_program(tmp_path, "srun", srun)
     done = subprocess.run(
         ["bash", copy, "a=1", "b=2"],
         capture_output=True,
@@ -111,14 +111,73 @@ def test_the_slurm_script_finds_the_settings_though_slurm_runs_a_copy(tmp_path: 
         cwd=tmp_path,
         env={
             "PATH": f"{tmp_path}:{os.environ['PATH']}",
-            "RANKS": "2",
             "SLURM_JOB_ID": "7",
             "SLURM_NNODES": "1",
             "SLURM_JOB_NODELIST": "n1",
+            **given,
         },
     )
+    return done.stdout
+
+
+def test_the_slurm_script_finds_the_settings_though_slurm_runs_a_copy(tmp_path: Path) -> None:
+    printed = after_slurm_script(tmp_path, "env", RANKS="2")
     expected = environment_after(str(SETTINGS))
-    assert all(f"{name}={expected[name]}\n" in done.stdout for name in settings())
+    assert all(f"{name}={expected[name]}\n" in printed for name in settings())
+
+
+def test_the_slurm_script_says_how_the_job_was_submitted(tmp_path: Path) -> None:
+    """Options from Slurm's variables, settings from the user's; a setting that the script made is
+    none of them."""
+    given = {
+        "SLURM_GPUS_PER_NODE": "0",
+        "SLURM_JOB_PARTITION": "main",
+        "SLURM_JOB_ACCOUNT": "us",
+        "SLURM_JOB_QOS": "high",
+        "RANKS": "2",
+        "CUDA_MODULE_LOADING": "LAZY",
+    }
+    printed = after_slurm_script(tmp_path, 'echo "$K2TRAIN_STARTED_BY"', "1-02:00:00", **given)
+    script = ROOT / "launch" / "slurm.sbatch"
+    options = "--nodes=1 --gpus-per-node=0 --partition=main --account=us --qos=high --time=1-02:00:00"
+    assert printed.strip() == f"RANKS=2 CUDA_MODULE_LOADING=LAZY sbatch {options} {script}"
+
+
+def test_the_slurm_script_gives_its_step_the_whole_node(tmp_path: Path) -> None:
+    """--exclusive takes the cores; memory, the step's binding and its environment must be asked for
+    beside it."""
+    text = (ROOT / "launch" / "slurm.sbatch").read_text()
+    options = set(re.findall(r"^#SBATCH (\S+)", text, re.M))
+    assert {"--exclusive", "--mem=0", "--requeue", "--signal=TERM@300", "--open-mode=append"} <= options
+    step = after_slurm_script(tmp_path, 'echo "$@"', RANKS="2").split(" torchrun ")[0].split()
+    assert step == ["--kill-on-bad-exit=1", "--export=ALL", "--cpu-bind=none", "--mem=0"]
+
+
+@pytest.mark.parametrize(
+    ("given", "started"),
+    [
+        ({}, "launch/torchrun.sh"),
+        ({"RANKS": "2"}, "RANKS=2 launch/torchrun.sh"),
+        (
+            {"NUM_NODES": "2", "HEAD_NODE": "a b", "HEAD_PORT": "5"},
+            "HEAD_NODE=a\\ b HEAD_PORT=5 NUM_NODES=2 NODE_RANK=$i launch/torchrun.sh",
+        ),
+    ],
+)
+def test_the_torchrun_script_says_how_it_was_started(
+    tmp_path: Path, given: dict[str, str], started: str
+) -> None:
+    for name, text in (("python", "true"), ("torchrun", 'echo "$K2TRAIN_STARTED_BY"')):
+        put_program(tmp_path, name, text)
+    done = subprocess.run(
+        ["launch/torchrun.sh", "a=1"],
+        capture_output=True,
+        text=True,
+        check=True,
+        cwd=ROOT,
+        env={"PATH": f"{tmp_path}:{os.environ['PATH']}", **given},
+    )
+    assert done.stdout.strip() == started
 
 
 def test_the_container_s_command_has_the_settings(tmp_path: Path) -> None:

@@ -41,6 +41,11 @@ def test_files_are_written_where_asked(tmp_path, capsys):
     assert str(files["trace"]) in capsys.readouterr().out
 
 
+def test_the_heading_names_the_model_that_is_planned(capsys):
+    assert main(["plan", "model=k2_thin", "train.seq_len=128"]) == 0
+    assert "Layout: k2_thin on cpu" in capsys.readouterr().out
+
+
 def test_a_sweep_is_one_table_with_a_row_for_each_point(tmp_path, capsys):
     words = ["-m", "model.n_routed_experts=8,16", "layout.edp=1,2", "train.global_batch_tokens=32768"]
     assert main(["plan", *words, f"plan.json={tmp_path / 'rows.json'}"]) == 0
@@ -138,9 +143,13 @@ def test_help_explains_the_keys(capsys):
     (["-m", "layout.edp=1,2", "plan.timeline=t.png"], "shows one plan"),
     (["plan.compare=[k2]", "plan.trace=t.json"], "shows one plan"),
     (["train.global_batch_tokens=8192000000000"], "smaller global batch"),
+    (["schedule=dualpipe", "layout.pp=2", "layout.vpp=1", "train.global_batch_tokens=6144"],
+     "train.global_batch_tokens=3 microbatches a pipeline: DualPipe halves them"),
     (["model.num_hidden_layers=1000000000"], "model.num_hidden_layers"),
     (["model.n_routed_experts=1600000000"], "model.n_routed_experts"),
     (["train.global_batch_tokens=-8192"], "train.global_batch_tokens"),
+    (["layout.ep=2", "layout.dispatch=deepep"], "layout.dispatch=deepep: its kernels run on GPUs, and cluster=cpu has none"),
+    (["experiment=k2", "layout.nodes=16"], "layout.pp=8"),
 ])  # fmt: skip
 def test_mistakes_exit_with_2_and_name_the_field(tmp_path, monkeypatch, capsys, words, part):
     monkeypatch.chdir(tmp_path)

@@ -4,12 +4,13 @@ import dataclasses
 
 import pytest
 
-from k2train.config.compose import config_dir, expand_sweep, group_options, load_config
+from k2train.config.compose import expand_sweep, load_config
 from k2train.config.convert import from_dict, to_dict
 from k2train.config.errors import ConfigError
+from k2train.config.folders import group_options
 from k2train.config.schema import Config
 
-GROUPS = group_options(config_dir())
+GROUPS = group_options()
 
 
 @pytest.mark.parametrize("word", [f"{group}={name}" for group, names in GROUPS.items() for name in names])

@@ -72,3 +72,19 @@ def test_the_command_to_resume_names_the_launcher_and_the_directory_once() -> No
     assert submitted == "sbatch --nodes=2 launch/slurm.sbatch experiment=laptop train.steps=3 run_dir=r"
     by_hand = resume_command(Path("r"), words, {**slurm, "TORCHELASTIC_RUN_ID": "k2train"})
     assert by_hand.startswith("torchrun --nproc-per-node=2")
+
+
+def test_the_command_to_resume_has_what_the_job_was_started_with() -> None:
+    """The user's folder of configs, several nodes under torchrun, and what a launch script says of itself."""
+    words = ["experiment=mine", "run_dir=old"]
+    folder = resume_command(Path("r"), words, {"K2TRAIN_CONFIG_DIR": "/my configs"})
+    assert folder == "k2train train '--config-dir=/my configs' experiment=mine run_dir=r"
+    nodes = {"WORLD_SIZE": "8", "LOCAL_WORLD_SIZE": "4", "MASTER_ADDR": "head"}
+    assert "torchrun --nproc-per-node=4 --nnodes=2 --rdzv-endpoint=head:29400 -m" in resume_command(
+        Path("r"), words, nodes
+    )
+    started = {**nodes, "K2TRAIN_STARTED_BY": "RANKS=4 NODE_RANK=$i launch/torchrun.sh"}
+    assert (
+        resume_command(Path("r"), words, started)
+        == "RANKS=4 NODE_RANK=$i launch/torchrun.sh experiment=mine run_dir=r"
+    )
