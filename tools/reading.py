@@ -34,8 +34,6 @@ PLACES = ("", "k2train", "docs", "tests", "benchmarks", "configs", "launch", "to
 """Folders from which a path in prose may be meant."""
 HUGGING_FACE = ("model.layers.", "model.safetensors.")
 """Beginnings of Hugging Face's names, which look like those of our modules."""
-MADE = ("config.yaml", "mine.yaml")
-"""Files that a run or a user writes, and that prose may name all the same."""
 
 _SUFFIX = re.compile(r"[a-z][a-z0-9]*(?:_[a-z0-9]+)*_([A-Z]+)")
 _LEGEND = re.compile(r"\b(?:Letters|Suffixes):(.*)", re.DOTALL)
@@ -165,7 +163,8 @@ def file_names() -> frozenset[str]:
 def _exists(name: str, folder: Path) -> bool:
     """Whether `name` is a file here, or stands for many (`configs/GROUP/NAME.yaml`), or lies below
     a folder that is not ours (`megatron/core/x.py`)."""
-    if Path(name).name in MADE:
+    yaml_of_a_user = name.endswith(".yaml") and not name.startswith("configs/")
+    if yaml_of_a_user:
         return True
     if "/" not in name:
         return name in file_names() or (ROOT / name).exists()
