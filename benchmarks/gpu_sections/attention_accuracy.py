@@ -1,8 +1,9 @@
 """Section 3: attention against the same in float64: output, gradients and the largest logits.
 
-An error is the root mean square of the difference over that of the float64 values. What is expected is the error of the
-number format: a BF16 value is off by up to 2^-9 of itself, and the probabilities and the result are both rounded, so
-2^-8 is a bound that a sound kernel stays below. Largest logits are FP32 sums of exact products, so 2^-16 is generous.
+An error is the root mean square of the difference over that of the float64 values. What is expected
+is the error of the number format: a BF16 value is off by up to 2^-9 of itself, and the
+probabilities and the result are both rounded, so 2^-8 is a bound that a sound kernel stays below.
+Largest logits are FP32 sums of exact products, so 2^-16 is generous.
 """
 
 from __future__ import annotations
@@ -49,7 +50,8 @@ def check(report: Report, setting: Setting, length: int, paths: list[AttentionPa
 def largest_logits(report: Report, setting: Setting, length: int) -> None:
     q, k, v, _ = (t.detach() for t in attention_inputs(setting, setting.sizes.accuracy_heads, length))
     scale = q.shape[-1] ** -0.5
-    # cuDNN's may be bounds where logits are small, so a limit below all of them asks for the exact ones.
+    # cuDNN's may be bounds where logits are small, so a limit below all of them asks for the exact
+    # ones.
     taken = dataclasses.replace(adapter.backend(k2_config(setting), setting.device), exact_above=-math.inf)
     right = adapter.attention_reference(q.double(), k.double(), v.double(), scale)[1]
     worst = (adapter.attention(q, k, v, scale, taken)[1] - right).abs().max() / right.abs().max()

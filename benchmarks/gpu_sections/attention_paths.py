@@ -1,7 +1,9 @@
-"""The attentions that are compared: ours and those of libraries, each as (q, k, v, scale) -> output.
+"""The attentions that are compared: ours and those of libraries, each as (q, k, v, scale) ->
+output.
 
-q, k are (B, H, S, K), v is (B, H, S, V); all are causal. A library's output may have heads first, or heads and values in
-one; `gradient_for` and `positions_first` know, and nobody is charged for the turning.
+q, k are (B, H, S, K), v is (B, H, S, V); all are causal. A library's output may have heads first,
+or heads and values in one; `gradient_for` and `positions_first` know, and nobody is charged for the
+turning.
 """
 
 from __future__ import annotations
@@ -23,7 +25,8 @@ from .shapes import k2_config
 
 @dataclass(frozen=True)
 class AttentionPath:
-    """make: raises where the machine cannot run it. optional: whether a torch may refuse K2's widths."""
+    """make: raises where the machine cannot run it. optional: whether a torch may refuse K2's
+    widths."""
 
     name: str
     make: Callable[[], Attend]
@@ -78,13 +81,15 @@ def _sdpa(backend: SDPBackend) -> Attend:
 
 
 def flex_available() -> str:
-    """Raises AttributeError or TypeError in a torch whose FlexAttention does not give the largest scores."""
+    """Raises AttributeError or TypeError in a torch whose FlexAttention does not give the largest
+    scores."""
     flex_attention.AuxRequest(max_scores=True)
     return "yes"
 
 
 def _flex(setting: Setting, length: int) -> Attend:
-    """Compiled on a GPU, with the largest score of each row; as it is elsewhere, where compiling needs a compiler."""
+    """Compiled on a GPU, with the largest score of each row; as it is elsewhere, where compiling
+    needs a compiler."""
     mask = flex_attention.create_block_mask(_causal, None, None, length, length, device=str(setting.device))
     function = (
         torch.compile(flex_attention.flex_attention) if setting.on_gpu else flex_attention.flex_attention

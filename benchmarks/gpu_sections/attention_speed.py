@@ -1,7 +1,8 @@
-"""Section 4: attention at K2's shapes, forward and backward, by every path there is, and our kernels with other blocks.
+"""Section 4: attention at K2's shapes, forward and backward, by every path there is, and our
+kernels with other blocks.
 
-TFLOP/s count what a causal attention cannot do without (`predictions.useful_attention_flops`), the same for all, so that
-they compare times.
+TFLOP/s count what a causal attention cannot do without (`predictions.useful_attention_flops`), the
+same for all, so that they compare times.
 """
 
 from __future__ import annotations
@@ -49,15 +50,22 @@ def compare(report: Report, setting: Setting, length: int, paths: list[Attention
             measure(report, setting, label, path.make(), tensors)
 
 
-def measure(report: Report, setting: Setting, label: str, attend: Attend,
-            tensors: tuple[torch.Tensor, ...]) -> None:  # fmt: skip
+def measure(
+    report: Report, setting: Setting, label: str, attend: Attend, tensors: tuple[torch.Tensor, ...]
+) -> None:
     """Two lines."""
     config, predictions = k2_config(setting), Predictions(setting.cluster)
     flops = useful_attention_flops(config, tensors[0].shape[2])
     timings = forward(setting, attend, tensors), backward(setting, attend, tensors)
     for direction, useful, timing in zip(("forward", "backward"), flops, timings, strict=True):
-        report.figure(f"{label}, {direction}", useful / timing.seconds / 1e12, "TFLOP/s",
-                      predictions.rate(useful, kind="attention"), timing.n, f"{timing.seconds * 1e3:.2f} ms")  # fmt: skip
+        report.figure(
+            f"{label}, {direction}",
+            useful / timing.seconds / 1e12,
+            "TFLOP/s",
+            predictions.rate(useful, kind="attention"),
+            timing.n,
+            f"{timing.seconds * 1e3:.2f} ms",
+        )
 
 
 def forward(setting: Setting, attend: Attend, tensors: tuple[torch.Tensor, ...]) -> Timing:
@@ -84,7 +92,8 @@ def backward(setting: Setting, attend: Attend, tensors: tuple[torch.Tensor, ...]
 
 
 def other_blocks(report: Report, setting: Setting, kernels: ModuleType) -> None:
-    """The time of the direction that a block size belongs to, in milliseconds; the program's own first."""
+    """The time of the direction that a block size belongs to, in milliseconds; the program's own
+    first."""
     length = setting.sizes.attention_lengths[0]
     tensors = attention_inputs(setting, k2_config(setting).model.num_attention_heads, length)
     attend = adapter.kernel_attention(kernels)

@@ -8,7 +8,8 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class Section:
-    """module: its file in this package, which has `run(report, setting)`. share: weight of its part of the budget."""
+    """module: its file in this package, which has `run(report, setting)`. share: weight of its part
+    of the budget."""
 
     number: int
     module: str
@@ -31,7 +32,8 @@ SECTIONS = (
 
 
 def chosen(numbers: str) -> tuple[Section, ...]:
-    """The sections of a list such as `1,4,9`, in their own order. Raises ValueError for a number that is none."""
+    """The sections of a list such as `1,4,9`, in their own order. Raises ValueError for a number
+    that is none."""
     wanted = {int(word) for word in numbers.split(",")}
     unknown = wanted - {section.number for section in SECTIONS}
     if unknown:
@@ -40,5 +42,6 @@ def chosen(numbers: str) -> tuple[Section, ...]:
 
 
 def limit_seconds(sections: Sequence[Section], seconds_left: float) -> float:
-    """The limit of the first of `sections`: its share of what is left, so that saved seconds go to those behind."""
+    """The limit of the first of `sections`: its share of what is left, so that saved seconds go to
+    those behind."""
     return seconds_left * sections[0].share / sum(section.share for section in sections)

@@ -1,4 +1,5 @@
-"""Runs one section in this process: `python -m gpu_sections.child --section 4 --log FILE ...`, as benchmarks/gpu.py does."""
+"""Runs one section in this process: `python -m gpu_sections.child --section 4 --log FILE ...`, as
+benchmarks/gpu.py does."""
 
 from __future__ import annotations
 

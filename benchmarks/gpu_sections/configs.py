@@ -1,6 +1,8 @@
-"""Configs of configs/, composed without Hydra: a bare machine has PyYAML (transformers needs it) and no more.
+"""Configs of configs/, composed without Hydra: a bare machine has PyYAML (transformers needs it)
+and no more.
 
-A file may name others of its group under `defaults`, as Hydra's do; that is all of Hydra that is needed here.
+A file may name others of its group under `defaults`, as Hydra's do; that is all of Hydra that is
+needed here.
 """
 
 from __future__ import annotations

@@ -1,6 +1,7 @@
 """Section 1: versions, what the device can do at best, and which fused paths this torch has.
 
-Ceilings are measured on random values; zeros switch fewer transistors and run faster than any real data.
+Ceilings are measured on random values; zeros switch fewer transistors and run faster than any real
+data.
 """
 
 from __future__ import annotations
@@ -64,8 +65,11 @@ def device_facts(report: Report, setting: Setting) -> None:
         report.skip("device", "no GPU asked for")
         return
     facts = torch.cuda.get_device_properties(setting.device)
-    report.fact("device", f"{facts.name}, {facts.total_memory / 1e9:.0f} GB, compute capability {facts.major}.{facts.minor}, "
-                          f"CUDA {torch.version.cuda}, cuDNN {torch.backends.cudnn.version()}")  # fmt: skip
+    report.fact(
+        "device",
+        f"{facts.name}, {facts.total_memory / 1e9:.0f} GB, compute capability {facts.major}.{facts.minor}, "
+        f"CUDA {torch.version.cuda}, cuDNN {torch.backends.cudnn.version()}",
+    )
 
 
 def ceilings(report: Report, setting: Setting) -> None:
@@ -74,14 +78,24 @@ def ceilings(report: Report, setting: Setting) -> None:
     target = torch.empty_like(source)
     copied = timed(lambda: target.copy_(source), setting.device, sizes.repeats)
     bandwidth = predictions.memory_bandwidth
-    report.figure("copy on the device, read and written", 2 * source.nbytes / copied.seconds / 1e9, "GB/s",
-                  bandwidth and bandwidth / 1e9, copied.n)  # fmt: skip
+    report.figure(
+        "copy on the device, read and written",
+        2 * source.nbytes / copied.seconds / 1e9,
+        "GB/s",
+        bandwidth and bandwidth / 1e9,
+        copied.n,
+    )
     side = sizes.product_side
     a, b = setting.random(side, side), setting.random(side, side, seed=1)
     product = timed(lambda: a @ b, setting.device, sizes.repeats)
     flops = 2.0 * side**3
-    report.figure(f"product of {side} cubed, {setting.dtype}", flops / product.seconds / 1e12, "TFLOP/s",
-                  predictions.rate(flops), product.n)  # fmt: skip
+    report.figure(
+        f"product of {side} cubed, {setting.dtype}",
+        flops / product.seconds / 1e12,
+        "TFLOP/s",
+        predictions.rate(flops),
+        product.n,
+    )
 
 
 def paths(setting: Setting) -> dict[str, Callable[[], str | None]]:

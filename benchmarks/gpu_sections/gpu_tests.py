@@ -1,4 +1,5 @@
-"""Section 2: the tests marked gpu, spread over processes, since most of their time is compiling kernels on the host."""
+"""Section 2: the tests marked gpu, spread over processes, since most of their time is compiling
+kernels on the host."""
 
 from __future__ import annotations
 
@@ -46,7 +47,8 @@ def start(files: list[Path], index: int, processes: int, log: Path) -> subproces
 
 
 def wait(shares: list[subprocess.Popen[bytes]], seconds: float) -> int:
-    """Wait for all of them, kill what is left when the time is over, and say how many those were."""
+    """Wait for all of them, kill what is left when the time is over, and say how many those
+    were."""
     ends_at = time.monotonic() + seconds
     unfinished = 0
     for share in shares:

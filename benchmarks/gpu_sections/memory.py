@@ -1,4 +1,5 @@
-"""Bytes of the device's memory, as torch's allocator counts them; 0 on a CPU, where nobody counts."""
+"""Bytes of the device's memory, as torch's allocator counts them; 0 on a CPU, where nobody
+counts."""
 
 from __future__ import annotations
 

@@ -1,8 +1,10 @@
-"""Section 6: one MoE layer of K2 with 24 experts on one device, by phase, under each activation preset.
+"""Section 6: one MoE layer of K2 with 24 experts on one device, by phase, under each activation
+preset.
 
-Milliseconds of the phases forward, of their backward and of the put-off weight gradients; bytes kept between forward and
-backward, and the peak above what is there before, beside the plan's bound. A rehearsal takes whole steps, so its peak
-stands beside the training of section 9. The experts get as many rows as in K2's layout, since every token chooses 8.
+Milliseconds of the phases forward, of their backward and of the put-off weight gradients; bytes
+kept between forward and backward, and the peak above what is there before, beside the plan's bound.
+A rehearsal takes whole steps, so its peak stands beside the training of section 9. The experts get
+as many rows as in K2's layout, since every token chooses 8.
 """
 
 from __future__ import annotations
@@ -49,8 +51,13 @@ def measure(report: Report, setting: Setting, layer: Layer, config: Config, pres
     costs = estimator(config).layer(MOE_LAYER)
     kept = sum(tensor.device_bytes for tensor in costs.saved)
     most = max(each.peak_bytes for each in passes) / 1e9
-    report.figure(f"{preset}: kept between forward and backward", passes[-1].kept_bytes / 1e9, "GB", kept / 1e9,
-                  note=note(setting))  # fmt: skip
+    report.figure(
+        f"{preset}: kept between forward and backward",
+        passes[-1].kept_bytes / 1e9,
+        "GB",
+        kept / 1e9,
+        note=note(setting),
+    )
     report.figure(
         f"{preset}: peak, beside the plan's bound", most, "GB", plan_peak(costs) / 1e9, note=note(setting)
     )
@@ -109,7 +116,8 @@ def one_pass(setting: Setting, layer: Layer, store: Any) -> Pass:
 
 
 def hold(setting: Setting, offloading: Any, laps: Laps) -> int:
-    """Bytes allocated between forward and backward; where the store offloads, when all has left, before it comes back."""
+    """Bytes allocated between forward and backward; where the store offloads, when all has left,
+    before it comes back."""
     if offloading is None:
         return allocated(setting)
     offloading.offload()
@@ -126,7 +134,8 @@ def short(phase: Any) -> str:
 
 
 def phase_predictions(config: Config) -> dict[str, float]:
-    """Milliseconds by the plan, which counts the dispatch's and the combine's copies with attention."""
+    """Milliseconds by the plan, which counts the dispatch's and the combine's copies with
+    attention."""
     costs = estimator(config).layer(MOE_LAYER)
     found = {f"forward {phase.name}": phase.seconds for phase in costs.forward}
     found |= {f"backward {phase.name}": phase.seconds for phase in costs.backward_input}

@@ -1,7 +1,9 @@
-"""Section 7: copies between device and pinned host memory, alone and beside products, and what of offloading is hidden.
+"""Section 7: copies between device and pinned host memory, alone and beside products, and what of
+offloading is hidden.
 
-The hidden share comes from the wall clock, so that nothing of the program is instrumented: with `k2` a pass takes as
-long as with `recompute_fp8`, which computes the same and sends nothing, plus what the copies add.
+The hidden share comes from the wall clock, so that nothing of the program is instrumented: with
+`k2` a pass takes as long as with `recompute_fp8`, which computes the same and sends nothing, plus
+what the copies add.
 """
 
 from __future__ import annotations
@@ -30,7 +32,8 @@ def run(report: Report, setting: Setting) -> None:
 
 
 class Bus:
-    """A buffer on each side and a stream for each direction; on a CPU the streams are the one there is."""
+    """A buffer on each side and a stream for each direction; on a CPU the streams are the one there
+    is."""
 
     def __init__(self, setting: Setting) -> None:
         self.setting, num_bytes = setting, setting.sizes.copy_bytes
@@ -81,8 +84,13 @@ def bandwidths(report: Report, setting: Setting) -> None:
     }.items():
         timing = timed(bus.copies(*ways), setting.device, sizes.repeats)
         num_bytes = sum(ways) * sizes.copy_bytes
-        report.figure(f"pinned copy {name}, alone", num_bytes / timing.seconds / 1e9, "GB/s",
-                      rate and rate * sum(ways), timing.n)  # fmt: skip
+        report.figure(
+            f"pinned copy {name}, alone",
+            num_bytes / timing.seconds / 1e9,
+            "GB/s",
+            rate and rate * sum(ways),
+            timing.n,
+        )
     a, b = (setting.random(sizes.product_side, sizes.product_side, seed=seed) for seed in (0, 1))
     alone = timed(lambda: a @ b, setting.device, sizes.repeats)
     copying = timed(bus.copies(True, True), setting.device, sizes.repeats)
@@ -92,10 +100,15 @@ def bandwidths(report: Report, setting: Setting) -> None:
     together = timed(
         bus.copies(True, True, lambda: [a @ b for _ in range(count)]), setting.device, sizes.repeats
     )
-    report.figure("copies both ways beside products, over the longer alone",
-                  together.seconds / max(copying.seconds, products.seconds), "times", 1.0, together.n,
-                  f"copies {copying.seconds * 1e3:.1f} ms, {count} products {products.seconds * 1e3:.1f} ms, "
-                  f"together {together.seconds * 1e3:.1f} ms")  # fmt: skip
+    report.figure(
+        "copies both ways beside products, over the longer alone",
+        together.seconds / max(copying.seconds, products.seconds),
+        "times",
+        1.0,
+        together.n,
+        f"copies {copying.seconds * 1e3:.1f} ms, {count} products {products.seconds * 1e3:.1f} ms, "
+        f"together {together.seconds * 1e3:.1f} ms",
+    )
 
 
 def hidden_share(report: Report, setting: Setting) -> None:
@@ -131,5 +144,10 @@ def hidden_share(report: Report, setting: Setting) -> None:
         return
     copies = 2 * moved / bandwidth
     exposed = max(0.0, times["k2"].seconds - times["recompute_fp8"].seconds)
-    report.figure("hidden share of the copies", 1 - exposed / copies, "share", 1.0,
-                  note=f"copies {copies * 1e3:.0f} ms at the plan's bandwidth, exposed {exposed * 1e3:.0f} ms")  # fmt: skip
+    report.figure(
+        "hidden share of the copies",
+        1 - exposed / copies,
+        "share",
+        1.0,
+        note=f"copies {copies * 1e3:.0f} ms at the plan's bandwidth, exposed {exposed * 1e3:.0f} ms",
+    )

@@ -1,4 +1,5 @@
-"""Section 5: the experts' products at 24 experts of some 1300 rows, and sums in FP32 of BF16 products.
+"""Section 5: the experts' products at 24 experts of some 1300 rows, and sums in FP32 of BF16
+products.
 
     forward     x W_e^T        grouped_mm, a loop
     gradient    dy^T x         into an FP32 buffer: addmm with FP32 output in place, mm and add, FP32 products, grouped_mm
@@ -24,7 +25,8 @@ from .timing import timed
 
 
 class Operands:
-    """Rows sorted by expert, the experts' weights, a gradient of the output, and an FP32 buffer of the weights' shape."""
+    """Rows sorted by expert, the experts' weights, a gradient of the output, and an FP32 buffer of
+    the weights' shape."""
 
     def __init__(self, setting: Setting) -> None:
         model = k2_config(setting).model
@@ -52,8 +54,14 @@ def run(report: Report, setting: Setting) -> None:
             dtype: Dtype = "float32" if "FP32 x FP32" in name else "bfloat16"
             predicted = Predictions(setting.cluster).rate(operands.flops, num_bytes, dtype=dtype)
             timing = timed(function, setting.device, setting.sizes.repeats)
-            report.figure(name, operands.flops / timing.seconds / 1e12, "TFLOP/s", predicted, timing.n,
-                          f"{timing.seconds * 1e3:.2f} ms")  # fmt: skip
+            report.figure(
+                name,
+                operands.flops / timing.seconds / 1e12,
+                "TFLOP/s",
+                predicted,
+                timing.n,
+                f"{timing.seconds * 1e3:.2f} ms",
+            )
     with report.attempt("addmm in place, error"):
         in_place_error(report, operands)
 
@@ -99,9 +107,11 @@ def weight_gradients(o: Operands) -> dict[str, Callable[[], object]]:
 
 
 def in_place_error(report: Report, o: Operands) -> None:
-    """Two products added into one buffer beside the same in FP64: FP32 sums of exact products, not BF16 roundings.
+    """Two products added into one buffer beside the same in FP64: FP32 sums of exact products, not
+    BF16 roundings.
 
-    An FP32 sum of n random terms is off by some sqrt(n) 2^-24 of its size, which 2^-16 bounds for 65,536 rows.
+    An FP32 sum of n random terms is off by some sqrt(n) 2^-24 of its size, which 2^-16 bounds for
+    65,536 rows.
     """
     start, end = o.bounds[0]
     dy, x = o.dy_MO[start:end], o.x_MI[start:end]

@@ -1,6 +1,8 @@
-"""Prints the peak of a rehearsed step in bytes: `python -m gpu_sections.rehearse_peak`, a config as JSON on standard input.
+"""Prints the peak of a rehearsed step in bytes: `python -m gpu_sections.rehearse_peak`, a config as
+JSON on standard input.
 
-A process of its own, because a torch without CUDA must be given the name of a device before it is imported.
+A process of its own, because a torch without CUDA must be given the name of a device before it is
+imported.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """What a section says: one line a result as it comes, and the same as a line of JSON.
 
-The JSON lines go to a file that the front reads when the section has ended, in whichever way: what was measured before
-a crash or the limit is kept. Imports without torch.
+The JSON lines go to a file that the front reads when the section has ended, in whichever way: what
+was measured before a crash or the limit is kept. Imports without torch.
 """
 
 from __future__ import annotations
@@ -20,7 +20,8 @@ _NAME_WIDTH = 58
 
 @dataclasses.dataclass(frozen=True)
 class Result:
-    """One line. predicted: the plan's value in the same unit, None where it has none. n: measurements behind the median."""
+    """One line. predicted: the plan's value in the same unit, None where it has none. n:
+    measurements behind the median."""
 
     section: int
     kind: Kind
@@ -64,7 +65,8 @@ class Report:
         n: int | None = None,
         note: str = "",
     ) -> None:
-        """A measured number. One that is not finite is a failure: JSON has no word for it, and nobody wants it."""
+        """A measured number. One that is not finite is a failure: JSON has no word for it, and
+        nobody wants it."""
         if not math.isfinite(value):
             self._write(Result(self.section, "failed", name, note=f"measured {value} {unit}"))
             return
@@ -83,8 +85,9 @@ class Report:
     def attempt(self, name: str, gpu_only: bool = False, optional: bool = False) -> Iterator[None]:
         """One measurement: an error in it becomes a line, and the section goes on.
 
-        gpu_only: an error without a GPU was to be expected. optional: an error says that the libraries here do not take
-        this, which is an answer. A package that is missing is no error anywhere.
+        gpu_only: an error without a GPU was to be expected. optional: an error says that the
+        libraries here do not take this, which is an answer. A package that is missing is no error
+        anywhere.
         """
         try:
             yield

@@ -1,11 +1,12 @@
-"""Section 9: one dense and two MoE layers of K2, trained by the trainer's own step, beside transformers' model.
+"""Section 9: one dense and two MoE layers of K2, trained by the trainer's own step, beside
+transformers' model.
 
     k2train train            the command line, on a toy, with a run directory and a checkpoint
     the slice                20 steps of MuonClip through `trainer.build` and `trainer.step`, on this machine's own text
     transformers             the same shape with AdamW in BF16, forward, backward and update
 
-The slice writes no checkpoint: its states are tens of gigabytes. Its vocabulary is cut, since the head is measured by
-section 8, and its tokens are the bytes of the standard library.
+The slice writes no checkpoint: its states are tens of gigabytes. Its vocabulary is cut, since the
+head is measured by section 8, and its tokens are the bytes of the standard library.
 """
 
 from __future__ import annotations
@@ -68,12 +69,17 @@ def train(report: Report, setting: Setting, config: Config) -> None:
 
     def built(run: Any) -> None:
         parameters = sum(piece.tensor.numel() for model in run.models.values() for piece in model.pieces())
-        report.figure("the slice: weights made and optimizer built", time.perf_counter() - began, "s",
-                      note=f"{parameters / 1e9:.2f} billion parameters")  # fmt: skip
+        report.figure(
+            "the slice: weights made and optimizer built",
+            time.perf_counter() - began,
+            "s",
+            note=f"{parameters / 1e9:.2f} billion parameters",
+        )
         ends.append(time.perf_counter())
 
     def stepped(metrics: Any) -> None:
-        # Its numbers were read from the device, so the step's work is over; the gather of weights may be under way.
+        # Its numbers were read from the device, so the step's work is over; the gather of weights
+        # may be under way.
         losses.append(metrics.loss)
         ends.append(time.perf_counter())
 
@@ -84,7 +90,8 @@ def train(report: Report, setting: Setting, config: Config) -> None:
 
 
 def tell_peak(report: Report, setting: Setting, config: Config) -> None:
-    """Beside the rehearsal's of the same step, which is told apart where it fails: the figure stands without it."""
+    """Beside the rehearsal's of the same step, which is told apart where it fails: the figure
+    stands without it."""
     rehearsed = None
     with report.attempt("the slice: its rehearsal", optional=True):
         rehearsed = rehearsed_peak(config, min(REHEARSAL_SECONDS, setting.seconds_left)) / 1e9
@@ -94,8 +101,14 @@ def tell_peak(report: Report, setting: Setting, config: Config) -> None:
 def tell_speed(report: Report, setting: Setting, config: Config, seconds: list[float]) -> None:
     tokens, middle = config.train.global_batch_tokens, statistics.median(seconds)
     rate, mfu = (None, None) if setting.cluster is None else step_prediction(config)
-    report.figure("the slice: tokens a second", tokens / middle, "tokens/s", rate, len(seconds),
-                  f"{middle * 1e3:.0f} ms a step of {tokens} tokens")  # fmt: skip
+    report.figure(
+        "the slice: tokens a second",
+        tokens / middle,
+        "tokens/s",
+        rate,
+        len(seconds),
+        f"{middle * 1e3:.0f} ms a step of {tokens} tokens",
+    )
     if setting.cluster is not None:
         peak = setting.cluster.matmul_flops_per_second
         report.figure(
@@ -124,8 +137,13 @@ def beside_transformers(report: Report, setting: Setting, config: Config) -> Non
         name = f"transformers' DeepseekV3 with AdamW, experts {experts}"
         with report.attempt(name):
             timing, tokens = transformers_tokens_per_second(setting, config, experts)
-            report.figure(name, tokens / timing.seconds, "tokens/s", n=timing.n,
-                          note=f"{timing.seconds * 1e3:.0f} ms a step; no prediction is made for it")  # fmt: skip
+            report.figure(
+                name,
+                tokens / timing.seconds,
+                "tokens/s",
+                n=timing.n,
+                note=f"{timing.seconds * 1e3:.0f} ms a step; no prediction is made for it",
+            )
             return
 
 
@@ -138,17 +156,35 @@ def command_line(report: Report, setting: Setting) -> None:
         report.skip("k2train train", f"{', '.join(missing)} not installed; see --wheels")
         return
     with tempfile.TemporaryDirectory() as folder:
-        words = [f"run_dir={folder}/run", f"data.cache_dir={folder}/data", f"train.device={setting.device.type}",
-                 f"train.steps={CLI_STEPS}", "train.global_batch_tokens=512", "train.microbatch_size=2", "train.eval_every_steps=0",
-                 "train.final_eval_tokens=0", "train.dtype=bfloat16", "telemetry.tensorboard=false", "telemetry.progress=none"]  # fmt: skip
+        words = [
+            f"run_dir={folder}/run",
+            f"data.cache_dir={folder}/data",
+            f"train.device={setting.device.type}",
+            f"train.steps={CLI_STEPS}",
+            "train.global_batch_tokens=512",
+            "train.microbatch_size=2",
+            "train.eval_every_steps=0",
+            "train.final_eval_tokens=0",
+            "train.dtype=bfloat16",
+            "telemetry.tensorboard=false",
+            "telemetry.progress=none",
+        ]
         code = f"import sys; sys.path += {sys.path!r}; from k2train.cli.main import main; sys.exit(main())"
-        done = subprocess.run([sys.executable, "-c", code, "train", *words], capture_output=True, text=True, check=False,
-                              timeout=min(CLI_SECONDS, max(1.0, setting.seconds_left)))  # fmt: skip
+        done = subprocess.run(
+            [sys.executable, "-c", code, "train", *words],
+            capture_output=True,
+            text=True,
+            check=False,
+            timeout=min(CLI_SECONDS, max(1.0, setting.seconds_left)),
+        )
         if done.returncode:
             report.fail("k2train train", (done.stderr.strip().splitlines() or ["no message"])[-1][:200])
             return
         lines = [
             json.loads(line) for line in (Path(folder) / "run" / "metrics.jsonl").read_text().splitlines()
         ]
-        report.fact("k2train train", f"{len(lines)} steps, loss {lines[0]['loss']:.3f} to {lines[-1]['loss']:.3f}, "
-                                     "with a run directory and a checkpoint")  # fmt: skip
+        report.fact(
+            "k2train train",
+            f"{len(lines)} steps, loss {lines[0]['loss']:.3f} to {lines[-1]['loss']:.3f}, "
+            "with a run directory and a checkpoint",
+        )

@@ -18,7 +18,8 @@ class Timing(NamedTuple):
 
 
 class Stopwatch:
-    """Device time between calls of `lap`: CUDA events on the current stream, the host's clock on a CPU."""
+    """Device time between calls of `lap`: CUDA events on the current stream, the host's clock on a
+    CPU."""
 
     def __init__(self, device: torch.device) -> None:
         self._cuda = device.type == "cuda"

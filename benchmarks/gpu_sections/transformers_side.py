@@ -1,4 +1,5 @@
-"""transformers' DeepseekV3 of a config's shape, trained in BF16 with torch's fused AdamW: the usual way without this program."""
+"""transformers' DeepseekV3 of a config's shape, trained in BF16 with torch's fused AdamW: the usual
+way without this program."""
 
 from __future__ import annotations
 
@@ -14,7 +15,8 @@ from .timing import Timing, timed
 
 
 def transformers_tokens_per_second(setting: Setting, config: Config, experts: str) -> tuple[Timing, int]:
-    """Seconds of a step, and its tokens: the same microbatches, with gradients added up in BF16. Raises where it does not fit."""
+    """Seconds of a step, and its tokens: the same microbatches, with gradients added up in BF16.
+    Raises where it does not fit."""
     # Imported here: the package takes seconds, and no other section needs it.
     model = build(setting, config, experts)
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, fused=True)
@@ -43,9 +45,13 @@ def build(setting: Setting, config: Config, experts: str) -> torch.nn.Module:
     if model.rope_scaling is not None:
         rope = {**rope, **dataclasses.asdict(model.rope_scaling), "rope_type": "yarn"}
     hf_config = transformers.DeepseekV3Config(
-        **values, num_key_value_heads=model.num_attention_heads, rope_parameters=rope, use_cache=False,
-        attn_implementation="sdpa", experts_implementation=experts,
-    )  # fmt: skip
+        **values,
+        num_key_value_heads=model.num_attention_heads,
+        rope_parameters=rope,
+        use_cache=False,
+        attn_implementation="sdpa",
+        experts_implementation=experts,
+    )
     transformers.utils.logging.set_verbosity_error()
     with torch.device(setting.device):
         return transformers.DeepseekV3ForCausalLM(hf_config).to(setting.dtype)

@@ -1,12 +1,14 @@
 """Host buffers for offloaded activations, by size class, reused from step to step.
 
-Locking memory for copy engines takes milliseconds and stops the device's queue, so it must not happen in mid-step:
-`reserve` makes the buffers that the schedule predicts, and a step then only takes and gives back.
+Locking memory for copy engines takes milliseconds and stops the device's queue, so it must not
+happen in mid-step: `reserve` makes the buffers that the schedule predicts, and a step then only
+takes and gives back.
 
-A buffer may be given back while a copy that reads or writes it is still queued. It carries that copy's event (`ready`),
-and whoever takes it next makes their own copy wait for it. The alternative, to poll the event and hand the buffer out
-only when it has come, would make the number of buffers depend on how fast the device happens to be; this way it follows
-from the order of calls alone, which is the schedule. The oldest free buffer goes first, so its event has mostly come.
+A buffer may be given back while a copy that reads or writes it is still queued. It carries that
+copy's event (`ready`), and whoever takes it next makes their own copy wait for it. The alternative,
+to poll the event and hand the buffer out only when it has come, would make the number of buffers
+depend on how fast the device happens to be; this way it follows from the order of calls alone,
+which is the schedule. The oldest free buffer goes first, so its event has mostly come.
 
 Sizes are bytes. Everything here is called from one thread, `abandon` excepted.
 """
@@ -25,8 +27,8 @@ SMALLEST_BYTES = 512
 class HostMemoryError(ConfigError):
     """Offloaded activations do not fit into host memory.
 
-    asked_bytes: what was to be taken; used_bytes: what was in use; limit_bytes: what may be, None where the system
-    itself refused.
+    asked_bytes: what was to be taken; used_bytes: what was in use; limit_bytes: what may be, None
+    where the system itself refused.
     """
 
     def __init__(self, asked_bytes: int, used_bytes: int, limit_bytes: int | None) -> None:
@@ -49,7 +51,8 @@ class HostMemoryError(ConfigError):
 def class_bytes(num_bytes: int, smallest: int = SMALLEST_BYTES) -> int:
     """The size class of a request: four for each power of two, all multiples of `smallest`.
 
-    A class exceeds the request by less than a quarter of the request, or by less than `smallest` where that is more.
+    A class exceeds the request by less than a quarter of the request, or by less than `smallest`
+    where that is more.
     """
     assert num_bytes > 0, "nothing to take"
     step = max(smallest, 1 << max(0, (num_bytes - 1).bit_length() - 3))
@@ -66,7 +69,8 @@ class _Block:
 
 
 class HostBuffer:
-    """A block while somebody has it. Every take makes a new one, so that an old one cannot give back the new holder's."""
+    """A block while somebody has it. Every take makes a new one, so that an old one cannot give
+    back the new holder's."""
 
     def __init__(self, block: _Block, num_bytes: int) -> None:
         self._block = block
@@ -80,7 +84,8 @@ class HostBuffer:
 
     @property
     def ready(self) -> Event | None:
-        """The event of the last copy from or to it, which the next copy has to wait for; None where there was none."""
+        """The event of the last copy from or to it, which the next copy has to wait for; None where
+        there was none."""
         return self._block.ready
 
     @ready.setter
@@ -91,7 +96,8 @@ class HostBuffer:
 class HostArena:
     """Buffers of host memory.
 
-    device: whose copies are to reach them. limit_bytes: the most that is allocated at once, None for no limit.
+    device: whose copies are to reach them. limit_bytes: the most that is allocated at once, None
+    for no limit.
     """
 
     def __init__(self, device: Device, limit_bytes: int | None = None) -> None:
@@ -105,7 +111,8 @@ class HostArena:
         self._used_bytes = 0
         self._peak_bytes = 0
         self.num_allocations = 0
-        """Pieces of memory asked of the system so far; a step for which enough was reserved adds none."""
+        """Pieces of memory asked of the system so far; a step for which enough was reserved adds
+        none."""
 
     @property
     def used_bytes(self) -> int:
@@ -140,18 +147,21 @@ class HostArena:
         return buffer
 
     def give_back(self, buffer: HostBuffer) -> None:
-        """The end of a take. Copies may still be queued, if `buffer.ready` is the event of the last of them."""
+        """The end of a take. Copies may still be queued, if `buffer.ready` is the event of the last
+        of them."""
         block = self._taken.pop(buffer, None)
         assert block is not None, "a host buffer was given back twice, or to an arena that did not lend it"
         self._used_bytes -= block.num_bytes
         self._free.setdefault(block.num_bytes, deque()).append(block)
 
     def abandon(self, buffers: Iterable[HostBuffer]) -> None:
-        """Give back from a finaliser, which may run in the middle of any other call and in any thread."""
+        """Give back from a finaliser, which may run in the middle of any other call and in any
+        thread."""
         self._abandoned.extend(buffers)
 
     def reserve(self, counts: Mapping[int, int]) -> None:
-        """Have free, for each size in bytes, at least so many buffers. Raises HostMemoryError, over the limit before it starts."""
+        """Have free, for each size in bytes, at least so many buffers. Raises HostMemoryError, over
+        the limit before it starts."""
         self._settle()
         wanted: Counter[int] = Counter()
         for num_bytes, count in counts.items():
@@ -187,7 +197,8 @@ class HostArena:
         return block
 
     def _make_room(self, missing_bytes: int, keep: Mapping[int, int]) -> None:
-        """Give free buffers back to the system, the largest first, until `missing_bytes` are gained or none is left.
+        """Give free buffers back to the system, the largest first, until `missing_bytes` are gained
+        or none is left.
 
         keep: how many free ones of a class have to stay.
         """

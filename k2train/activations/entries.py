@@ -1,10 +1,13 @@
-"""Saved tensors: one entry for each storage, and the slots through which autograd and recipes see it.
+"""Saved tensors: one entry for each storage, and the slots through which autograd and recipes see
+it.
 
-An entry is made when its tensor is named and stored when somebody first wants it kept. What it stores depends on the
-policy: the tensor, its FP8 codes and scales, or nothing but its recipe. Slots alone hold an entry once the forward is
-over, so a tensor's bytes go the moment its last user in the backward has gone.
+An entry is made when its tensor is named and stored when somebody first wants it kept. What it
+stores depends on the policy: the tensor, its FP8 codes and scales, or nothing but its recipe. Slots
+alone hold an entry once the forward is over, so a tensor's bytes go the moment its last user in the
+backward has gone.
 
-A tensor is never held to be recognised: its storage is remembered weakly, and where in the storage the whole of it lies.
+A tensor is never held to be recognised: its storage is remembered weakly, and where in the storage
+the whole of it lies.
 """
 
 from __future__ import annotations
@@ -33,7 +36,8 @@ class Geometry:
 
     @property
     def end(self) -> int:
-        """The element of the storage behind the last that it reaches; `offset` where it has no elements."""
+        """The element of the storage behind the last that it reaches; `offset` where it has no
+        elements."""
         if 0 in self.shape:
             return self.offset
         return self.offset + 1 + sum((n - 1) * step for n, step in zip(self.shape, self.stride, strict=True))
@@ -44,7 +48,8 @@ class Geometry:
 
 
 class Recipe:
-    """How the tensors of one name are computed again, all together and once, from entries that were kept."""
+    """How the tensors of one name are computed again, all together and once, from entries that were
+    kept."""
 
     def __init__(
         self, compute: Callable[..., torch.Tensor | tuple[torch.Tensor, ...]], sources: Sequence[Slot]
@@ -53,7 +58,8 @@ class Recipe:
         self._made: dict[int, torch.Tensor] | None = None
 
     def take(self, index: int) -> torch.Tensor:
-        """The index-th tensor, handed over: it can be taken once. The first call computes them and lets the sources go."""
+        """The index-th tensor, handed over: it can be taken once. The first call computes them and
+        lets the sources go."""
         if self._made is None:
             with torch.no_grad():
                 made = self._compute(*(source.get() for source in self._sources))
@@ -64,7 +70,8 @@ class Recipe:
 
 @dataclasses.dataclass(frozen=True)
 class Origin:
-    """What an entry is called and what becomes of it. recipe: with the place of this tensor in what it makes."""
+    """What an entry is called and what becomes of it. recipe: with the place of this tensor in what
+    it makes."""
 
     layer: int | None
     name: str
@@ -99,8 +106,8 @@ class Entry:
 
     @property
     def device_bytes(self) -> int:
-        """Bytes of what is stored that are on the device now, on their way back included. A value rebuilt for the backward
-        at work is not counted."""
+        """Bytes of what is stored that are on the device now, on their way back included. A value
+        rebuilt for the backward at work is not counted."""
         here = sum(part.numel() * part.element_size() for part in self.payload)
         return here + (self._away_bytes if self._returning else 0)
 
@@ -127,7 +134,8 @@ class Entry:
             self.payload = (whole,)
 
     def leave(self, fetch: Callable[[], None]) -> None:
-        """Its payload is copied to the host and let go; `fetch` brings it back by calling `arrive`."""
+        """Its payload is copied to the host and let go; `fetch` brings it back by calling
+        `arrive`."""
         self._away_bytes, self.payload, self._fetch = self.device_bytes, (), fetch
 
     def returns(self) -> None:

@@ -1,12 +1,14 @@
-"""Which bytes a group of tensors needs of which storages, and how to build equal tensors over a packed copy of those bytes.
+"""Which bytes a group of tensors needs of which storages, and how to build equal tensors over a
+packed copy of those bytes.
 
-Tensors that share a storage are copied once and share one afterwards. Of a storage only the stretches that some
-tensor reaches are copied, packed one behind the other:
+Tensors that share a storage are copied once and share one afterwards. Of a storage only the
+stretches that some tensor reaches are copied, packed one behind the other:
 
     storage   ....[ a ]......[  b [c]  ]....        a, and b with c inside it, are views; dots are reached by none
     packed    [ a ][  b [c]  ]
 
-Offsets are bytes. Stretches begin at multiples of `ALIGNMENT` in both, so a tensor is as aligned as it was.
+Offsets are bytes. Stretches begin at multiples of `ALIGNMENT` in both, so a tensor is as aligned as
+it was.
 """
 
 from __future__ import annotations
@@ -34,7 +36,8 @@ class Stretch:
 
 @dataclasses.dataclass(frozen=True)
 class PackedStorage:
-    """What is copied of a storage. `source` is the index of the tensor through which it is read, a view of it.
+    """What is copied of a storage. `source` is the index of the tensor through which it is read, a
+    view of it.
 
     That is one with the smallest elements, so that every stretch is a whole number of them.
     """
@@ -51,7 +54,8 @@ class PackedStorage:
 
 @dataclasses.dataclass(frozen=True)
 class Form:
-    """A tensor without its values: `offset` bytes into packed storage number `storage`, None for one without elements."""
+    """A tensor without its values: `offset` bytes into packed storage number `storage`, None for
+    one without elements."""
 
     dtype: torch.dtype
     size: tuple[int, ...]
@@ -75,8 +79,8 @@ def plan_packing(tensors: Sequence[torch.Tensor]) -> Packing:
         plain = tensor.layout == torch.strided and not tensor.is_conj() and not tensor.is_neg()
         assert plain, "only strided tensors without a pending conjugation or negation can be offloaded"
         if tensor.numel() > 0:
-            # The object of a storage is one and the same while the storage lives; its address says nothing where
-            # tensors have no memory.
+            # The object of a storage is one and the same while the storage lives; its address says
+            # nothing where tensors have no memory.
             members.setdefault(id(tensor.untyped_storage()), []).append(index)
     storages = tuple(_pack(tensors, group) for group in members.values())
     place = {index: number for number, group in enumerate(members.values()) for index in group}
@@ -100,7 +104,8 @@ def rebuild(form: Form, packed: Sequence[torch.Tensor], device: torch.device) ->
 
 
 def _reach(tensor: torch.Tensor) -> tuple[int, int]:
-    """The first byte of its storage that a tensor with elements reaches, and the one behind the last."""
+    """The first byte of its storage that a tensor with elements reaches, and the one behind the
+    last."""
     steps = sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True))
     start = int(tensor.storage_offset()) * tensor.itemsize
     return start, start + int(steps + 1) * tensor.itemsize

@@ -1,10 +1,12 @@
-"""Moving saved tensors to host memory and back while other microbatches compute (K2 report, section 2.4.3).
+"""Moving saved tensors to host memory and back while other microbatches compute (K2 report, section
+2.4.3).
 
     offloaded = engine.offload(tensors)      the schedule's OFFLOAD; the caller drops its tensors at once
     offloaded.reload()                       RELOAD, some slots ahead of the backward
     offloaded.tensors()                      in the backward
 
-Nothing here waits on the host. Four queues of work touch a tensor's values, and each hand-over is an event:
+Nothing here waits on the host. Four queues of work touch a tensor's values, and each hand-over is
+an event:
 
     compute    | produce |. . . . . . . . . . . . . . . . | allocate |. . . . . .| read |
                           \\ 1                                        \\ 4        / 5
@@ -12,13 +14,14 @@ Nothing here waits on the host. Four queues of work touch a tensor's values, and
                             ^                 \\ 3                       \\      /
     back       | last user's host to device |  . . . . . . . . . . . .  | host to device |
 
-1: the values are there before they are copied. 2: a host buffer that is used again still holds its last user's values
-until these are back (`HostBuffer.ready`). 3: the copy back starts after the copy out (the same `ready`). 4: new device
-memory may be a block that kernels already queued still use. 5: the backward reads after the copy. Host buffers return to
-the arena when the copy back is *queued*; 2 makes that safe.
+1: the values are there before they are copied. 2: a host buffer that is used again still holds its
+last user's values until these are back (`HostBuffer.ready`). 3: the copy back starts after the copy
+out (the same `ready`). 4: new device memory may be a block that kernels already queued still use.
+5: the backward reads after the copy. Host buffers return to the arena when the copy back is
+*queued*; 2 makes that safe.
 
-The engine and an `Offloaded` hold no reference to the tensors that were copied out. Nobody may write to them in place
-after `offload`: they were saved for a backward.
+The engine and an `Offloaded` hold no reference to the tensors that were copied out. Nobody may
+write to them in place after `offload`: they were saved for a backward.
 """
 
 from __future__ import annotations
@@ -39,9 +42,11 @@ _Interval = Literal["out", "back", "exposed"]
 
 @dataclasses.dataclass(frozen=True)
 class CopySeconds:
-    """Device seconds: of copies out, of copies back, and those in which compute stood still waiting for a copy back.
+    """Device seconds: of copies out, of copies back, and those in which compute stood still waiting
+    for a copy back.
 
-    `1 - exposed / (out + back)` is the share of the copying that compute has hidden; copies out are never waited for.
+    `1 - exposed / (out + back)` is the share of the copying that compute has hidden; copies out are
+    never waited for.
     """
 
     out: float
@@ -52,8 +57,9 @@ class CopySeconds:
 class OffloadEngine:
     """Copies of one device's tensors to an arena and back.
 
-    device: of the tensors. timed: record what `copy_seconds` reports; the device must be timed, too.
-    A stream for each direction, as each has a copy engine of its own; compute is whatever stream is current.
+    device: of the tensors. timed: record what `copy_seconds` reports; the device must be timed,
+    too. A stream for each direction, as each has a copy engine of its own; compute is whatever
+    stream is current.
     """
 
     def __init__(self, device: Device, arena: HostArena, timed: bool = False) -> None:
@@ -68,11 +74,13 @@ class OffloadEngine:
 
     @property
     def in_flight_bytes(self) -> int:
-        """On the host now: copied out (or on the way) and not yet reloaded, dropped or collected."""
+        """On the host now: copied out (or on the way) and not yet reloaded, dropped or
+        collected."""
         return sum(offloaded.host_bytes for offloaded in self._alive)
 
     def offload(self, tensors: Sequence[torch.Tensor]) -> Offloaded:
-        """Start copying; the tensors may be dropped when this returns. Raises HostMemoryError, having copied nothing."""
+        """Start copying; the tensors may be dropped when this returns. Raises HostMemoryError,
+        having copied nothing."""
         here = self.device.torch_device
         assert all(t.device == here for t in tensors), f"a tensor to offload is not on {here}"
         packing = plan_packing(tensors)
@@ -94,10 +102,12 @@ class OffloadEngine:
         return offloaded
 
     def copy_back(self, buffers: Sequence[HostBuffer]) -> tuple[tuple[torch.Tensor, ...], Event]:
-        """Start copying the buffers into new device memory and give them back; (bytes, event). For `Offloaded`.
+        """Start copying the buffers into new device memory and give them back; (bytes, event). For
+        `Offloaded`.
 
-        The new memory belongs to the current stream, which waits for the copy before it reads. So the allocator need
-        not be told of the copy in the normal course, and memory use does not depend on timing there; see `let_go`.
+        The new memory belongs to the current stream, which waits for the copy before it reads. So
+        the allocator need not be told of the copy in the normal course, and memory use does not
+        depend on timing there; see `let_go`.
         """
         targets = tuple(self.device.empty(buffer.num_bytes) for buffer in buffers)
         self._back.wait(self.device.current.record(), *(buffer.ready for buffer in buffers))
@@ -120,11 +130,13 @@ class OffloadEngine:
             self._stop("exposed", compute, start)
 
     def let_go(self, targets: Sequence[torch.Tensor]) -> None:
-        """Targets of a copy back are dropped though compute never waited for it. Any thread may call it."""
+        """Targets of a copy back are dropped though compute never waited for it. Any thread may
+        call it."""
         self._back.uses(*targets)
 
     def copy_seconds(self) -> CopySeconds:
-        """Since the last `reset_counters`; waits for what it measures. Only of an engine that is `timed`."""
+        """Since the last `reset_counters`; waits for what it measures. Only of an engine that is
+        `timed`."""
         assert self._timed, "build the engine with timed=True to measure its copies"
         seconds: dict[_Interval, float] = {"out": 0.0, "back": 0.0, "exposed": 0.0}
         for what, start, stop in self._intervals:
@@ -159,11 +171,12 @@ class OffloadEngine:
 
 
 class Offloaded:
-    """A group of tensors on its way out, on the host, on its way back or back; made by `OffloadEngine.offload`.
+    """A group of tensors on its way out, on the host, on its way back or back; made by
+    `OffloadEngine.offload`.
 
-    One that is simply forgotten, in whichever state, returns its host buffers: a finaliser hands them to
-    `HostArena.abandon`. Do not count on it for memory in a step, since an exception's traceback may hold it; `drop` is for
-    that.
+    One that is simply forgotten, in whichever state, returns its host buffers: a finaliser hands
+    them to `HostArena.abandon`. Do not count on it for memory in a step, since an exception's
+    traceback may hold it; `drop` is for that.
     """
 
     def __init__(self, engine: OffloadEngine, packing: Packing, buffers: tuple[HostBuffer, ...]) -> None:
@@ -200,11 +213,13 @@ class Offloaded:
         self._state = "back"
 
     def tensors(self) -> tuple[torch.Tensor, ...]:
-        """The tensors, in the order given to `offload`, with sizes, strides, values and sharing as they were.
+        """The tensors, in the order given to `offload`, with sizes, strides, values and sharing as
+        they were.
 
-        They live as long as this object or the caller's references, so drop this object to free them one by one.
-        The current stream waits for the copy. It must be the one that was current at `reload`; another stream that reads
-        them has to be told so with `record_stream`, as for any tensor.
+        They live as long as this object or the caller's references, so drop this object to free
+        them one by one. The current stream waits for the copy. It must be the one that was current
+        at `reload`; another stream that reads them has to be told so with `record_stream`, as for
+        any tensor.
         """
         assert self._state != "out", "offloaded tensors were read before their RELOAD"
         assert self._state != "dropped", "offloaded tensors were read after they were dropped"
@@ -217,7 +232,8 @@ class Offloaded:
         return self._tensors
 
     def drop(self) -> None:
-        """Forget the tensors, in whichever state and with copies still running; for a step that ends early. May be repeated."""
+        """Forget the tensors, in whichever state and with copies still running; for a step that
+        ends early. May be repeated."""
         if self._state == "out":
             for buffer in self._buffers:
                 self._engine.arena.give_back(buffer)

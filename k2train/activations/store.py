@@ -1,8 +1,9 @@
 """The store of saved activations: model.saved's protocol, with a policy for every name.
 
-Inside a phase's forward, autograd hands every tensor it saves to `pack`, which knows the named ones by their storage. A
-tensor that is saved before it has a name (a sigmoid saves its result) waits until the phase ends; one that has none by
-then is our own mistake. Source: K2 report, section 2.4.3; docs/memory.md.
+Inside a phase's forward, autograd hands every tensor it saves to `pack`, which knows the named ones
+by their storage. A tensor that is saved before it has a name (a sigmoid saves its result) waits
+until the phase ends; one that has none by then is our own mistake. Source: K2 report, section
+2.4.3; docs/memory.md.
 """
 
 from __future__ import annotations
@@ -30,7 +31,8 @@ class ActivationStore:
         engine: OffloadEngine,
         peak_offloaded: Mapping[int, int] | None = None,
     ) -> None:
-        """peak_offloaded: the microbatches of each virtual stage that the schedule has on the host at once."""
+        """peak_offloaded: the microbatches of each virtual stage that the schedule has on the host
+        at once."""
         self.policies, self.engine = policies, engine
         self.peak_offloaded = dict(peak_offloaded or {})
         self._non_finite: dict[str, torch.Tensor] = {}
@@ -52,7 +54,8 @@ class ActivationStore:
             yield from store.entries()
 
     def tensors(self) -> Iterator[torch.Tensor]:
-        """What holds `device_bytes`, for whoever counts storages; those on their way back from the host included."""
+        """What holds `device_bytes`, for whoever counts storages; those on their way back from the
+        host included."""
         for store in list(self._microbatches):
             yield from store.tensors()
 
@@ -62,7 +65,8 @@ class ActivationStore:
         return sum(entry.device_bytes for entry in self.entries())
 
     def non_finite_counter(self, origin: Origin, device: torch.device) -> torch.Tensor | None:
-        """Where FP8 storage counts tiles with a value that is not finite, read by `non_finite_tiles`; None without FP8."""
+        """Where FP8 storage counts tiles with a value that is not finite, read by
+        `non_finite_tiles`; None without FP8."""
         if origin.policy not in FP8_POLICIES:
             return None
         if origin.name not in self._non_finite:
@@ -70,7 +74,8 @@ class ActivationStore:
         return self._non_finite[origin.name]
 
     def non_finite_tiles(self) -> dict[str, int]:
-        """Tiles with a value that is not finite that FP8 storage has met since the start, by name. Waits for the device."""
+        """Tiles with a value that is not finite that FP8 storage has met since the start, by name.
+        Waits for the device."""
         if not self._non_finite:
             return {}
         counts = self.engine.device.read(torch.stack(list(self._non_finite.values())), "non-finite tiles")
@@ -139,7 +144,8 @@ class MicrobatchStore:
         return [part.numel() * part.element_size() for part in parts if part.numel()]
 
     def offload(self) -> None:
-        """Start to copy what is to be offloaded to the host and let go of it here. Once, after the forward."""
+        """Start to copy what is to be offloaded to the host and let go of it here. Once, after the
+        forward."""
         assert self._offloaded is None, "offloaded twice"
         leaving = [entry for entry in self.entries() if entry.offloads]
         if not leaving:

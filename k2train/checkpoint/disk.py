@@ -16,10 +16,15 @@ _OVERHEAD_BYTES = 1 << 20
 
 
 def check_new_directory(field: str, directory: Path) -> None:
-    """Raise ConfigError unless `directory` is absent or an empty directory; `field` is the key the user gave it by."""
+    """Raise ConfigError unless `directory` is absent or an empty directory; `field` is the key the
+    user gave it by."""
     if directory.is_mount():
-        raise ConfigError(field, directory, "is a mount point, so it cannot be put in place by one rename",
-                          f"give a directory inside it, for example {directory / 'model'}")  # fmt: skip
+        raise ConfigError(
+            field,
+            directory,
+            "is a mount point, so it cannot be put in place by one rename",
+            f"give a directory inside it, for example {directory / 'model'}",
+        )
     if directory.is_dir() and not any(directory.iterdir()):
         return
     if directory.exists() or directory.is_symlink():
@@ -29,17 +34,23 @@ def check_new_directory(field: str, directory: Path) -> None:
 
 
 def check_free_space(field: str, directory: Path, num_bytes: int) -> None:
-    """Raise ConfigError, with both figures, if the disk of `directory` has no room for `num_bytes`."""
+    """Raise ConfigError, with both figures, if the disk of `directory` has no room for
+    `num_bytes`."""
     place = next(path for path in (directory, *directory.parents) if path.exists())
     needed, free = int(num_bytes * _OVERHEAD) + _OVERHEAD_BYTES, shutil.disk_usage(place).free
     if needed > free:
-        raise ConfigError(field, directory, f"needs {gigabytes(needed)} but its disk has {gigabytes(free)} free",
-                          "make room, or give a directory on another disk")  # fmt: skip
+        raise ConfigError(
+            field,
+            directory,
+            f"needs {gigabytes(needed)} but its disk has {gigabytes(free)} free",
+            "make room, or give a directory on another disk",
+        )
 
 
 @contextlib.contextmanager
 def disk_errors(field: str, directory: Path) -> Iterator[None]:
-    """Turn a full disk, a missing permission and the like, met while writing, into a ConfigError."""
+    """Turn a full disk, a missing permission and the like, met while writing, into a
+    ConfigError."""
     try:
         yield
     except BrokenPipeError:

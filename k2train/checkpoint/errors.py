@@ -1,4 +1,5 @@
-"""The error of a checkpoint that cannot be read or written: something a user pointed at, so it is a ConfigError."""
+"""The error of a checkpoint that cannot be read or written: something a user pointed at, so it is a
+ConfigError."""
 
 from __future__ import annotations
 

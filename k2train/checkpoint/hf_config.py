@@ -1,9 +1,10 @@
 """config.json of a Hugging Face model to ModelConfig and back.
 
-Read are the published files of K2 (model_type kimi_k2), DeepSeek-V3 and Moonlight (deepseek_v3) and what transformers 4
-and 5 save: version 4 has `rope_theta` and `rope_scaling`, version 5 one `rope_parameters`. Written is deepseek_v3 with
-both spellings, which transformers reads without remote code. A feature this program does not have is an error that names
-its field; a shape or routing field that is absent is one too, for the defaults of the two families' own code differ.
+Read are the published files of K2 (model_type kimi_k2), DeepSeek-V3 and Moonlight (deepseek_v3) and
+what transformers 4 and 5 save: version 4 has `rope_theta` and `rope_scaling`, version 5 one
+`rope_parameters`. Written is deepseek_v3 with both spellings, which transformers reads without
+remote code. A feature this program does not have is an error that names its field; a shape or
+routing field that is absent is one too, for the defaults of the two families' own code differ.
 """
 
 from __future__ import annotations
@@ -21,7 +22,8 @@ from k2train.config.model import ModelConfig, YarnConfig
 CONFIG_FILE = "config.json"
 MODEL_TYPES = ("deepseek_v3", "kimi_k2")
 
-# Fields that switch on something this model does not have: the values that leave it off, and what the others mean.
+# Fields that switch on something this model does not have: the values that leave it off, and what
+# the others mean.
 _FIXED: Mapping[str, tuple[tuple[Any, ...], str]] = {
     "attention_bias": ((False, None), "biases in attention are not supported"),
     "hidden_act": (("silu",), "only SwiGLU, hidden_act=silu, is supported"),
@@ -50,11 +52,16 @@ _ROPE_KNOWN = {
 
 
 def read_config_file(directory: Path) -> dict[str, Any]:
-    """config.json of a Hugging Face model directory. Raises ConfigError where it is missing or not JSON."""
+    """config.json of a Hugging Face model directory. Raises ConfigError where it is missing or not
+    JSON."""
     path = directory / CONFIG_FILE
     if not path.is_file():
-        raise ConfigError("DIR", directory, f"there is no {CONFIG_FILE} in it",
-                          "give the directory that holds config.json and the safetensors files")  # fmt: skip
+        raise ConfigError(
+            "DIR",
+            directory,
+            f"there is no {CONFIG_FILE} in it",
+            "give the directory that holds config.json and the safetensors files",
+        )
     try:
         data = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
@@ -65,7 +72,8 @@ def read_config_file(directory: Path) -> dict[str, Any]:
 
 
 def to_model_config(hf: Mapping[str, Any]) -> ModelConfig:
-    """The architecture that a config.json describes. Raises ConfigError for what this program does not support."""
+    """The architecture that a config.json describes. Raises ConfigError for what this program does
+    not support."""
     _check_supported(hf)
     values: dict[str, Any] = {}
     for field in dataclasses.fields(ModelConfig):
@@ -85,7 +93,8 @@ def to_model_config(hf: Mapping[str, Any]) -> ModelConfig:
 
 
 def to_hf_config(model: ModelConfig, dtype: str, tokens: Mapping[str, Any] | None = None) -> dict[str, Any]:
-    """The config.json of a model; dtype is torch's name ("bfloat16") for from_pretrained's default."""
+    """The config.json of a model; dtype is torch's name ("bfloat16") for from_pretrained's
+    default."""
     values: dict[str, Any] = {
         "architectures": ["DeepseekV3ForCausalLM"],
         "model_type": "deepseek_v3",
@@ -109,7 +118,8 @@ def to_hf_config(model: ModelConfig, dtype: str, tokens: Mapping[str, Any] | Non
 
 
 def fp8_block_size(hf: Mapping[str, Any]) -> tuple[int, int]:
-    """Rows and columns that share one scale in the published FP8 form (128 x 128 unless config.json says otherwise).
+    """Rows and columns that share one scale in the published FP8 form (128 x 128 unless config.json
+    says otherwise).
 
     Raises ConfigError for a quantisation other than block FP8.
     """
@@ -119,8 +129,12 @@ def fp8_block_size(hf: Mapping[str, Any]) -> tuple[int, int]:
     field = f"{CONFIG_FILE}: quantization_config"
     method, block = quantization.get("quant_method"), quantization.get("weight_block_size", (128, 128))
     if method != "fp8" or quantization.get("fmt", "e4m3") != "e4m3":
-        raise ConfigError(f"{field}.quant_method", method, "only block FP8 (quant_method fp8, fmt e4m3) can be read",
-                          "take the BF16 or block-FP8 form of the checkpoint")  # fmt: skip
+        raise ConfigError(
+            f"{field}.quant_method",
+            method,
+            "only block FP8 (quant_method fp8, fmt e4m3) can be read",
+            "take the BF16 or block-FP8 form of the checkpoint",
+        )
     if not (
         isinstance(block, (list, tuple))
         and len(block) == 2
@@ -134,19 +148,26 @@ def fp8_block_size(hf: Mapping[str, Any]) -> tuple[int, int]:
 
 def _check_supported(hf: Mapping[str, Any]) -> None:
     if hf.get("model_type") not in MODEL_TYPES:
-        raise ConfigError(f"{CONFIG_FILE}: model_type", hf.get("model_type", "(missing)"),
-                          f"must be one of {', '.join(MODEL_TYPES)}: K2, DeepSeek-V3 or Moonlight")  # fmt: skip
+        raise ConfigError(
+            f"{CONFIG_FILE}: model_type",
+            hf.get("model_type", "(missing)"),
+            f"must be one of {', '.join(MODEL_TYPES)}: K2, DeepSeek-V3 or Moonlight",
+        )
     for name, (allowed, rule) in _FIXED.items():
         if name in hf and hf[name] not in allowed:
             raise ConfigError(f"{CONFIG_FILE}: {name}", hf[name], rule)
     heads = hf.get("num_attention_heads")
     if hf.get("num_key_value_heads") not in (None, heads):
-        raise ConfigError(f"{CONFIG_FILE}: num_key_value_heads", hf["num_key_value_heads"],
-                          f"must equal num_attention_heads={heads}: latent attention has no grouped heads")  # fmt: skip
+        raise ConfigError(
+            f"{CONFIG_FILE}: num_key_value_heads",
+            hf["num_key_value_heads"],
+            f"must equal num_attention_heads={heads}: latent attention has no grouped heads",
+        )
 
 
 def _read_rope(hf: Mapping[str, Any]) -> tuple[float, dict[str, Any] | None]:
-    """The rotary base and the YaRN section, from either spelling; rope_scaling wins, as it does in transformers."""
+    """The rotary base and the YaRN section, from either spelling; rope_scaling wins, as it does in
+    transformers."""
     field = "rope_scaling" if hf.get("rope_scaling") else "rope_parameters"
     rope = hf.get(field) or {}
     if not isinstance(rope, Mapping):

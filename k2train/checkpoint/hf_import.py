@@ -1,4 +1,5 @@
-"""A Hugging Face model directory into a checkpoint: everything is checked first, then copied tensor by tensor.
+"""A Hugging Face model directory into a checkpoint: everything is checked first, then copied tensor
+by tensor.
 
 Types stay as they are stored, bit for bit; only block-FP8 weights become BF16.
 """
@@ -40,7 +41,8 @@ class HfModel:
 
 
 def open_hf_model(directory: Path | str) -> HfModel:
-    """Read config.json and all headers. Raises ConfigError for what is unsupported, missing, extra or misshapen."""
+    """Read config.json and all headers. Raises ConfigError for what is unsupported, missing, extra
+    or misshapen."""
     directory = Path(directory)
     hf = read_config_file(directory)
     model = to_model_config(hf)
@@ -59,9 +61,9 @@ def import_model(
 ) -> Path:
     """Write the checkpoint `out` with tensors `model/<name>`; returns its absolute path.
 
-    `verify` reads every shard again before the checkpoint appears under its name. `on_bytes` is told each tensor's size
-    once it is written. On any failure, Ctrl-C included, nothing is left. Raises ConfigError if `out` exists and is not
-    empty, or the disk is too small.
+    `verify` reads every shard again before the checkpoint appears under its name. `on_bytes` is
+    told each tensor's size once it is written. On any failure, Ctrl-C included, nothing is left.
+    Raises ConfigError if `out` exists and is not empty, or the disk is too small.
     """
     directory = Path(out).resolve()
     check_new_directory("out", directory)
@@ -83,7 +85,8 @@ def import_model(
 
 
 def _generation_config(directory: Path) -> dict[str, Any] | None:
-    """generation_config.json, a courtesy that export gives back; one that cannot be read is no reason to stop."""
+    """generation_config.json, a courtesy that export gives back; one that cannot be read is no
+    reason to stop."""
     try:
         data = json.loads((directory / GENERATION_FILE).read_text(encoding="utf-8"))
     except (OSError, ValueError):

@@ -1,4 +1,5 @@
-"""A directory of Hugging Face safetensors files: which tensor is in which file, checked before any is read."""
+"""A directory of Hugging Face safetensors files: which tensor is in which file, checked before any
+is read."""
 
 from __future__ import annotations
 
@@ -41,7 +42,8 @@ class Located:
     slot: Slot
 
     def read(self) -> Tensor:
-        """The tensor as it is stored. Raises ConfigError naming the file if it is short or unreadable."""
+        """The tensor as it is stored. Raises ConfigError naming the file if it is short or
+        unreadable."""
         try:
             return read_tensor(self.path, self.slot)[0]
         except (OSError, FormatError) as error:
@@ -49,7 +51,8 @@ class Located:
 
 
 def locate_tensors(directory: Path) -> dict[str, Located]:
-    """Every tensor of the model's files, by name. Raises ConfigError naming the file that is missing or damaged."""
+    """Every tensor of the model's files, by name. Raises ConfigError naming the file that is
+    missing or damaged."""
     if (directory / SINGLE_FILE).is_file():
         files, promised = [SINGLE_FILE], dict[str, str]()
     else:
@@ -64,16 +67,24 @@ def locate_tensors(directory: Path) -> dict[str, Located]:
             found[name] = Located(path, slot)
     for name, file in promised.items():
         if name not in found or found[name].path.name != file:
-            raise ConfigError("DIR", directory / file, f"lacks {name}, which {INDEX_FILE} places there",
-                              "download the file again")  # fmt: skip
+            raise ConfigError(
+                "DIR",
+                directory / file,
+                f"lacks {name}, which {INDEX_FILE} places there",
+                "download the file again",
+            )
     return found
 
 
 def _read_index(directory: Path) -> dict[str, str]:
     path = directory / INDEX_FILE
     if not path.is_file():
-        raise ConfigError("DIR", directory, f"holds neither {SINGLE_FILE} nor {INDEX_FILE}",
-                          "only safetensors files can be imported; save the model with save_pretrained")  # fmt: skip
+        raise ConfigError(
+            "DIR",
+            directory,
+            f"holds neither {SINGLE_FILE} nor {INDEX_FILE}",
+            "only safetensors files can be imported; save the model with save_pretrained",
+        )
     try:
         weight_map = json.loads(path.read_text(encoding="utf-8"))["weight_map"]
         return {str(name): str(file) for name, file in weight_map.items()}
@@ -92,7 +103,8 @@ def _header(path: Path) -> dict[str, Slot]:
 
 @dataclasses.dataclass(frozen=True)
 class CheckedTensors:
-    """The model's tensors in catalogue order, ready to be read one by one, and what was left aside."""
+    """The model's tensors in catalogue order, ready to be read one by one, and what was left
+    aside."""
 
     tensors: tuple[tuple[str, LazyTensor], ...]
     num_dequantized: int
@@ -104,8 +116,9 @@ def check_tensors(
 ) -> CheckedTensors:
     """Hold the files' tensors against the model's catalogue, reading none.
 
-    Raises ConfigError that lists missing, extra and misshapen tensors (the first few of each, and how many), or names
-    one of a type that is no weight's. Multi-token-prediction layers, beyond the model's last, are left aside.
+    Raises ConfigError that lists missing, extra and misshapen tensors (the first few of each, and
+    how many), or names one of a type that is no weight's. Multi-token-prediction layers, beyond the
+    model's last, are left aside.
     """
     skipped = {name for name, place in located.items() if _left_aside(name, place, model)}
     names = located.keys() - skipped
@@ -119,12 +132,18 @@ def check_tensors(
         _listed("misshapen", _misshapen(located, shapes, names)),
     ]
     if any(problems):
-        raise ConfigError("DIR", directory, "its tensors are not those config.json describes\n"
-                          + "\n".join(filter(None, problems)),
-                          "check that config.json and the weights belong together; nothing was written")  # fmt: skip
+        raise ConfigError(
+            "DIR",
+            directory,
+            "its tensors are not those config.json describes\n" + "\n".join(filter(None, problems)),
+            "check that config.json and the weights belong together; nothing was written",
+        )
     lazies = tuple((name, _lazy(name, located, name in quantized, block)) for name in expected)
-    layers = {f"model.layers.{match.group(1)}" for name in skipped if (match := _LAYER.match(name))
-              and _beyond(name, model.num_hidden_layers)}  # fmt: skip
+    layers = {
+        f"model.layers.{match.group(1)}"
+        for name in skipped
+        if (match := _LAYER.match(name)) and _beyond(name, model.num_hidden_layers)
+    }
     return CheckedTensors(lazies, len(quantized), tuple(sorted(layers)))
 
 
@@ -161,12 +180,20 @@ def _lazy(name: str, located: Mapping[str, Located], quantized: bool, block: tup
     if quantized:
         scale = located[name + SCALE_SUFFIX]
         if scale.slot.dtype not in _STORED_DTYPES:
-            raise ConfigError("DIR", scale.path, f"{name}{SCALE_SUFFIX} has type {DTYPE_NAMES[scale.slot.dtype]}",
-                              "scales must be FP32")  # fmt: skip
+            raise ConfigError(
+                "DIR",
+                scale.path,
+                f"{name}{SCALE_SUFFIX} has type {DTYPE_NAMES[scale.slot.dtype]}",
+                "scales must be FP32",
+            )
         return LazyTensor(
             place.slot.shape, torch.bfloat16, lambda: dequantize(place.read(), scale.read(), block)
         )
     if place.slot.dtype not in _STORED_DTYPES:
-        raise ConfigError("DIR", place.path, f"{name} has type {DTYPE_NAMES[place.slot.dtype]}, which is no weight's",
-                          "take the BF16 or block-FP8 form of the checkpoint")  # fmt: skip
+        raise ConfigError(
+            "DIR",
+            place.path,
+            f"{name} has type {DTYPE_NAMES[place.slot.dtype]}, which is no weight's",
+            "take the BF16 or block-FP8 form of the checkpoint",
+        )
     return LazyTensor(place.slot.shape, place.slot.dtype, place.read)

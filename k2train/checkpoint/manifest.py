@@ -5,9 +5,11 @@
      "tensors": {"master/lm_head.weight": {"dtype": "F32", "shape": [163840, 7168],
                  "pieces": [{"shard": 0, "key": "...", "start": 0, "rows": 10240, "crc32": 123}, ...]}, ...}}
 
-A piece without "rows" is the whole tensor. SHA-256 covers each file as a whole and can be checked with common tools
-(it runs at disk speed on processors with SHA instructions); the CRC-32 of each piece lets every single load be checked
-without reading the rest of its shard. The first entry is the SHA-256 of the manifest's own JSON without it. Nothing here says which layout wrote the checkpoint.
+A piece without "rows" is the whole tensor. SHA-256 covers each file as a whole and can be checked
+with common tools (it runs at disk speed on processors with SHA instructions); the CRC-32 of each
+piece lets every single load be checked without reading the rest of its shard. The first entry is
+the SHA-256 of the manifest's own JSON without it. Nothing here says which layout wrote the
+checkpoint.
 """
 
 from __future__ import annotations
@@ -74,7 +76,8 @@ class Manifest:
 def merge(shards: Iterable[ShardEntry], meta: Mapping[str, Any]) -> Manifest:
     """The manifest of shards from any number of writers.
 
-    Raises ValueError, a bug of ours, if a tensor was written twice, differently, or with rows missing.
+    Raises ValueError, a bug of ours, if a tensor was written twice, differently, or with rows
+    missing.
     """
     ordered = tuple(sorted(shards, key=lambda shard: shard.file))
     found: dict[str, list[tuple[int, PieceEntry]]] = {}
@@ -123,7 +126,8 @@ def manifest_text(manifest: Manifest) -> str:
 
 
 def _digest(body: Mapping[str, Any]) -> str:
-    # Python's JSON keeps the order of keys and the exact value of floats, so reading and writing again gives the same text.
+    # Python's JSON keeps the order of keys and the exact value of floats, so reading and writing
+    # again gives the same text.
     return hashlib.sha256(json.dumps(body).encode()).hexdigest()
 
 
@@ -137,7 +141,8 @@ def _piece_dict(name: str, piece: PieceEntry) -> dict[str, Any]:
 
 
 def read_manifest(directory: Path) -> Manifest:
-    """The manifest of the checkpoint in `directory`. Raises CheckpointError where there is none or it is damaged."""
+    """The manifest of the checkpoint in `directory`. Raises CheckpointError where there is none or
+    it is damaged."""
     path = directory / MANIFEST
     try:
         data = json.loads(path.read_text(encoding="utf-8"))
@@ -148,8 +153,11 @@ def read_manifest(directory: Path) -> Manifest:
     if not isinstance(data, dict) or data.get("format") != FORMAT:
         raise CheckpointError(directory, f"its {MANIFEST} is not that of a k2train checkpoint")
     if data.get("version") != VERSION:
-        raise CheckpointError(directory, f"is of format version {data.get('version')}, this program reads {VERSION}",
-                              "use the version of k2train that wrote it")  # fmt: skip
+        raise CheckpointError(
+            directory,
+            f"is of format version {data.get('version')}, this program reads {VERSION}",
+            "use the version of k2train that wrote it",
+        )
     if data.pop("sha256", None) != _digest(data):
         raise CheckpointError(directory, f"its {MANIFEST} is damaged (its own SHA-256 differs)", _REMEDY)
     try:
@@ -205,8 +213,15 @@ def _piece(name: str, entry: Mapping[str, Any], piece: Mapping[str, Any]) -> Pie
         raise ValueError(f"{name} has the unknown type {entry['dtype']}")
     shape = tuple(int(size) for size in entry["shape"])
     rows = int(piece["rows"]) if "rows" in piece else None
-    return PieceEntry(name, str(entry["dtype"]), shape, str(piece.get("key", name)), int(piece["crc32"]),
-                      int(piece.get("start", 0)), rows)  # fmt: skip
+    return PieceEntry(
+        name,
+        str(entry["dtype"]),
+        shape,
+        str(piece.get("key", name)),
+        int(piece["crc32"]),
+        int(piece.get("start", 0)),
+        rows,
+    )
 
 
 def entries_text(shards: Iterable[ShardEntry]) -> str:

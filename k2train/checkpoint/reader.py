@@ -1,4 +1,5 @@
-"""Reading a checkpoint by name, whole tensors or row ranges, every byte checked before it is handed out."""
+"""Reading a checkpoint by name, whole tensors or row ranges, every byte checked before it is handed
+out."""
 
 from __future__ import annotations
 
@@ -27,7 +28,8 @@ _REMEDY = "use an older checkpoint, or copy the shard again from where it was wr
 
 
 class Checkpoint:
-    """A complete checkpoint on disk. Nothing is read before it is asked for; one tensor at a time is in memory."""
+    """A complete checkpoint on disk. Nothing is read before it is asked for; one tensor at a time
+    is in memory."""
 
     def __init__(self, directory: Path, manifest: Manifest) -> None:
         self.directory = directory
@@ -71,7 +73,8 @@ class Checkpoint:
         return out
 
     def verify(self, on_bytes: Callable[[int], None] | None = None) -> None:
-        """Check every shard against its SHA-256. Raises CheckpointError for the first that differs, naming it."""
+        """Check every shard against its SHA-256. Raises CheckpointError for the first that differs,
+        naming it."""
         for shard in self.manifest.shards:
             self.check_size(shard)
             if self._guarded(shard, file_sha256, on_bytes) != shard.sha256:
@@ -99,7 +102,8 @@ class Checkpoint:
             ) from None
 
     def _copy_rows(self, shard: int, piece: PieceEntry, out: Tensor, start: int, stop: int) -> None:
-        """Copy the rows of `piece` that lie in start..stop to their place in `out` (row 0 is row `start`)."""
+        """Copy the rows of `piece` that lie in start..stop to their place in `out` (row 0 is row
+        `start`)."""
         rows = piece.rows if piece.rows is not None else piece.shape[0]
         first, last = max(start, piece.start), min(stop, piece.start + rows)
         if first >= last:
@@ -154,6 +158,7 @@ class Checkpoint:
 
 
 def open_checkpoint(directory: Path | str) -> Checkpoint:
-    """The checkpoint in `directory`, its manifest read. Raises CheckpointError where there is none or it is damaged."""
+    """The checkpoint in `directory`, its manifest read. Raises CheckpointError where there is none
+    or it is damaged."""
     directory = Path(directory)
     return Checkpoint(directory, read_manifest(directory))

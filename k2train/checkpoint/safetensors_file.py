@@ -1,10 +1,11 @@
 """One safetensors file, written and read tensor by tensor.
 
 Format (github.com/huggingface/safetensors): 8 bytes little-endian header length, a JSON header of
-{name: {dtype, shape, data_offsets}}, then the raw bytes. The library's own writer wants all tensors of a file in memory
-and its reader maps the file; here a tensor is in memory only while its bytes are written, the checksums are taken from
-the same bytes without a second read, and a short file is a plain error instead of a fault in mapped memory. The tests
-hold both directions against the library.
+{name: {dtype, shape, data_offsets}}, then the raw bytes. The library's own writer wants all tensors
+of a file in memory and its reader maps the file; here a tensor is in memory only while its bytes
+are written, the checksums are taken from the same bytes without a second read, and a short file is
+a plain error instead of a fault in mapped memory. The tests hold both directions against the
+library.
 """
 
 from __future__ import annotations
@@ -55,7 +56,8 @@ class FormatError(ValueError):
 
 @dataclasses.dataclass(frozen=True)
 class LazyTensor:
-    """A tensor that is loaded when its turn comes: shape and dtype are known, `load()` makes the values."""
+    """A tensor that is loaded when its turn comes: shape and dtype are known, `load()` makes the
+    values."""
 
     shape: tuple[int, ...]
     dtype: torch.dtype
@@ -68,7 +70,8 @@ class LazyTensor:
 
 @dataclasses.dataclass(frozen=True)
 class WrittenFile:
-    """What was written: size, SHA-256 of the whole file (hex), and the CRC-32 of each tensor's bytes by name."""
+    """What was written: size, SHA-256 of the whole file (hex), and the CRC-32 of each tensor's
+    bytes by name."""
 
     num_bytes: int
     sha256: str
@@ -77,7 +80,8 @@ class WrittenFile:
 
 @dataclasses.dataclass(frozen=True)
 class Slot:
-    """Where a tensor lies in a file: dtype, shape, and its bytes counted from the start of the file."""
+    """Where a tensor lies in a file: dtype, shape, and its bytes counted from the start of the
+    file."""
 
     dtype: torch.dtype
     shape: tuple[int, ...]
@@ -100,10 +104,12 @@ def write_file(
 ) -> WrittenFile:
     """Write a new file and flush it to the disk; one tensor at a time is in memory.
 
-    `on_bytes` is told the size of each tensor once it is written. Raises FileExistsError if `path` exists, OSError from
-    the disk, ValueError for a dtype that safetensors lacks or a `load` that gives another shape than it promised.
+    `on_bytes` is told the size of each tensor once it is written. Raises FileExistsError if `path`
+    exists, OSError from the disk, ValueError for a dtype that safetensors lacks or a `load` that
+    gives another shape than it promised.
     """
-    # Wide types first: every tensor then starts at a multiple of its element size, which mapped readers need.
+    # Wide types first: every tensor then starts at a multiple of its element size, which mapped
+    # readers need.
     ordered = sorted(tensors, key=lambda item: -item[1].dtype.itemsize)
     digest, sums, size = hashlib.sha256(), dict[str, int](), 0
     with open(path, "xb") as file:
@@ -122,7 +128,8 @@ def write_file(
 
 
 def read_header(path: Path) -> dict[str, Slot]:
-    """The tensors of a file by name. Raises FormatError for a damaged or short file, OSError where it cannot be read."""
+    """The tensors of a file by name. Raises FormatError for a damaged or short file, OSError where
+    it cannot be read."""
     file_bytes = path.stat().st_size
     with open(path, "rb") as file:
         length = int.from_bytes(file.read(8), "little")
@@ -137,13 +144,15 @@ def read_header(path: Path) -> dict[str, Slot]:
 
 
 def read_tensor(path: Path, slot: Slot) -> tuple[Tensor, int]:
-    """The tensor in `slot` of a file and the CRC-32 of its bytes. Raises FormatError if the file ends too early."""
+    """The tensor in `slot` of a file and the CRC-32 of its bytes. Raises FormatError if the file
+    ends too early."""
     tensor = torch.empty(slot.shape, dtype=slot.dtype)
     return tensor, read_into(path, slot, tensor)
 
 
 def read_into(path: Path, slot: Slot, out: Tensor) -> int:
-    """Fill the contiguous `out` (as many bytes as `slot`) from the file; returns the CRC-32 of the bytes."""
+    """Fill the contiguous `out` (as many bytes as `slot`) from the file; returns the CRC-32 of the
+    bytes."""
     crc = 0
     with open(path, "rb", buffering=0) as file:
         file.seek(slot.offset)
@@ -185,8 +194,10 @@ def _header_bytes(tensors: Sequence[tuple[str, LazyTensor]], metadata: Mapping[s
 def _checked(name: str, item: LazyTensor) -> Tensor:
     tensor = item.load().detach()
     if tuple(tensor.shape) != item.shape or tensor.dtype != item.dtype:
-        raise ValueError(f"{name} was announced as {item.dtype} {item.shape} and came as {tensor.dtype} "
-                         f"{tuple(tensor.shape)}")  # fmt: skip
+        raise ValueError(
+            f"{name} was announced as {item.dtype} {item.shape} and came as {tensor.dtype} "
+            f"{tuple(tensor.shape)}"
+        )
     return tensor.to("cpu").contiguous()
 
 

@@ -1,9 +1,10 @@
 """A directory that appears whole or not at all.
 
-Files are written into `<name>.partial` beside their destination (same file system, so the last step is one rename).
-A killed writer leaves the `.partial`; it is never taken for the real thing and the next writer, or
-`clean_leftovers`, removes it. Replacing goes through `<name>.replaced`: if the process dies between the two renames,
-the old directory is put back. One writer group per destination at a time.
+Files are written into `<name>.partial` beside their destination (same file system, so the last step
+is one rename). A killed writer leaves the `.partial`; it is never taken for the real thing and the
+next writer, or `clean_leftovers`, removes it. Replacing goes through `<name>.replaced`: if the
+process dies between the two renames, the old directory is put back. One writer group per
+destination at a time.
 """
 
 from __future__ import annotations
@@ -19,13 +20,15 @@ REPLACED = ".replaced"
 
 
 def partial_path(directory: Path) -> Path:
-    """Where the files of `directory` are written until they are complete; what `begin` makes, the same on every rank."""
+    """Where the files of `directory` are written until they are complete; what `begin` makes, the
+    same on every rank."""
     directory = Path(directory).resolve()
     return directory.with_name(directory.name + PARTIAL)
 
 
 def begin(directory: Path) -> Path:
-    """Make the empty temporary directory for `directory`, removing what a killed writer left; one rank calls it."""
+    """Make the empty temporary directory for `directory`, removing what a killed writer left; one
+    rank calls it."""
     directory = Path(directory).resolve()
     restore_replaced(directory)
     temporary = partial_path(directory)
@@ -35,7 +38,8 @@ def begin(directory: Path) -> Path:
 
 
 def publish(temporary: Path, directory: Path) -> None:
-    """Flush `temporary` and rename it to `directory`, replacing a directory of that name; one rank calls it."""
+    """Flush `temporary` and rename it to `directory`, replacing a directory of that name; one rank
+    calls it."""
     directory = Path(directory).resolve()
     sync_directory(temporary)
     replaced = directory.with_name(directory.name + REPLACED)
@@ -49,7 +53,8 @@ def publish(temporary: Path, directory: Path) -> None:
 
 @contextlib.contextmanager
 def staged(directory: Path) -> Iterator[Path]:
-    """`begin` for a single writer: on any exception, Ctrl-C included, the temporary directory is removed."""
+    """`begin` for a single writer: on any exception, Ctrl-C included, the temporary directory is
+    removed."""
     temporary = begin(directory)
     try:
         yield temporary
@@ -59,7 +64,8 @@ def staged(directory: Path) -> Iterator[Path]:
 
 
 def clean_leftovers(parent: Path) -> list[Path]:
-    """Remove or repair what killed writers left in `parent`; returns what was removed. No writer may be at work."""
+    """Remove or repair what killed writers left in `parent`; returns what was removed. No writer
+    may be at work."""
     parent = Path(parent)
     removed = []
     for path in sorted(parent.glob("*" + REPLACED)):
@@ -72,7 +78,8 @@ def clean_leftovers(parent: Path) -> list[Path]:
 
 
 def restore_replaced(directory: Path) -> bool:
-    """Settle a replacement that was cut off: put the old directory back if the new one never came, else drop it."""
+    """Settle a replacement that was cut off: put the old directory back if the new one never came,
+    else drop it."""
     replaced = directory.with_name(directory.name + REPLACED)
     if not replaced.exists():
         return False

@@ -1,9 +1,9 @@
 """Writing a checkpoint: named tensors into shards, by one writer or many, then one commit.
 
-One writer calls `write_checkpoint`. Many ranks on a shared file system go the same way in three steps, with barriers
-between them: rank 0 `begin`s, every rank `write_shards` of the tensors it owns under its own prefix, rank 0 `commit`s
-what all prefixes left. A rank may own a row range only (`RowPiece`); the commit checks that every row of every tensor
-was written exactly once.
+One writer calls `write_checkpoint`. Many ranks on a shared file system go the same way in three
+steps, with barriers between them: rank 0 `begin`s, every rank `write_shards` of the tensors it owns
+under its own prefix, rank 0 `commit`s what all prefixes left. A rank may own a row range only
+(`RowPiece`); the commit checks that every row of every tensor was written exactly once.
 """
 
 from __future__ import annotations
@@ -44,7 +44,8 @@ T = TypeVar("T", bound=Sized)
 
 @dataclasses.dataclass(frozen=True)
 class RowPiece:
-    """Rows `start`, `start + 1`, ... of a tensor that has `num_rows` rows in all: what one owner holds of it."""
+    """Rows `start`, `start + 1`, ... of a tensor that has `num_rows` rows in all: what one owner
+    holds of it."""
 
     tensor: Union[Tensor, LazyTensor]  # noqa: UP007
     start: int
@@ -62,10 +63,13 @@ def write_checkpoint(
 ) -> Path:
     """Write a whole checkpoint from one process and return its absolute path.
 
-    tensors: (name, tensor) pairs; any device, none may change until this returns. They are taken one by one, and only
+    tensors: (name, tensor) pairs; any device, none may change until this returns. They are taken
+    one by one, and only
         one at a time is copied to the host. meta: what JSON can hold.
-    An older checkpoint of the same name is replaced once the new one is complete. On any exception nothing is left.
-    Raises CheckpointError if `directory` holds something that is not a checkpoint, OSError from the disk.
+    An older checkpoint of the same name is replaced once the new one is complete. On any exception
+    nothing is left.
+    Raises CheckpointError if `directory` holds something that is not a checkpoint, OSError from the
+    disk.
     """
     directory = Path(directory).resolve()
     check_replaceable(directory)
@@ -82,10 +86,12 @@ def write_shards(
     max_shard_bytes: int = DEFAULT_SHARD_BYTES,
     on_bytes: Callable[[int], None] | None = None,
 ) -> list[ShardEntry]:
-    """Write one writer's tensors as `<prefix>-00000.safetensors`, ... into `temporary`, and say what is where.
+    """Write one writer's tensors as `<prefix>-00000.safetensors`, ... into `temporary`, and say
+    what is where.
 
-    The result is also left in the directory for `read_entries`. A shard holds at most `max_shard_bytes`, or one larger
-    tensor. `on_bytes` is told of every tensor's size once it is written.
+    The result is also left in the directory for `read_entries`. A shard holds at most
+    `max_shard_bytes`, or one larger tensor. `on_bytes` is told of every tensor's size once it is
+    written.
     """
     entries: list[ShardEntry] = []
     for group in group_by_bytes(_slabs(tensors), max_shard_bytes):
@@ -93,7 +99,8 @@ def write_shards(
         written = write_file(temporary / file, [(slab.key, slab.tensor) for slab in group], None, on_bytes)
         pieces = tuple(slab.entry(written.crc32[slab.key]) for slab in group)
         entries.append(ShardEntry(file, written.num_bytes, written.sha256, pieces))
-        # The next shard is gathered before this name is bound again (and enumerate would hold on to the group as well).
+        # The next shard is gathered before this name is bound again (and enumerate would hold on to
+        # the group as well).
         del group
     write_text(temporary / (prefix + _ENTRIES), entries_text(entries))
     sync_directory(temporary)
@@ -101,13 +108,17 @@ def write_shards(
 
 
 def read_entries(temporary: Path, prefixes: Sequence[str]) -> list[ShardEntry]:
-    """What the writers with these prefixes left in `temporary`. Raises CheckpointError for one that did not finish."""
+    """What the writers with these prefixes left in `temporary`. Raises CheckpointError for one that
+    did not finish."""
     entries = []
     for prefix in prefixes:
         path = temporary / (prefix + _ENTRIES)
         if not path.is_file():
-            raise CheckpointError(temporary, f"writer {prefix} did not finish its shards",
-                                  "all ranks must see the same directory")  # fmt: skip
+            raise CheckpointError(
+                temporary,
+                f"writer {prefix} did not finish its shards",
+                "all ranks must see the same directory",
+            )
         entries += parse_entries(path.read_text(encoding="utf-8"))
     return entries
 
@@ -115,10 +126,11 @@ def read_entries(temporary: Path, prefixes: Sequence[str]) -> list[ShardEntry]:
 def commit(
     temporary: Path, directory: Path | str, entries: Sequence[ShardEntry], meta: Mapping[str, Any]
 ) -> None:
-    """Write the manifest of all writers' `entries` and rename `temporary` to `directory`; one rank calls it, last.
+    """Write the manifest of all writers' `entries` and rename `temporary` to `directory`; one rank
+    calls it, last.
 
-    Raises ValueError, a bug of ours, if a tensor was written twice or not wholly; CheckpointError if `directory` holds
-    something that is not a checkpoint.
+    Raises ValueError, a bug of ours, if a tensor was written twice or not wholly; CheckpointError
+    if `directory` holds something that is not a checkpoint.
     """
     directory = Path(directory).resolve()
     check_replaceable(directory)
@@ -129,7 +141,8 @@ def commit(
 
 
 def write_manifest(temporary: Path, entries: Sequence[ShardEntry], meta: Mapping[str, Any]) -> None:
-    """Write the manifest only, so that `temporary` can be opened and verified before it is committed."""
+    """Write the manifest only, so that `temporary` can be opened and verified before it is
+    committed."""
     write_text(temporary / MANIFEST, manifest_text(merge(entries, meta)))
 
 
@@ -139,8 +152,11 @@ def check_replaceable(directory: Path) -> None:
     if not directory.exists() or (directory / MANIFEST).is_file():
         return
     if not directory.is_dir() or any(directory.iterdir()):
-        raise CheckpointError(directory, "exists and is not a checkpoint, so it is not replaced",
-                              "remove it or give another directory")  # fmt: skip
+        raise CheckpointError(
+            directory,
+            "exists and is not a checkpoint, so it is not replaced",
+            "remove it or give another directory",
+        )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -180,7 +196,8 @@ def _slabs(tensors: Iterable[tuple[str, Storable]]) -> Iterator[_Slab]:
 
 
 def group_by_bytes(items: Iterable[T], max_bytes: int) -> Iterator[list[T]]:
-    """Consecutive runs of items (each with `num_bytes`) of at most `max_bytes`, or of one larger item."""
+    """Consecutive runs of items (each with `num_bytes`) of at most `max_bytes`, or of one larger
+    item."""
     group: list[T] = []
     size = 0
     for item in items:

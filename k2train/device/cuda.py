@@ -62,7 +62,8 @@ class CudaStream(Stream):
 
 
 class CudaReading(Reading):
-    """A copy into pinned memory, and the event behind it. The device tensor is kept until the copy is over."""
+    """A copy into pinned memory, and the event behind it. The device tensor is kept until the copy
+    is over."""
 
     def __init__(self, device_numbers: torch.Tensor, host_numbers: torch.Tensor, arrived: CudaEvent) -> None:
         self._device_numbers, self._host_numbers, self._arrived = device_numbers, host_numbers, arrived

@@ -1,8 +1,10 @@
-"""Where host memory comes from: ordinary, or locked in place so that copy engines can read and write it by themselves.
+"""Where host memory comes from: ordinary, or locked in place so that copy engines can read and
+write it by themselves.
 
-torch's own pinned allocator rounds every request up to a power of two and keeps what is freed: with it, three eighths
-of the host memory of a run could stand empty and none of it ever return. So locked memory is made here from whole
-pages of the exact size and registered with CUDA, which comes to the same for a copy. Sizes are bytes.
+torch's own pinned allocator rounds every request up to a power of two and keeps what is freed: with
+it, three eighths of the host memory of a run could stand empty and none of it ever return. So
+locked memory is made here from whole pages of the exact size and registered with CUDA, which comes
+to the same for a copy. Sizes are bytes.
 """
 
 from __future__ import annotations
@@ -21,11 +23,13 @@ class PageableMemory:
 
 
 class PinnedMemory:
-    """Whole pages, registered with CUDA. Raises OSError or torch.cuda.CudaError where the system refuses.
+    """Whole pages, registered with CUDA. Raises OSError or torch.cuda.CudaError where the system
+    refuses.
 
-    They are unregistered before they are unmapped: the finaliser holds the mapping. It waits for the device first, as
-    a copy that was queued may still be under way; memory is freed between steps or where the arena is at its limit, so
-    this wait is rare. The process's end needs no unregistering.
+    They are unregistered before they are unmapped: the finaliser holds the mapping. It waits for
+    the device first, as a copy that was queued may still be under way; memory is freed between
+    steps or where the arena is at its limit, so this wait is rare. The process's end needs no
+    unregistering.
     """
 
     def __init__(self, num_bytes: int) -> None:

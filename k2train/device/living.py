@@ -1,7 +1,7 @@
 """Which storages are really alive: the number that every account of bytes is checked against.
 
-A dispatch mode sees every operation below autograd with the tensors it returns, and a weak reference tells when a
-storage goes. No book is kept by hand, so nothing can be forgotten in it.
+A dispatch mode sees every operation below autograd with the tensors it returns, and a weak
+reference tells when a storage goes. No book is kept by hand, so nothing can be forgotten in it.
 
     with LivingStorages() as living:
         mark = living.mark()
@@ -25,8 +25,9 @@ from torch.utils._pytree import tree_leaves
 
 @dataclasses.dataclass(frozen=True)
 class Birth:
-    """A storage that is alive. key: the id of its object; serial: its number among all; operation, shape and dtype: of
-    the tensor it was made as; place: what `LivingStorages.at` said at that moment."""
+    """A storage that is alive. key: the id of its object; serial: its number among all; operation,
+    shape and dtype: of the tensor it was made as; place: what `LivingStorages.at` said at that
+    moment."""
 
     key: int
     serial: int
@@ -45,11 +46,13 @@ class Birth:
 class LivingStorages(TorchDispatchMode):
     """The storages made by operations while it is entered, in this thread.
 
-    What was made before is not counted: an operation that returns a storage it was given has made none.
+    What was made before is not counted: an operation that returns a storage it was given has made
+    none.
     """
 
     def __init__(self, counts: Callable[[torch.Tensor], bool] = lambda tensor: True) -> None:
-        """counts: whether a storage is followed, by its first tensor; by default all are, the host's included."""
+        """counts: whether a storage is followed, by its first tensor; by default all are, the
+        host's included."""
         super().__init__()
         self._counts = counts
         self._living: dict[int, Birth] = {}
@@ -85,7 +88,8 @@ class LivingStorages(TorchDispatchMode):
         return self._serial
 
     def living(self, since: int = 0, without: Collection[str] = ()) -> list[Birth]:
-        """What is alive of that made since a mark, oldest first. without: places that are left out."""
+        """What is alive of that made since a mark, oldest first. without: places that are left
+        out."""
         return [
             birth
             for birth in sorted(self._living.values(), key=lambda birth: birth.serial)
@@ -105,7 +109,8 @@ class LivingStorages(TorchDispatchMode):
 
     def _note(self, tensor: torch.Tensor, operation: str) -> None:
         storage = tensor.untyped_storage()
-        # The object of a storage is one and the same while the storage lives, and nobody else has its id then.
+        # The object of a storage is one and the same while the storage lives, and nobody else has
+        # its id then.
         if id(storage) in self._living:
             return
         shape = tuple(tensor.shape)

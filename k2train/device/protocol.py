@@ -1,8 +1,10 @@
-"""The protocol of a device: streams that run in order, events between them, pinned memory, reads by the host.
+"""The protocol of a device: streams that run in order, events between them, pinned memory, reads by
+the host.
 
-What is issued to one stream runs in the order it was issued in. Streams run beside each other unless one waits
-for an event of another. The host waits only in `Event.wait_host`, `Stream.wait_host`, `Reading.wait`,
-`Device.read` and `Device.synchronize`, so that every host wait of a step can be counted, and named by its line.
+What is issued to one stream runs in the order it was issued in. Streams run beside each other
+unless one waits for an event of another. The host waits only in `Event.wait_host`,
+`Stream.wait_host`, `Reading.wait`, `Device.read` and `Device.synchronize`, so that every host wait
+of a step can be counted, and named by its line.
 """
 
 from __future__ import annotations
@@ -24,7 +26,8 @@ class Event(Protocol):
         ...
 
     def seconds_since(self, earlier: Event) -> float:
-        """Seconds on the device between two events of a device built with `timed`; waits for this one."""
+        """Seconds on the device between two events of a device built with `timed`; waits for this
+        one."""
         ...
 
 
@@ -38,7 +41,8 @@ class Stream(Protocol):
         ...
 
     def wait(self, *events: Event | None) -> None:
-        """What is issued to this stream from now on starts after the events. None has already come."""
+        """What is issued to this stream from now on starts after the events. None has already
+        come."""
         ...
 
     def wait_host(self) -> None:
@@ -52,16 +56,17 @@ class Stream(Protocol):
     def copy(self, target: torch.Tensor, source: torch.Tensor) -> None:
         """Copy on this stream. The host goes on at once where host memory is pinned.
 
-        The allocator learns nothing of it: the caller keeps both tensors until another stream or the host has
-        waited for the copy, or says `uses`.
+        The allocator learns nothing of it: the caller keeps both tensors until another stream or
+        the host has waited for the copy, or says `uses`.
         """
         ...
 
     def uses(self, *tensors: torch.Tensor) -> None:
-        """The tensors' memory is not handed out again before this stream has done what it has been given so far.
+        """The tensors' memory is not handed out again before this stream has done what it has been
+        given so far.
 
-        To be said of a tensor that another stream allocated and that may be dropped before that stream has waited
-        for this one.
+        To be said of a tensor that another stream allocated and that may be dropped before that
+        stream has waited for this one.
         """
         ...
 
@@ -94,26 +99,28 @@ class Device(Protocol):
 
     @property
     def current(self) -> Stream:
-        """The stream that operations are issued to at this place in the program; the main stream unless inside `issue`."""
+        """The stream that operations are issued to at this place in the program; the main stream
+        unless inside `issue`."""
         ...
 
     def stream(self, name: str, priority: Priority = "normal") -> Stream:
-        """A new stream. One that carries communication has high priority, so that its few blocks are placed first."""
+        """A new stream. One that carries communication has high priority, so that its few blocks
+        are placed first."""
         ...
 
     def pages(self, num_bytes: int) -> HostPages:
         """Host memory of exactly this size (> 0) that copies can reach by themselves.
 
-        Raises OSError or RuntimeError where the system gives or locks no more. To lock memory takes milliseconds and
-        may stop the device, so it belongs before the first step.
+        Raises OSError or RuntimeError where the system gives or locks no more. To lock memory takes
+        milliseconds and may stop the device, so it belongs before the first step.
         """
         ...
 
     def empty(self, num_bytes: int) -> torch.Tensor:
         """New device memory, uint8, one dimension, of the current stream.
 
-        Kernels that were issued to that stream before may still use it: another stream that is to write it waits for
-        an event recorded after this call.
+        Kernels that were issued to that stream before may still use it: another stream that is to
+        write it waits for an event recorded after this call.
         """
         return torch.empty(num_bytes, dtype=torch.uint8, device=self.torch_device)
 
@@ -122,7 +129,8 @@ class Device(Protocol):
         return host.to(self.torch_device)
 
     def start_read(self, tensor: torch.Tensor, what: str) -> Reading:
-        """Begin to bring a tensor's numbers to the host, behind what the current stream has been given so far.
+        """Begin to bring a tensor's numbers to the host, behind what the current stream has been
+        given so far.
 
         what: names the read in reports, for example "route".
         """
@@ -137,7 +145,8 @@ class Device(Protocol):
         ...
 
     def peak_bytes(self) -> int:
-        """The most memory used since the start: of the device, or of the process where that is the same."""
+        """The most memory used since the start: of the device, or of the process where that is the
+        same."""
         ...
 
 

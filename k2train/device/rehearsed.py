@@ -1,7 +1,8 @@
-"""A device that exists in name only: it keeps streams apart, notes every wait of the host, and answers reads from a list.
+"""A device that exists in name only: it keeps streams apart, notes every wait of the host, and
+answers reads from a list.
 
-Tensors on it have shapes and no memory (torch's FakeTensor), so a copy moves nothing and an event has always come. What
-the host would read from the device has no value here; `answers` gives one.
+Tensors on it have shapes and no memory (torch's FakeTensor), so a copy moves nothing and an event
+has always come. What the host would read from the device has no value here; `answers` gives one.
 """
 
 from __future__ import annotations
@@ -83,7 +84,8 @@ class _Pages:
 
 
 class RehearsedDevice(Device):
-    """host_waits: how often the host would have stood still, by what it waited for and the line that did."""
+    """host_waits: how often the host would have stood still, by what it waited for and the line
+    that did."""
 
     def __init__(self, torch_device: torch.device, answers: Answers) -> None:
         self._torch_device, self._answers = torch_device, answers
@@ -129,7 +131,8 @@ class RehearsedDevice(Device):
             self._issuing.pop()
 
     def note_host_wait(self, what: str, moment: int) -> None:
-        """The host would stand still here until the device has done what was issued before a moment."""
+        """The host would stand still here until the device has done what was issued before a
+        moment."""
         self.host_waits[what, calling_line()] += 1
         self.on_host_wait(what, moment)
 

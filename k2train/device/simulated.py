@@ -1,8 +1,8 @@
 """A simulated device for tests: streams that run later, in random order, as those of a GPU may.
 
-Whatever the streams' own order and their waits leave open is drawn at random: a stream may lag far behind the others
-or run ahead of them. So a wait that is missing shows up as a wrong value, on a machine without a device. Memory is
-poisoned where a device would reuse it:
+Whatever the streams' own order and their waits leave open is drawn at random: a stream may lag far
+behind the others or run ahead of them. So a wait that is missing shows up as a wrong value, on a
+machine without a device. Memory is poisoned where a device would reuse it:
 
     host pages      once they were copied to the device, if `pages_read_once`
     new memory      until something is written into it
@@ -53,7 +53,8 @@ class _Wait:
 
 
 class SimulatedStream(Stream):
-    """A queue of items. eager: what is issued happens at once, and waiting means to let the others run."""
+    """A queue of items. eager: what is issued happens at once, and waiting means to let the others
+    run."""
 
     def __init__(self, device: SimulatedDevice, name: str, eager: bool) -> None:
         self.device, self.name, self.eager = device, name, eager
@@ -80,7 +81,8 @@ class SimulatedStream(Stream):
 
     @contextlib.contextmanager
     def issue(self) -> Iterator[None]:
-        """Operations inside happen at once, so the stream first has to come so far; see `SimulatedDevice.compute`."""
+        """Operations inside happen at once, so the stream first has to come so far; see
+        `SimulatedDevice.compute`."""
         self.wait_host()
         with self.device.at(self):
             yield
@@ -124,9 +126,10 @@ class SimulatedReading(Reading):
 
 
 class SimulatedDevice(Device):
-    """seed: of the order. eager_compute: the main stream is not queued but happens in the caller, as with CPU tensors;
-    the others lag behind until somebody waits for them. Otherwise the main stream is what `compute` was given, queued
-    like the rest. pages_read_once: nobody reads host pages again after their copy to the device.
+    """seed: of the order. eager_compute: the main stream is not queued but happens in the caller,
+    as with CPU tensors; the others lag behind until somebody waits for them. Otherwise the main
+    stream is what `compute` was given, queued like the rest. pages_read_once: nobody reads host
+    pages again after their copy to the device.
     """
 
     stream_type: type[SimulatedStream] = SimulatedStream
@@ -176,7 +179,8 @@ class SimulatedDevice(Device):
     def empty(self, num_bytes: int) -> torch.Tensor:
         memory = torch.full((num_bytes,), FREED_BYTE, dtype=torch.uint8)
         if not self._main.eager:
-            # The block's last owner freed it with a kernel still queued, which the allocator allows within a stream.
+            # The block's last owner freed it with a kernel still queued, which the allocator allows
+            # within a stream.
             self.compute(lambda: memory.fill_(OTHERS_BYTE))
         return memory
 
@@ -212,7 +216,8 @@ class SimulatedDevice(Device):
             assert condition() or self._runnable(), "the streams wait for one another"
 
     def reader(self, tensor: torch.Tensor) -> Callable[[], torch.Tensor | None]:
-        """Gives the tensor, or None where it was on the device and nobody has kept it. Holds host memory only."""
+        """Gives the tensor, or None where it was on the device and nobody has kept it. Holds host
+        memory only."""
         if self.is_host(tensor):
             return lambda: tensor
         storage = weakref.ref(tensor.untyped_storage())

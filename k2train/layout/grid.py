@@ -2,10 +2,10 @@
 
     rank = (pp_rank * edp + edp_rank) * ep + ep_rank
 
-The expert axis is innermost, so that an all-to-all stays on neighbouring ranks (K2's 16 fill two nodes of 8); the
-pipeline is outermost, because its messages are the smallest. Between them lie the replicas of every expert. Dense
-parameters are replicated over a whole stage, which is the product of the two inner axes. Source: docs/design.md,
-"Layout"; K2 report, section 2.4.2.
+The expert axis is innermost, so that an all-to-all stays on neighbouring ranks (K2's 16 fill two
+nodes of 8); the pipeline is outermost, because its messages are the smallest. Between them lie the
+replicas of every expert. Dense parameters are replicated over a whole stage, which is the product
+of the two inner axes. Source: docs/design.md, "Layout"; K2 report, section 2.4.2.
 
     pp 2, edp 2, ep 2      stage 0: [0 1] [2 3]      stage 1: [4 5] [6 7]      ep groups in brackets
 """
@@ -16,7 +16,8 @@ from dataclasses import dataclass
 from typing import Literal, NamedTuple, get_args
 
 Axis = Literal["pp", "ep", "edp", "dp"]
-"""Groups: `pp` the stages of one pipeline, `ep` one all-to-all, `edp` the replicas of an expert, `dp` a whole stage."""
+"""Groups: `pp` the stages of one pipeline, `ep` one all-to-all, `edp` the replicas of an expert,
+`dp` a whole stage."""
 AXES: tuple[Axis, ...] = get_args(Axis)
 
 
@@ -76,7 +77,8 @@ class RankGrid:
         return tuple(range(first, first + self.dp))
 
     def relay_groups(self, rank: int, relay_ranks: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
-        """Of `rank`'s ep group, in runs of `relay_ranks`: the ranks of its run, and those at its place in every run."""
+        """Of `rank`'s ep group, in runs of `relay_ranks`: the ranks of its run, and those at its
+        place in every run."""
         group = self.group("ep", rank)
         run, place = divmod(group.index(rank), relay_ranks)
         return group[run * relay_ranks : (run + 1) * relay_ranks], group[place::relay_ranks]
@@ -86,7 +88,8 @@ class RankGrid:
         return tuple(group for rank in range(self.world) if (group := self.group(axis, rank))[0] == rank)
 
     def previous_stage(self, rank: int) -> int:
-        """The same place one stage earlier; stage 0 wraps round to the last, where interleaving sends it."""
+        """The same place one stage earlier; stage 0 wraps round to the last, where interleaving
+        sends it."""
         pp_rank, edp_rank, ep_rank = self.coordinates(rank)
         return self.rank_of((pp_rank - 1) % self.pp, edp_rank, ep_rank)
 

@@ -1,12 +1,14 @@
 """Layers to virtual stages: contiguous, every layer once, the slowest stage as fast as it can be.
 
-A step is as long as its fullest stage, so that is minimised first; then the heaviest virtual stage, because pipelines
-move in lockstep; then evenness. K2 on 16 stages with 2 virtual stages each: the head weighs about two layers, so the
-last virtual stage has the head alone, the last stage's other one a single layer, and all others two.
+A step is as long as its fullest stage, so that is minimised first; then the heaviest virtual stage,
+because pipelines move in lockstep; then evenness. K2 on 16 stages with 2 virtual stages each: the
+head weighs about two layers, so the last virtual stage has the head alone, the last stage's other
+one a single layer, and all others two.
 
-The virtual stages of a stage are not neighbours in the model, which makes the exact problem a packing problem. It is
-solved by dealing out layers as if all weighed the same, which is exact where they do, and then moving layers away
-from the fullest stage and the heaviest virtual stage while that helps.
+The virtual stages of a stage are not neighbours in the model, which makes the exact problem a
+packing problem. It is solved by dealing out layers as if all weighed the same, which is exact where
+they do, and then moving layers away from the fullest stage and the heaviest virtual stage while
+that helps.
 """
 
 from __future__ import annotations
@@ -35,8 +37,8 @@ class PipelineWeights:
 def balance(weights: PipelineWeights, placement: Sequence[int]) -> tuple[int, ...]:
     """Layers of every virtual stage. placement: the stage of every virtual stage, in model order.
 
-    The first virtual stage also has the embedding, the last the head; no other is left without a layer, so at most
-    `weights.num_items` virtual stages can be served.
+    The first virtual stage also has the embedding, the last the head; no other is left without a
+    layer, so at most `weights.num_items` virtual stages can be served.
     """
     assert 1 <= len(placement) <= weights.num_items, "more virtual stages than things to put on them"
     counts = _deal_out(weights, placement)
@@ -74,7 +76,8 @@ def _fewest(num_pieces: int) -> list[int]:
 
 
 def _deal_out(weights: PipelineWeights, placement: Sequence[int]) -> list[int]:
-    """Layers one by one to the stage, and there to the virtual stage, that has least, as if all weighed the mean."""
+    """Layers one by one to the stage, and there to the virtual stage, that has least, as if all
+    weighed the mean."""
     counts = _fewest(len(placement))
     mean = sum(weights.layers) / len(weights.layers)
     loads = [count * mean for count in counts]
@@ -97,7 +100,8 @@ def _score(weights: PipelineWeights, placement: Sequence[int], counts: Sequence[
 def _moves(
     weights: PipelineWeights, placement: Sequence[int], counts: Sequence[int]
 ) -> list[tuple[Score, list[int]]]:
-    """Every way to take a layer from the fullest stage or the heaviest virtual stage, with what comes of it."""
+    """Every way to take a layer from the fullest stage or the heaviest virtual stage, with what
+    comes of it."""
     loads = piece_loads(weights, counts)
     totals = stage_loads(loads, placement)
     fullest, heaviest = max(totals), max(loads)

@@ -1,6 +1,8 @@
-"""How tokens reach their experts and come back. The model defines the protocol; the parallel room brings the all-to-all.
+"""How tokens reach their experts and come back. The model defines the protocol; the parallel room
+brings the all-to-all.
 
-Letters: T tokens, K experts per token, M rows at the experts this rank holds, E experts, L local experts, D features.
+Letters: T tokens, K experts per token, M rows at the experts this rank holds, E experts, L local
+experts, D features.
 """
 
 from __future__ import annotations
@@ -22,35 +24,40 @@ Tensors = tuple[torch.Tensor, ...]
 class Results:
     """Tensors, and when they are there.
 
-    ready: the event at which they are; None where the current stream made them, so that what it is given next
-    may use them.
+    ready: the event at which they are; None where the current stream made them, so that what it is
+    given next may use them.
     """
 
     tensors: tuple[torch.Tensor | None, ...]
     ready: Event | None = None
 
     def on(self, stream: Stream) -> tuple[Any, ...]:
-        """The tensors, which `stream` may use from here on: the current one, unless they say when they are ready."""
+        """The tensors, which `stream` may use from here on: the current one, unless they say when
+        they are ready."""
         stream.wait(self.ready)
         stream.uses(*(tensor for tensor in self.tensors if tensor is not None))
         return self.tensors
 
 
 class Route(Protocol):
-    """One layer's exchange of one microbatch: who sends what to whom. Forward and backward share it."""
+    """One layer's exchange of one microbatch: who sends what to whom. Forward and backward share
+    it."""
 
     @property
     def offsets(self) -> torch.Tensor:
-        """(L,) int32, on the rows' device: the row after each local expert's last, in rows sorted by expert."""
+        """(L,) int32, on the rows' device: the row after each local expert's last, in rows sorted
+        by expert."""
         ...
 
     @property
     def rows_of_experts(self) -> tuple[int, ...]:
-        """Rows of each local expert, known to the host; `offsets` are their sums. Not before `dispatch`."""
+        """Rows of each local expert, known to the host; `offsets` are their sums. Not before
+        `dispatch`."""
         ...
 
     def settle(self, saved: SavedActivations) -> None:
-        """The forward has used it: hand what the backward needs to the store, and let go of the rest."""
+        """The forward has used it: hand what the backward needs to the store, and let go of the
+        rest."""
         ...
 
 
@@ -58,16 +65,18 @@ class Routing(Protocol):
     """A route that the device is still counting."""
 
     def wait(self) -> Route:
-        """The route. The host waits here for the counts, and for nothing that was issued after them."""
+        """The route. The host waits here for the counts, and for nothing that was issued after
+        them."""
         ...
 
 
 class Dispatcher(Protocol):
     """Brings tokens to their experts and back.
 
-    Both moves are linear and each is the other's transpose, so the backward of one is the other. Every rank of an
-    expert-parallel group calls them in the same order. Zero rows are legal. `ready` is the event at which the
-    given tensors are there (None: behind what the current stream has been given); the results say when they are.
+    Both moves are linear and each is the other's transpose, so the backward of one is the other.
+    Every rank of an expert-parallel group calls them in the same order. Zero rows are legal.
+    `ready` is the event at which the given tensors are there (None: behind what the current stream
+    has been given); the results say when they are.
     """
 
     @property
@@ -84,8 +93,8 @@ class Dispatcher(Protocol):
     ) -> Routing:
         """Begin to agree on who sends what.
 
-        experts_TK (T, K) int64 are this rank's choices, counts_E (E,) int64 how often each expert is among them.
-        The index tables that live until the backward are named `routing` in `saved`.
+        experts_TK (T, K) int64 are this rank's choices, counts_E (E,) int64 how often each expert
+        is among them. The index tables that live until the backward are named `routing` in `saved`.
         """
         ...
 
@@ -96,8 +105,8 @@ class Dispatcher(Protocol):
         weights_TK: torch.Tensor | None = None,
         ready: Event | None = None,
     ) -> Results:
-        """Start to copy tokens to their experts' rows (M, D), sorted by local expert; with weights, each one's
-        (M,) too."""
+        """Start to copy tokens to their experts' rows (M, D), sorted by local expert; with weights,
+        each one's (M,) too."""
         ...
 
     def combine(
@@ -108,13 +117,14 @@ class Dispatcher(Protocol):
         plus_TD: torch.Tensor | None = None,
         ready: Event | None = None,
     ) -> Results:
-        """Start to add up the rows of each token (T, D), and plus_TD to that; with weights, they return to their
-        places (T, K) too."""
+        """Start to add up the rows of each token (T, D), and plus_TD to that; with weights, they
+        return to their places (T, K) too."""
         ...
 
 
 class RouteTables:
-    """A route's index tables: named `routing` at once, kept by the store from the end of the forward on."""
+    """A route's index tables: named `routing` at once, kept by the store from the end of the
+    forward on."""
 
     def __init__(self, saved: SavedActivations, *tables: torch.Tensor) -> None:
         saved.name("routing", extras=tables)
@@ -132,7 +142,8 @@ class RouteTables:
 
 
 class SlotOrder:
-    """A token's copies sorted by expert: the tables between slots (token, k) and rows, N = T x K of them."""
+    """A token's copies sorted by expert: the tables between slots (token, k) and rows, N = T x K of
+    them."""
 
     def __init__(self, experts_TK: torch.Tensor, saved: SavedActivations) -> None:
         order = sort_slots(experts_TK)
@@ -188,7 +199,8 @@ class LocalRouting:
 
 
 class LocalDispatcher:
-    """Every expert is local: tokens are copied to their rows and added up again, on the current stream."""
+    """Every expert is local: tokens are copied to their rows and added up again, on the current
+    stream."""
 
     def __init__(self, device: Device) -> None:
         self.device = device

@@ -1,9 +1,10 @@
 """Phases: the pieces a layer is cut into, each with its own forward and backward.
 
-The autograd graph ends at a phase's border. A compute phase's graph is entered through a node that holds no tensor and
-left through edges that hold none, so between forward and backward nothing is alive but what operations saved on
-purpose. A communication phase is linear and has no graph at all; it can be started and finished separately, so that
-the runtime puts another microbatch's compute between the two (K2 report, section 2.4.2).
+The autograd graph ends at a phase's border. A compute phase's graph is entered through a node that
+holds no tensor and left through edges that hold none, so between forward and backward nothing is
+alive but what operations saved on purpose. A communication phase is linear and has no graph at all;
+it can be started and finished separately, so that the runtime puts another microbatch's compute
+between the two (K2 report, section 2.4.2).
 """
 
 from __future__ import annotations
@@ -25,7 +26,8 @@ Grads = tuple[torch.Tensor | None, ...]
 
 
 class Phase(Protocol):
-    """A step of the model: `forward` and `backward` of one microbatch, in the order the schedule says."""
+    """A step of the model: `forward` and `backward` of one microbatch, in the order the schedule
+    says."""
 
     @property
     def name(self) -> str: ...
@@ -38,7 +40,8 @@ class Phase(Protocol):
         ...
 
     def backward(self, record: Any, grad_outputs: Grads, context: MicrobatchContext) -> Grads:
-        """Gradients of the inputs (None for one without); parameters' gradients go to the context."""
+        """Gradients of the inputs (None for one without); parameters' gradients go to the
+        context."""
         ...
 
 
@@ -53,19 +56,22 @@ class ComputeRecord:
 class ComputePhase(abc.ABC):
     """A phase that is a plain differentiable function of its inputs.
 
-    Autograd is asked for the gradients of the inputs alone. Those of the weights are put into the slot by the operations that
-    have weights, because autograd would round them to the weights' type, microbatch by microbatch.
+    Autograd is asked for the gradients of the inputs alone. Those of the weights are put into the
+    slot by the operations that have weights, because autograd would round them to the weights'
+    type, microbatch by microbatch.
     """
 
     stream: Literal["compute"] = "compute"
 
     def __init__(self, name: str, layer: int | None = None, otherwise: str | None = None) -> None:
-        """layer: whose activations it saves, None for the ends. otherwise: the name of those it gives no name."""
+        """layer: whose activations it saves, None for the ends. otherwise: the name of those it
+        gives no name."""
         self.name, self.layer, self.otherwise = name, layer, otherwise
 
     @abc.abstractmethod
     def compute(self, inputs: Tensors, context: MicrobatchContext, slot: WeightGradSlot | None) -> Tensors:
-        """The phase's mathematics, in plain autograd. Where a slot is given, every weight's gradient must go there."""
+        """The phase's mathematics, in plain autograd. Where a slot is given, every weight's
+        gradient must go there."""
 
     @abc.abstractmethod
     def pieces(self) -> list[Piece]:
@@ -101,13 +107,15 @@ def _edge(tensor: torch.Tensor) -> GradientEdge | None:
 
 
 def _entry(tensor: torch.Tensor) -> GradientEdge | None:
-    """The edge of a tensor that _Enter made. The graph behind it holds its node, so the edge need not."""
+    """The edge of a tensor that _Enter made. The graph behind it holds its node, so the edge need
+    not."""
     node = tensor.grad_fn
     return None if node is None else GradientEdge(node, tensor.output_nr)
 
 
 class _Enter(torch.autograd.Function):
-    """The tensors unchanged, as the outputs of one node. A leaf's node would keep the tensor alive; this one does not."""
+    """The tensors unchanged, as the outputs of one node. A leaf's node would keep the tensor alive;
+    this one does not."""
 
     @staticmethod
     def forward(ctx: Any, anchor: torch.Tensor, *tensors: torch.Tensor) -> Tensors:
@@ -130,7 +138,8 @@ def _enter(inputs: Tensors) -> Tensors:
 
 @dataclasses.dataclass(frozen=True)
 class Started:
-    """A communication phase between its start and its finish: what is under way, and what waits beside it."""
+    """A communication phase between its start and its finish: what is under way, and what waits
+    beside it."""
 
     pending: Any
     rest: tuple[Any, ...] = ()
@@ -139,9 +148,9 @@ class Started:
 class CommunicationPhase(abc.ABC):
     """A linear phase that mostly waits. Its whole forward is its start followed by its finish.
 
-    Inputs and results carry the event at which they are there (`Results.ready`): an exchange waits for its own
-    inputs, not for all that the main stream was given before it, and nobody waits for an exchange but who
-    computes with its results.
+    Inputs and results carry the event at which they are there (`Results.ready`): an exchange waits
+    for its own inputs, not for all that the main stream was given before it, and nobody waits for
+    an exchange but who computes with its results.
     """
 
     stream: Literal["communication"] = "communication"

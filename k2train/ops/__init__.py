@@ -1,4 +1,5 @@
-"""Numerics: functions of tensors, in plain PyTorch, with explicit backward passes that save on purpose.
+"""Numerics: functions of tensors, in plain PyTorch, with explicit backward passes that save on
+purpose.
 
     dtypes         cast, accumulation_dtype, and the types a config can name
     weight_grad    WeightGradQueue, WeightGradSlot, GradientSink, RowRun, PlainGradients, add_product

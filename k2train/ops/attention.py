@@ -1,7 +1,8 @@
 """Causal attention that also returns every head's largest logit.
 
-QK-Clip needs max(q.k * scale) per head before the softmax (K2 report, section 2.1). Stock attention keeps it to itself
-or hands out all scores, S x S a head. Which of four ways is taken says the run's `OpsBackend`:
+QK-Clip needs max(q.k * scale) per head before the softmax (K2 report, section 2.1). Stock attention
+keeps it to itself or hands out all scores, S x S a head. Which of four ways is taken says the run's
+`OpsBackend`:
 
     tiles    a tile of scores at a time, from stock operations (`attention_tiles`); everywhere, and the reference's equal
     triton   kernels that put no score into memory (`attention_triton`); portable, the same bits in every run
@@ -27,11 +28,12 @@ _STOCK = OpsBackend()
 
 
 class Attended(NamedTuple):
-    """out (B, S, H, V) in v's type; max_logits (H,), each head's largest scaled logit, FP32 or FP64.
+    """out (B, S, H, V) in v's type; max_logits (H,), each head's largest scaled logit, FP32 or
+    FP64.
 
-    max_logits are exact, except that with the cuDNN backend a head whose logits are all at most `exact_above` may have
-    an upper bound that is at most `exact_above` too. extras: what a backward saves beside q, k, v and out (small: a
-    number a row, FP32).
+    max_logits are exact, except that with the cuDNN backend a head whose logits are all at most
+    `exact_above` may have an upper bound that is at most `exact_above` too. extras: what a backward
+    saves beside q, k, v and out (small: a number a row, FP32).
     """
 
     out: torch.Tensor
@@ -50,9 +52,9 @@ def causal_attention(
 ) -> Attended:
     """softmax(scale q k^T, causal) v and what goes with it; only the output has a gradient.
 
-    With `backend.heads_inside`, positions lie before heads in memory. tile_elements: so many scores alive at once (32
-    rows of one head at least), None for the device's size; scratch: where tiles' scores are, forward and backward, None
-    for memory of this call's own. Both are for tiles alone.
+    With `backend.heads_inside`, positions lie before heads in memory. tile_elements: so many scores
+    alive at once (32 rows of one head at least), None for the device's size; scratch: where tiles'
+    scores are, forward and backward, None for memory of this call's own. Both are for tiles alone.
     """
     kernel = _taken(backend.attention, q_BHSK)
     if kernel == "tiles":
@@ -73,7 +75,8 @@ def causal_attention(
 
 
 def _taken(kernel: AttentionKernel, q_BHSK: torch.Tensor) -> AttentionKernel:
-    """The backend's kernel, but tiles for the few calls it refuses: no queries at all, and for cuDNN one position."""
+    """The backend's kernel, but tiles for the few calls it refuses: no queries at all, and for
+    cuDNN one position."""
     if q_BHSK.shape[2] < (2 if kernel == "cudnn" else 1) or not q_BHSK.numel():
         return "tiles"
     return kernel

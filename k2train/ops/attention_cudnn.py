@@ -1,13 +1,15 @@
-"""Causal attention by torch's binding of cuDNN, Hopper's fastest for MLA's widths, and the largest logits beside it.
+"""Causal attention by torch's binding of cuDNN, Hopper's fastest for MLA's widths, and the largest
+logits beside it.
 
-cuDNN returns the output and each row's log-sum-exp (natural logarithm of the scaled logits) and keeps the largest logits
-to itself; `row_max` finds them. Its backward makes five products where the Triton kernels make seven, and adds up the
-gradient of q in the order in which programs happen to end, so two runs may differ in the last bit.
+cuDNN returns the output and each row's log-sum-exp (natural logarithm of the scaled logits) and
+keeps the largest logits to itself; `row_max` finds them. Its backward makes five products where the
+Triton kernels make seven, and adds up the gradient of q in the order in which programs happen to
+end, so two runs may differ in the last bit.
 
-The two calls are operations of their own (`torch.ops.k2train.cudnn_attention` and its backward): they fix the output's
-layout, drop what only dropout needs, and can be rehearsed with tensors that have no memory. The schemas of
-`aten::_scaled_dot_product_cudnn_attention` and its backward are the same in torch 2.11 and 2.13.
-Not yet run on a GPU.
+The two calls are operations of their own (`torch.ops.k2train.cudnn_attention` and its backward):
+they fix the output's layout, drop what only dropout needs, and can be rehearsed with tensors that
+have no memory. The schemas of `aten::_scaled_dot_product_cudnn_attention` and its backward are the
+same in torch 2.11 and 2.13. Not yet run on a GPU.
 
 Letters: B sequences, H heads, S positions, K query and key features, V value features.
 """
@@ -23,9 +25,11 @@ from k2train.ops.row_max import stock_largest_logits
 
 
 def cudnn_takes(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> bool:
-    """torch's own word on whether its cuDNN attention takes these, backward included where they require gradients.
+    """torch's own word on whether its cuDNN attention takes these, backward included where they
+    require gradients.
 
-    It knows the version of cuDNN, the GPU, and whether deterministic algorithms were asked for, which this is not.
+    It knows the version of cuDNN, the GPU, and whether deterministic algorithms were asked for,
+    which this is not.
     """
     params = torch.backends.cuda.SDPAParams(query, key, value, None, 0.0, True, False)
     return torch.backends.cuda.can_use_cudnn_attention(params)
@@ -39,12 +43,14 @@ def attention_by_cudnn(
     exact_above: float,
     triton: bool,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """softmax(scale q k^T, causal) v as (B, S, H, V), the heads' largest logits (H,) and the log-sum-exp (B, H, S, 1).
+    """softmax(scale q k^T, causal) v as (B, S, H, V), the heads' largest logits (H,) and the
+    log-sum-exp (B, H, S, 1).
 
-    At least two positions. In memory positions lie before heads, (B, S, H, features): the output takes the queries' order,
-    so queries in another order are copied first; keys and values need only have their features together. Largest logits:
-    as `row_max_triton.largest_logits` says, exact for every head without Triton. Saves q, k, v, the output and the
-    log-sum-exp, and has a gradient for the output alone.
+    At least two positions. In memory positions lie before heads, (B, S, H, features): the output
+    takes the queries' order, so queries in another order are copied first; keys and values need
+    only have their features together. Largest logits: as `row_max_triton.largest_logits` says,
+    exact for every head without Triton. Saves q, k, v, the output and the log-sum-exp, and has a
+    gradient for the output alone.
     """
     if not q_BHSK.transpose(1, 2).is_contiguous():
         q_BHSK = q_BHSK.transpose(1, 2).contiguous().transpose(1, 2)
@@ -135,6 +141,20 @@ def cudnn_attention_backward(
     # The state of a random generator: without dropout nothing reads it.
     unread = q_BHSK.new_empty((), dtype=torch.int64)
     return torch.ops.aten._scaled_dot_product_cudnn_attention_backward(
-        dout_BHSV, q_BHSK, k_BHSK, v_BHSV, out_BHSV, lse_BHS1, unread, unread, None, None, None,
-        length, length, 0.0, True, scale=scale,
-    )  # fmt: skip
+        dout_BHSV,
+        q_BHSK,
+        k_BHSK,
+        v_BHSV,
+        out_BHSV,
+        lse_BHS1,
+        unread,
+        unread,
+        None,
+        None,
+        None,
+        length,
+        length,
+        0.0,
+        True,
+        scale=scale,
+    )

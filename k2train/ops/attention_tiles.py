@@ -1,13 +1,16 @@
 """Causal attention from stock operations, one tile of scores at a time.
 
-A tile is some heads' rows against all keys up to the last row's; its softmax is complete, so nothing is rescaled between
-tiles, keys after the tile are never touched, and backward rebuilds each tile from q and k: only q, k and v are saved.
+A tile is some heads' rows against all keys up to the last row's; its softmax is complete, so
+nothing is rescaled between tiles, keys after the tile are never touched, and backward rebuilds each
+tile from q and k: only q, k and v are saved.
 
-All tiles of a call share their scratch, and on a CPU all calls of a model do: a fresh mebibyte costs more page faults than
-its arithmetic (measured: fresh scores for every tile make backward 1.7 times slower). Rows run from the last to the first,
-so that the first tile sees every key and starts the sums over rows that the others add to.
+All tiles of a call share their scratch, and on a CPU all calls of a model do: a fresh mebibyte
+costs more page faults than its arithmetic (measured: fresh scores for every tile make backward 1.7
+times slower). Rows run from the last to the first, so that the first tile sees every key and starts
+the sums over rows that the others add to.
 
-Letters: B sequences, H heads, G = B x H, S positions, K query and key features, V value features, R rows of a tile.
+Letters: B sequences, H heads, G = B x H, S positions, K query and key features, V value features, R
+rows of a tile.
 """
 
 from __future__ import annotations
@@ -21,8 +24,9 @@ import torch
 from k2train.ops.dtypes import accumulation_dtype, cast
 from k2train.ops.softmax import consuming_softmax
 
-# 2 MiB in FP32 stay in two cores' caches, and 64 rows waste little above the diagonal (measured in the model on two cores,
-# at 128 to 1024 positions: 96 rows with 1.5 MiB are 0 to 4 % slower, 64 rows with that as well). A GPU wants larger products.
+# 2 MiB in FP32 stay in two cores' caches, and 64 rows waste little above the diagonal (measured in
+# the model on two cores, at 128 to 1024 positions: 96 rows with 1.5 MiB are 0 to 4 % slower, 64
+# rows with that as well). A GPU wants larger products.
 CPU_TILE_ELEMENTS = 2**19
 CUDA_TILE_ELEMENTS = 2**26
 _MIN_ROWS = 32
@@ -37,7 +41,8 @@ def tiled_attention(
     tile_elements: int | None,
     scratch: AttentionScratch | None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Output (B, S, H, V) and largest logits (H,), as `attention.causal_attention` says; the output alone has a gradient."""
+    """Output (B, S, H, V) and largest logits (H,), as `attention.causal_attention` says; the output
+    alone has a gradient."""
     if tile_elements is None:
         tile_elements = CUDA_TILE_ELEMENTS if q_BHSK.is_cuda else CPU_TILE_ELEMENTS
     return _TiledAttention.apply(q_BHSK, k_BHSK, v_BHSV, scale, tile_elements, scratch or AttentionScratch())
@@ -47,7 +52,8 @@ def tiled_attention(
 class _Tiling:
     """How (B, H, S, S) scores are cut: into groups of heads, and the rows of each group into tiles.
 
-    heads: how many of the B x H a group has at most; a multiple of H or a divisor of it. rows: of a tile, at most.
+    heads: how many of the B x H a group has at most; a multiple of H or a divisor of it. rows: of a
+    tile, at most.
     """
 
     num_heads: int
@@ -87,10 +93,12 @@ def _tiling(q_BHSK: torch.Tensor, tile_elements: int) -> _Tiling:
 
 @dataclasses.dataclass(frozen=True)
 class _Tile:
-    """Rows `start` to `end` of a group against the keys up to `end`, and its views of the scratch all tiles share.
+    """Rows `start` to `end` of a group against the keys up to `end`, and its views of the scratch
+    all tiles share.
 
-    scores, gradients: (G, R, E), the second in backward alone. diagonal: the scores of the last R keys, where the future
-    begins. future: (R, R), minus infinity above the diagonal, to be added: a masked fill is several times slower.
+    scores, gradients: (G, R, E), the second in backward alone. diagonal: the scores of the last R
+    keys, where the future begins. future: (R, R), minus infinity above the diagonal, to be added: a
+    masked fill is several times slower.
     """
 
     start: int
@@ -106,7 +114,8 @@ class _Tile:
 
 
 class _Room:
-    """The memory of a tiling's tiles. Their views are made once for all groups: one costs as much as a small product."""
+    """The memory of a tiling's tiles. Their views are made once for all groups: one costs as much
+    as a small product."""
 
     def __init__(self, tiling: _Tiling, like: torch.Tensor, dtype: torch.dtype, gradients: bool) -> None:
         self._tiling = tiling
@@ -134,8 +143,9 @@ class _Room:
 
 
 class AttentionScratch:
-    """The memory of the tiles of calls that come one after the other: kept on a CPU, until a call needs another size (4 MiB
-    at the default size of a tile); fresh for each call on a GPU, whose allocator keeps it and has use for it meanwhile."""
+    """The memory of the tiles of calls that come one after the other: kept on a CPU, until a call
+    needs another size (4 MiB at the default size of a tile); fresh for each call on a GPU, whose
+    allocator keeps it and has use for it meanwhile."""
 
     def __init__(self) -> None:
         self._kept: _Room | None = None
@@ -150,12 +160,14 @@ class AttentionScratch:
 
 
 def _wide(group_BHSF: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-    """A group's part as (G, S, F) in the type of the arithmetic; a view where that is the tensor's own."""
+    """A group's part as (G, S, F) in the type of the arithmetic; a view where that is the tensor's
+    own."""
     return cast(group_BHSF.flatten(0, 1), dtype)
 
 
 def _scores(tile: _Tile, q_GRK: torch.Tensor, k_GKS: torch.Tensor, scale: float) -> torch.Tensor:
-    """Scaled logits of a tile (G, R, E) in its scratch, minus infinity after each row's own position."""
+    """Scaled logits of a tile (G, R, E) in its scratch, minus infinity after each row's own
+    position."""
     scores_GRE = tile.scores.baddbmm_(q_GRK, k_GKS.narrow(2, 0, tile.end), beta=0, alpha=scale)
     tile.diagonal.add_(tile.future)
     return scores_GRE
@@ -169,9 +181,11 @@ def _softmax_gradient(dp_GRE: torch.Tensor, p_GRE: torch.Tensor) -> torch.Tensor
 
 
 def _add_product(total_GSF: torch.Tensor, a_GER: torch.Tensor, b_GRF: torch.Tensor, factor: float) -> None:
-    """total[:, :E] (+)= factor a b. The tile that sees every key comes first and sets what the others add to.
+    """total[:, :E] (+)= factor a b. The tile that sees every key comes first and sets what the
+    others add to.
 
-    Those see fewer keys, so their part of total has gaps, over which a CPU's product would go matrix by matrix.
+    Those see fewer keys, so their part of total has gaps, over which a CPU's product would go
+    matrix by matrix.
     """
     end = a_GER.shape[1]
     if end == total_GSF.shape[1]:

@@ -1,4 +1,5 @@
-"""Floating types: those a config can name, those that sums are kept in, and changing from one to another."""
+"""Floating types: those a config can name, those that sums are kept in, and changing from one to
+another."""
 
 from __future__ import annotations
 
@@ -18,5 +19,6 @@ def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
 
 
 def cast(x: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-    """x in `dtype`. Where it has that already nothing is called: a step of a small model has hundreds of such casts."""
+    """x in `dtype`. Where it has that already nothing is called: a step of a small model has
+    hundreds of such casts."""
     return x if x.dtype == dtype else x.to(dtype)

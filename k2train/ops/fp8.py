@@ -1,18 +1,21 @@
 """FP8 storage: E4M3 codes with one FP32 scale for each 1 x 128 tile of the last dimension.
 
-For what is kept between forward and backward only: computation stays BF16 (K2 report 2.4.3). An activation is
-quantised where it is saved and dequantised where it is used, and takes 1 + 4/128 bytes an element in between.
+For what is kept between forward and backward only: computation stays BF16 (K2 report 2.4.3). An
+activation is quantised where it is saved and dequantised where it is used, and takes 1 + 4/128
+bytes an element in between.
 
-A tile of 128 neighbours shares scale = amax / 448, so its largest magnitude lands on E4M3's largest number and an
-outlier costs precision in its own tile alone. The error of an element x of a tile with scale s is at most
-max(2^-4 |x|, 2^-10 s), and the rounding to the original dtype on top: E4M3 keeps 4 significant bits down to 2^-6, and
-steps of 2^-9 below. The scale is divided by and multiplied with in FP32, float64 tensors included.
+A tile of 128 neighbours shares scale = amax / 448, so its largest magnitude lands on E4M3's largest
+number and an outlier costs precision in its own tile alone. The error of an element x of a tile
+with scale s is at most max(2^-4 |x|, 2^-10 s), and the rounding to the original dtype on top: E4M3
+keeps 4 significant bits down to 2^-6, and steps of 2^-9 below. The scale is divided by and
+multiplied with in FP32, float64 tensors included.
 
-A tile with an infinity or a NaN, or a float64 beyond FP32's range, comes back as all NaN: it is poisoned through its
-scale, because E4M3 has no infinity and a clamp would hide the accident. Counting such tiles needs no host sync.
+A tile with an infinity or a NaN, or a float64 beyond FP32's range, comes back as all NaN: it is
+poisoned through its scale, because E4M3 has no infinity and a clamp would hide the accident.
+Counting such tiles needs no host sync.
 
-`quantise` and `dequantise` take the Triton kernels (`fp8_triton`) where there is a GPU for them, the `*_reference`
-functions in stock operations otherwise.
+`quantise` and `dequantise` take the Triton kernels (`fp8_triton`) where there is a GPU for them,
+the `*_reference` functions in stock operations otherwise.
 
 Letters: R rows (all leading dimensions, flattened), W width, N tiles of a row.
 """
@@ -30,15 +33,17 @@ from k2train.ops.kernels import gpu_kernels
 
 TILE = 128
 E4M3_MAX = 448.0
-# A smaller scale would lose bits as a subnormal, or be 0 and divide by zero.
-# No upper end is needed: 448 fl(amax / 448) never rounds past FP32's largest number, which is 448 times a number of FP32.
+# A smaller scale would lose bits as a subnormal, or be 0 and divide by zero. No upper end is
+# needed: 448 fl(amax / 448) never rounds past FP32's largest number, which is 448 times a number of
+# FP32.
 MIN_SCALE = torch.finfo(torch.float32).tiny
 DTYPES = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
 
 
 @dataclasses.dataclass(frozen=True)
 class Fp8Form:
-    """What a tensor was before it was quantised. Holds no memory: whoever moves codes and scales keeps this."""
+    """What a tensor was before it was quantised. Holds no memory: whoever moves codes and scales
+    keeps this."""
 
     shape: tuple[int, ...]
     dtype: torch.dtype
@@ -63,7 +68,8 @@ class Fp8Tensor:
     """E4M3 bits (R, W), uint8: collectives and copies know no float8. Contiguous."""
 
     scales: torch.Tensor
-    """FP32 (R, N) with N = ceil(W / 128). Contiguous. NaN for a tile that was not finite, whose codes mean nothing then."""
+    """FP32 (R, N) with N = ceil(W / 128). Contiguous. NaN for a tile that was not finite, whose
+    codes mean nothing then."""
 
     shape: tuple[int, ...]
     """Of the original."""
@@ -95,7 +101,8 @@ def num_tiles(width: int) -> int:
 def quantise(x: torch.Tensor, non_finite_tiles: torch.Tensor | None = None) -> Fp8Tensor:
     """x (..., W) of one of DTYPES in FP8, outside any autograd graph.
 
-    Where `non_finite_tiles`, an int64 scalar on x's device, is given, the number of poisoned tiles is added to it.
+    Where `non_finite_tiles`, an int64 scalar on x's device, is given, the number of poisoned tiles
+    is added to it.
     """
     kernels = _kernels(x.device)
     if kernels is None:
@@ -122,7 +129,8 @@ def quantise_reference(x: torch.Tensor, non_finite_tiles: torch.Tensor | None = 
     scales_RN = (amax_RN / E4M3_MAX).clamp_min_(MIN_SCALE).masked_fill_(~finite_RN, math.nan)
     if non_finite_tiles is not None:
         non_finite_tiles.add_((~finite_RN).sum())
-    # torch 2.11 turns what rounds past 448 into NaN, later versions saturate: the clamp makes them agree.
+    # torch 2.11 turns what rounds past 448 into NaN, later versions saturate: the clamp makes them
+    # agree.
     scaled_RNt = (x_RNt / scales_RN.unsqueeze(-1)).clamp_(-E4M3_MAX, E4M3_MAX)
     codes_RNt = scaled_RNt.to(torch.float8_e4m3fn).view(torch.uint8)
     return Fp8Tensor(_untile(codes_RNt, x_RW.shape[1]), scales_RN, tuple(x.shape), x.dtype)
@@ -160,5 +168,6 @@ def _untile(tiles_RNt: torch.Tensor, width: int) -> torch.Tensor:
 
 
 def _kernels(device: torch.device) -> ModuleType | None:
-    """The Triton kernels where they can run on `device`; E4M3 in hardware begins with compute capability 8.9."""
+    """The Triton kernels where they can run on `device`; E4M3 in hardware begins with compute
+    capability 8.9."""
     return gpu_kernels("fp8_triton", device, (8, 9))

@@ -1,7 +1,8 @@
 """Grouped linear layer: rows sorted by expert, each expert's rows times its own matrix.
 
-torch's `grouped_mm` where it applies, a loop over experts elsewhere: grouped_mm knows no float64, and wants int32
-offsets and rows that start on 16-byte boundaries. Letters: M rows, L local experts, I input and O output features.
+torch's `grouped_mm` where it applies, a loop over experts elsewhere: grouped_mm knows no float64,
+and wants int32 offsets and rows that start on 16-byte boundaries. Letters: M rows, L local experts,
+I input and O output features.
 """
 
 from __future__ import annotations
@@ -39,7 +40,8 @@ class GroupedProduct(Protocol):
 def grouped_mm(
     x_MI: torch.Tensor, weight_LIO: torch.Tensor, offsets_L: torch.Tensor, rows_L: Sequence[int] | None = None
 ) -> torch.Tensor:
-    """Rows offsets[e-1]:offsets[e] of x times weight[e] (M, O); rows past the last offset are left undefined.
+    """Rows offsets[e-1]:offsets[e] of x times weight[e] (M, O); rows past the last offset are left
+    undefined.
 
     rows_L: each expert's number of rows, where the host knows them.
     """
@@ -51,7 +53,8 @@ def grouped_mm(
 def grouped_mm_reference(
     x_MI: torch.Tensor, weight_LIO: torch.Tensor, offsets_L: torch.Tensor, rows_L: Sequence[int] | None = None
 ) -> torch.Tensor:
-    """The same as a loop over experts, for every type and width. Reads the offsets on the host where rows_L is None."""
+    """The same as a loop over experts, for every type and width. Reads the offsets on the host
+    where rows_L is None."""
     y_MO = x_MI.new_zeros(x_MI.shape[0], weight_LIO.shape[2])
     for expert, (start, end) in enumerate(_ranges(offsets_L) if rows_L is None else _ranges_of(rows_L)):
         if end > start:
@@ -60,15 +63,16 @@ def grouped_mm_reference(
 
 
 def _fast(x_MI: torch.Tensor, weight_LIO: torch.Tensor) -> bool:
-    """Whether grouped_mm takes these: on CUDA 16 bits alone. The weight is a parameter or its transpose, so its widths are
-    its strides."""
+    """Whether grouped_mm takes these: on CUDA 16 bits alone. The weight is a parameter or its
+    transpose, so its widths are its strides."""
     size = x_MI.element_size()
     widths_fit = all(width * size % _ALIGNMENT_BYTES == 0 for width in weight_LIO.shape[1:])
     return widths_fit and _aligned(x_MI) and _begins_aligned(weight_LIO)
 
 
 def _begins_aligned(t: torch.Tensor) -> bool:
-    """Whether the tensor begins on a boundary: torch's allocators align every storage to 64 bytes or more."""
+    """Whether the tensor begins on a boundary: torch's allocators align every storage to 64 bytes
+    or more."""
     return int(t.storage_offset()) * t.element_size() % _ALIGNMENT_BYTES == 0
 
 
@@ -96,7 +100,8 @@ def _ranges_of(rows_L: Sequence[int]) -> list[tuple[int, int]]:
 
 @dataclasses.dataclass(frozen=True)
 class GroupedWeightGrad:
-    """The put-off weight gradient of one grouped layer. rows: those of each expert, where the host knows them already."""
+    """The put-off weight gradient of one grouped layer. rows: those of each expert, where the host
+    knows them already."""
 
     weight: torch.Tensor
     x: torch.Tensor
@@ -109,7 +114,8 @@ class GroupedWeightGrad:
         return (self.x, self.dy, self.offsets)
 
     def accumulate(self, sink: GradientSink) -> None:
-        """Expert by expert into the sums. Waits for the device where it must ask for the number of rows."""
+        """Expert by expert into the sums. Waits for the device where it must ask for the number of
+        rows."""
         runs = sink.runs(self.weight)
         if not self.x.is_cuda and len(runs) > self.weight.shape[0]:
             # One addition a run: products of few rows are slow on a CPU.
@@ -142,12 +148,13 @@ def grouped_linear(
     rows: tuple[int, ...] | None = None,
     product: GroupedProduct = grouped_mm,
 ) -> torch.Tensor:
-    """x W_e^T (M, O) for rows sorted by expert; offsets_L int32 are the row after each expert's last.
+    """x W_e^T (M, O) for rows sorted by expert; offsets_L int32 are the row after each expert's
+    last.
 
-    Rows past the last offset come out undefined and get an undefined gradient: a padded buffer must mask them.
-    With a slot the weight gradient goes there, and the weight's own gradient is None. rows: how many rows each expert has,
-    where the host knows; the weight gradient must otherwise wait for the device to learn it.
-    product: whose kernels compute y and the gradient of x.
+    Rows past the last offset come out undefined and get an undefined gradient: a padded buffer must
+    mask them. With a slot the weight gradient goes there, and the weight's own gradient is None.
+    rows: how many rows each expert has, where the host knows; the weight gradient must otherwise
+    wait for the device to learn it. product: whose kernels compute y and the gradient of x.
     """
     return _GroupedLinear.apply(x_MI, weight_LOI, offsets_L, slot, rows, product)
 

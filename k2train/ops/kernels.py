@@ -1,9 +1,9 @@
 """Where the Triton kernels of these operations can run, and how they are launched.
 
-Triton is an optional dependency (the `gpu` extra). Every launch is an operation of torch's own registry, in the
-namespace `k2train`: profilers name it, and where tensors have no memory (fake tensors, a rehearsal) torch passes it
-over, as it does with every operation that only writes into memory it is given. So are calls of other libraries'
-kernels, which make their own output.
+Triton is an optional dependency (the `gpu` extra). Every launch is an operation of torch's own
+registry, in the namespace `k2train`: profilers name it, and where tensors have no memory (fake
+tensors, a rehearsal) torch passes it over, as it does with every operation that only writes into
+memory it is given. So are calls of other libraries' kernels, which make their own output.
 """
 
 from __future__ import annotations
@@ -28,7 +28,8 @@ _OPERATIONS = torch.library.Library("k2train", "DEF")
 # Asked several times a layer; looking for a package that is not there searches the disk.
 @functools.cache
 def gpu_kernels(module: str, device: torch.device, capability: tuple[int, int] = (8, 0)) -> ModuleType | None:
-    """The module of this package whose kernels run on `device`, imported at first use; None where they cannot run.
+    """The module of this package whose kernels run on `device`, imported at first use; None where
+    they cannot run.
 
     capability: the oldest compute capability they are made for; BF16 begins with 8.0.
     """
@@ -42,8 +43,9 @@ def gpu_kernels(module: str, device: torch.device, capability: tuple[int, int] =
 def launchable(*written: str) -> Callable[[Callable[P, None]], Callable[P, None]]:
     """Make a function that launches one kernel the operation `torch.ops.k2train.<its name>`.
 
-    written: the parameters whose tensors the kernel writes. The function allocates nothing and returns nothing; its
-    parameters have types that torch's registry knows (tensors, optional tensors, int, float, bool).
+    written: the parameters whose tensors the kernel writes. The function allocates nothing and
+    returns nothing; its parameters have types that torch's registry knows (tensors, optional
+    tensors, int, float, bool).
     """
 
     def register(launch: Callable[P, None]) -> Callable[P, None]:
@@ -59,8 +61,8 @@ def launchable(*written: str) -> Callable[[Callable[P, None]], Callable[P, None]
 def registered(fake: Callable[P, R]) -> Callable[[Callable[P, R]], Callable[P, R]]:
     """Make a function that returns new tensors the operation `torch.ops.k2train.<its name>`.
 
-    fake: the same without the numbers: tensors of the right shapes, types and strides for tensors without memory. The
-    function changes none of its arguments; their types are as for `launchable`.
+    fake: the same without the numbers: tensors of the right shapes, types and strides for tensors
+    without memory. The function changes none of its arguments; their types are as for `launchable`.
     """
 
     def register(compute: Callable[P, R]) -> Callable[P, R]:

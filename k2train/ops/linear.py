@@ -1,6 +1,8 @@
-"""Linear layer without bias, y = x W^T, with its weight gradient by plain autograd or handed to a slot.
+"""Linear layer without bias, y = x W^T, with its weight gradient by plain autograd or handed to a
+slot.
 
-The router computes in FP32 from BF16 inputs and weights. On CUDA that takes BF16 products with FP32 results (`bf16_products`):
+The router computes in FP32 from BF16 inputs and weights. On CUDA that takes BF16 products with FP32
+results (`bf16_products`):
 
     y   one product: as exact as FP32's, in another order of sums
     dx  the gradient of y is FP32, so two parts of it, which differ from it by at most 2^-17 of each element; dx itself is
@@ -47,7 +49,8 @@ def linear(
 ) -> torch.Tensor:
     """x W^T (T, O), in `compute_dtype` where given (the router's FP32), else in the inputs' type.
 
-    With a slot, backward returns the input gradient and puts (weight, x, dy) there; the weight's own gradient is None.
+    With a slot, backward returns the input gradient and puts (weight, x, dy) there; the weight's
+    own gradient is None.
     """
     wide = compute_dtype or x_TI.dtype
     if torch.is_grad_enabled():
@@ -72,13 +75,15 @@ def _input_gradient(dy_TO: torch.Tensor, weight_OI: torch.Tensor, dtype: torch.d
 
 
 def product_of_parts(dy_TO: torch.Tensor, weight_OI: torch.Tensor) -> torch.Tensor:
-    """dy W (T, I) in BF16 from FP32 dy and BF16 W: one product over two parts of dy, side by side, rounded once."""
+    """dy W (T, I) in BF16 from FP32 dy and BF16 W: one product over two parts of dy, side by side,
+    rounded once."""
     parts_TP = torch.cat(bf16_products.bf16_parts(dy_TO, 2), dim=1)
     return torch.mm(parts_TP, torch.cat((weight_OI, weight_OI)))
 
 
 class _QueuedLinear(torch.autograd.Function):
-    """Saves x alone. The weight is a parameter, alive anyway, and its identity names the gradient."""
+    """Saves x alone. The weight is a parameter, alive anyway, and its identity names the
+    gradient."""
 
     @staticmethod
     def forward(

@@ -1,7 +1,8 @@
-"""RMSNorm as transformers computes it: the normalised input in FP32, cast back, then times the weight.
+"""RMSNorm as transformers computes it: the normalised input in FP32, cast back, then times the
+weight.
 
-In two steps, so that the one number a token that the backward needs can be kept while the result is rebuilt.
-On a GPU each is a kernel (`norm_triton`); elsewhere they are stock operations.
+In two steps, so that the one number a token that the backward needs can be kept while the result is
+rebuilt. On a GPU each is a kernel (`norm_triton`); elsewhere they are stock operations.
 
 Letters: T tokens (any leading shape), D features.
 """
@@ -21,7 +22,8 @@ _MAX_KERNEL_FEATURES = 8192
 
 
 def inverse_rms(x_TD: torch.Tensor, eps: float) -> torch.Tensor:
-    """1 / sqrt(mean(x^2) + eps) of every token (T, 1), FP32 (FP64 for float64). No gradient: rms_norm's covers it."""
+    """1 / sqrt(mean(x^2) + eps) of every token (T, 1), FP32 (FP64 for float64). No gradient:
+    rms_norm's covers it."""
     kernels = _kernels(x_TD)
     if kernels is not None:
         return kernels.inverse_rms_rows(x_TD.detach(), eps)
@@ -33,10 +35,11 @@ def inverse_rms(x_TD: torch.Tensor, eps: float) -> torch.Tensor:
 def rms_norm(
     x_TD: torch.Tensor, rstd_T1: torch.Tensor, weight_D: torch.Tensor, slot: WeightGradSlot | None = None
 ) -> torch.Tensor:
-    """weight * x * rstd (T, D) in x's type, where rstd is `inverse_rms` of the same x; float64 stays float64 throughout.
+    """weight * x * rstd (T, D) in x's type, where rstd is `inverse_rms` of the same x; float64
+    stays float64 throughout.
 
-    With a slot the weight's gradient goes there in FP32 (FP64 for float64), and its own gradient is None. Without one
-    autograd rounds it to the weight's type.
+    With a slot the weight's gradient goes there in FP32 (FP64 for float64), and its own gradient is
+    None. Without one autograd rounds it to the weight's type.
     """
     return _RMSNorm.apply(x_TD, rstd_T1, weight_D, slot)
 
@@ -49,7 +52,8 @@ def rms_norm_reference(x_TD: torch.Tensor, weight_D: torch.Tensor, eps: float) -
 
 
 def _kernels(x_TD: torch.Tensor) -> ModuleType | None:
-    """The Triton kernels where they take this: rows no wider than FP32 whose features lie together and fit a program."""
+    """The Triton kernels where they take this: rows no wider than FP32 whose features lie together
+    and fit a program."""
     if x_TD.dtype == torch.float64 or x_TD.dim() != 2 or not 0 < x_TD.shape[1] <= _MAX_KERNEL_FEATURES:
         return None
     return gpu_kernels("norm_triton", x_TD.device) if x_TD.stride(1) == 1 else None
@@ -82,8 +86,9 @@ class _RMSNorm(torch.autograd.Function):
             return dx_TD, None, _put_weight_gradient(ctx, dw_D), None
         wide, features = rstd_T1.dtype, x_TD.shape[-1]
         weight_D, wide_TD, dy_TD = (cast(t, wide) for t in (ctx.weight, x_TD, grads[0]))
-        # LayerNorm's kernel for a mean of 0 does it in one pass: dw = sum over tokens of rstd x dy, and
-        # dx = rstd (w dy - x rstd^2 sum(x dy w) / D), less rstd sum(dy w) / D, which is the mean's part and is given back.
+        # LayerNorm's kernel for a mean of 0 does it in one pass: dw = sum over tokens of rstd x dy,
+        # and dx = rstd (w dy - x rstd^2 sum(x dy w) / D), less rstd sum(dy w) / D, which is the
+        # mean's part and is given back.
         zero_T1 = torch.zeros_like(rstd_T1)
         dx_TD, dw_D, _ = torch.ops.aten.native_layer_norm_backward(
             dy_TD, wide_TD, [features], zero_T1, rstd_T1, weight_D, None, [True, True, False]

@@ -1,7 +1,8 @@
 """RMSNorm in one pass over memory each way: Triton kernels for `inverse_rms` and `rms_norm`.
 
-A program takes a whole row at a time, in FP32. In the backward a program takes every PROGRAMS-th row and sums their part of
-the weight's gradient as it goes; the programs' sums are added up afterwards, so that the order is always the same.
+A program takes a whole row at a time, in FP32. In the backward a program takes every PROGRAMS-th
+row and sums their part of the weight's gradient as it goes; the programs' sums are added up
+afterwards, so that the order is always the same.
 
 Needs triton (the `gpu` extra), so only `norm` imports this module, and only where there is a GPU.
 
@@ -29,7 +30,8 @@ def options(features: int) -> dict[str, Any]:
 
 
 def inverse_rms_rows(x_TD: torch.Tensor, eps: float) -> torch.Tensor:
-    """1 / sqrt(mean(x^2) + eps) of every row (T, 1), FP32. Rows may lie apart, their features together."""
+    """1 / sqrt(mean(x^2) + eps) of every row (T, 1), FP32. Rows may lie apart, their features
+    together."""
     rstd_T1 = x_TD.new_empty(x_TD.shape[0], 1, dtype=torch.float32)
     if rstd_T1.numel():
         inverse_rms(x_TD, rstd_T1, eps)
@@ -74,15 +76,28 @@ def rms_norm(x_TD: torch.Tensor, rstd_T1: torch.Tensor, weight_D: torch.Tensor, 
 
 @launchable("dx_TD", "sums_PD")
 def rms_norm_backward(
-    dy_TD: torch.Tensor, x_TD: torch.Tensor, rstd_T1: torch.Tensor, weight_D: torch.Tensor, dx_TD: torch.Tensor,
+    dy_TD: torch.Tensor,
+    x_TD: torch.Tensor,
+    rstd_T1: torch.Tensor,
+    weight_D: torch.Tensor,
+    dx_TD: torch.Tensor,
     sums_PD: torch.Tensor,
-) -> None:  # fmt: skip
+) -> None:
     """Each program's part of the weight's gradient goes into its row of sums_PD."""
     tokens, features = x_TD.shape
     with torch.cuda.device_of(x_TD):
         _rms_norm_gradients[(sums_PD.shape[0],)](
-            dy_TD, x_TD, rstd_T1, weight_D, dx_TD, sums_PD, tokens, x_TD.stride(0), features, **options(features)
-        )  # fmt: skip
+            dy_TD,
+            x_TD,
+            rstd_T1,
+            weight_D,
+            dx_TD,
+            sums_PD,
+            tokens,
+            x_TD.stride(0),
+            features,
+            **options(features),
+        )
 
 
 @triton.jit
@@ -121,7 +136,8 @@ def _rms_norm(  # type: ignore[no-untyped-def]
 def _rms_norm_gradients(  # type: ignore[no-untyped-def]
     dy_ptr, x_ptr, rstd_ptr, weight_ptr, dx_ptr, sums_ptr, tokens, stride, features, BLOCK: tl.constexpr
 ):
-    """dx = rstd (w dy - x rstd^2 sum(x w dy) / D), and the sum of rstd x dy over this program's rows."""
+    """dx = rstd (w dy - x rstd^2 sum(x w dy) / D), and the sum of rstd x dy over this program's
+    rows."""
     program = tl.program_id(0)
     weight = _load_row(weight_ptr, 0, 0, features, BLOCK)
     dweight = tl.zeros((BLOCK,), tl.float32)

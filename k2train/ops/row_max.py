@@ -1,7 +1,9 @@
-"""The largest logit of each head, beside an attention whose own kernel returns the rows' log-sum-exp alone (cuDNN's).
+"""The largest logit of each head, beside an attention whose own kernel returns the rows'
+log-sum-exp alone (cuDNN's).
 
-With Triton the log-sum-exp says which blocks need no product (`row_max_triton`). With stock operations nothing on the
-device can decide to leave a product out, so every logit is computed, some rows at a time.
+With Triton the log-sum-exp says which blocks need no product (`row_max_triton`). With stock
+operations nothing on the device can decide to leave a product out, so every logit is computed, some
+rows at a time.
 
 Letters: B sequences, H heads, G = B x H, S positions, R rows, K query and key features.
 """
@@ -17,7 +19,8 @@ _TILE_ELEMENTS = 2**27
 
 
 def stock_largest_logits(q_BHSK: torch.Tensor, k_BHSK: torch.Tensor, scale: float) -> torch.Tensor:
-    """Each head's largest scaled causal logit over the batch (H,), exact, FP32 (FP64 for float64)."""
+    """Each head's largest scaled causal logit over the batch (H,), exact, FP32 (FP64 for
+    float64)."""
     batch, heads, length, _ = q_BHSK.shape
     q_GSK, k_GKS = q_BHSK.flatten(0, 1), k_BHSK.flatten(0, 1).transpose(1, 2)
     rows = max(_TILE_ELEMENTS // (batch * heads * length), 1)
@@ -34,7 +37,8 @@ def _largest(q_GSK: torch.Tensor, k_GKS: torch.Tensor, start: int, end: int) -> 
 
 
 def _wide_product(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
-    """a b in the accumulation type. On a GPU 16-bit inputs stay as they are: their product with FP32 sums is the same."""
+    """a b in the accumulation type. On a GPU 16-bit inputs stay as they are: their product with
+    FP32 sums is the same."""
     wide = accumulation_dtype(a.dtype)
     if a.is_cuda and a.dtype != wide:
         return torch.bmm(a, b, out_dtype=wide)

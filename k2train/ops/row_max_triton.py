@@ -1,19 +1,25 @@
-"""The largest logit of each head where attention's own kernel returns the rows' log-sum-exp alone, as Triton kernels.
+"""The largest logit of each head where attention's own kernel returns the rows' log-sum-exp alone,
+as Triton kernels.
 
-A row's log-sum-exp is at least its largest logit, so the largest log-sum-exp of a block of rows bounds the block's
-logits, and most blocks need no product:
+A row's log-sum-exp is at least its largest logit, so the largest log-sum-exp of a block of rows
+bounds the block's logits, and most blocks need no product:
 
-- `best_blocks` bounds every block. A head whose bounds are all at most `exact_above` is done: what is returned for it is
-  its largest log-sum-exp, an upper bound. Of any other head it computes the logits of the block with the largest bound.
-- `other_blocks` then takes every other block of those heads, and leaves at once where the bound says that the block
-  holds nothing larger than what is known by then, or nothing above `exact_above`. What is left in the end is the exact
-  maximum where that is above `exact_above`; elsewhere a skipped block may hold a larger logit, so the largest of their
+- `best_blocks` bounds every block. A head whose bounds are all at most `exact_above` is done: what
+is returned for it is
+  its largest log-sum-exp, an upper bound. Of any other head it computes the logits of the block
+  with the largest bound.
+- `other_blocks` then takes every other block of those heads, and leaves at once where the bound
+says that the block
+  holds nothing larger than what is known by then, or nothing above `exact_above`. What is left in
+  the end is the exact
+  maximum where that is above `exact_above`; elsewhere a skipped block may hold a larger logit, so
+  the largest of their
   bounds is returned.
 
-Which blocks are computed depends on the order in which programs happen to run; the maximum does not. The host waits for
-nothing. How many blocks that is depends on the data: where a row attends to one key its bound is tight and a block or
-two are computed; where a row spreads over n keys its bound is ln(n) above the logits, and with `exact_above` of minus
-infinity all blocks may have to be.
+Which blocks are computed depends on the order in which programs happen to run; the maximum does
+not. The host waits for nothing. How many blocks that is depends on the data: where a row attends to
+one key its bound is tight and a block or two are computed; where a row spreads over n keys its
+bound is ln(n) above the logits, and with `exact_above` of minus infinity all blocks may have to be.
 
 Needs triton (the `gpu` extra). Letters as in `attention_kernels`.
 """
@@ -30,12 +36,14 @@ from k2train.ops.attention_kernels import load_parts, products
 from k2train.ops.attention_triton import Blocks, query_features
 from k2train.ops.kernels import launchable
 
-# The largest scores so far of a block of rows and a block of keys are kept, beside the scores themselves.
+# The largest scores so far of a block of rows and a block of keys are kept, beside the scores
+# themselves.
 BLOCKS = Blocks(rows=128, keys=64, num_warps=8, num_stages=2)
-# Bounds that a program of `best_blocks` makes at once: 16 x 128 rows are 16 numbers for each of 128 threads.
+# Bounds that a program of `best_blocks` makes at once: 16 x 128 rows are 16 numbers for each of 128
+# threads.
 CHUNK = tl.constexpr(16)
-# Log-sum-exp and logits are summed by different kernels, in FP32: the bound is raised by some thousand times its
-# rounding, so that a block whose logits round up is not left out.
+# Log-sum-exp and logits are summed by different kernels, in FP32: the bound is raised by some
+# thousand times its rounding, so that a block whose logits round up is not left out.
 SLACK = tl.constexpr(2.0**-10)
 
 
@@ -44,8 +52,9 @@ def largest_logits(
 ) -> torch.Tensor:
     """Each head's largest scaled logit over the batch (H,), FP32, where it is above `exact_above`.
 
-    For any other head an upper bound of its logits that is not above `exact_above` either.
-    q, k: features together in memory, whatever the other strides. lse_BHS: natural logarithms, contiguous, FP32.
+    For any other head an upper bound of its logits that is not above `exact_above` either. q, k:
+    features together in memory, whatever the other strides. lse_BHS: natural logarithms,
+    contiguous, FP32.
     """
     batch, heads, length, _ = q_BHSK.shape
     bounds_BHM = q_BHSK.new_empty(batch, heads, triton.cdiv(length, BLOCKS.rows), dtype=torch.float32)
@@ -56,7 +65,8 @@ def largest_logits(
 
 
 def _with_skipped(maxima_H: torch.Tensor, bounds_BHM: torch.Tensor, exact_above: float) -> torch.Tensor:
-    """Where nothing above `exact_above` was found, the bound of what was skipped, which is not above it."""
+    """Where nothing above `exact_above` was found, the bound of what was skipped, which is not
+    above it."""
     bound_H = bounds_BHM.amax((0, 2))
     raised_H = torch.where(bound_H > maxima_H, bound_H + SLACK.value * (bound_H.abs() + 1.0), maxima_H)
     return torch.where(maxima_H <= exact_above, raised_H.clamp(max=exact_above).maximum(maxima_H), maxima_H)
@@ -71,29 +81,64 @@ def strides(x_BHSK: torch.Tensor) -> tuple[int, int, int]:
 
 @launchable("bounds_BHM", "maxima_H")
 def attention_best_blocks(
-    q_BHSK: torch.Tensor, k_BHSK: torch.Tensor, lse_BHS: torch.Tensor, bounds_BHM: torch.Tensor, maxima_H: torch.Tensor,
-    scale: float, exact_above: float,
-) -> None:  # fmt: skip
+    q_BHSK: torch.Tensor,
+    k_BHSK: torch.Tensor,
+    lse_BHS: torch.Tensor,
+    bounds_BHM: torch.Tensor,
+    maxima_H: torch.Tensor,
+    scale: float,
+    exact_above: float,
+) -> None:
     batch, heads, length, query = q_BHSK.shape
     with torch.cuda.device_of(q_BHSK):
         _best_blocks[(heads,)](
-            q_BHSK, k_BHSK, lse_BHS, bounds_BHM, maxima_H, scale, exact_above, *strides(q_BHSK), *strides(k_BHSK),
-            batch, heads, length, M=BLOCKS.rows, N=BLOCKS.keys, **query_features(query), **BLOCKS.options,
-        )  # fmt: skip
+            q_BHSK,
+            k_BHSK,
+            lse_BHS,
+            bounds_BHM,
+            maxima_H,
+            scale,
+            exact_above,
+            *strides(q_BHSK),
+            *strides(k_BHSK),
+            batch,
+            heads,
+            length,
+            M=BLOCKS.rows,
+            N=BLOCKS.keys,
+            **query_features(query),
+            **BLOCKS.options,
+        )
 
 
 @launchable("maxima_H")
 def attention_other_blocks(
-    q_BHSK: torch.Tensor, k_BHSK: torch.Tensor, bounds_BHM: torch.Tensor, maxima_H: torch.Tensor, scale: float,
+    q_BHSK: torch.Tensor,
+    k_BHSK: torch.Tensor,
+    bounds_BHM: torch.Tensor,
+    maxima_H: torch.Tensor,
+    scale: float,
     exact_above: float,
-) -> None:  # fmt: skip
+) -> None:
     length, query = q_BHSK.shape[2:]
     heads = maxima_H.shape[0]
     with torch.cuda.device_of(q_BHSK):
         _other_blocks[(bounds_BHM.numel(),)](
-            q_BHSK, k_BHSK, bounds_BHM, maxima_H, scale, exact_above, *strides(q_BHSK), *strides(k_BHSK), heads, length,
-            M=BLOCKS.rows, N=BLOCKS.keys, **query_features(query), **BLOCKS.options,
-        )  # fmt: skip
+            q_BHSK,
+            k_BHSK,
+            bounds_BHM,
+            maxima_H,
+            scale,
+            exact_above,
+            *strides(q_BHSK),
+            *strides(k_BHSK),
+            heads,
+            length,
+            M=BLOCKS.rows,
+            N=BLOCKS.keys,
+            **query_features(query),
+            **BLOCKS.options,
+        )
 
 
 @triton.jit
@@ -104,9 +149,21 @@ def _raised(bound):  # type: ignore[no-untyped-def]
 
 @triton.jit
 def _larger_scores(  # type: ignore[no-untyped-def]
-    largest, q1, q2, k_ptr, row, first, last, length, k_position, N: tl.constexpr, K: tl.constexpr, K1: tl.constexpr,
-    K2: tl.constexpr, DIAGONAL: tl.constexpr,
-):  # fmt: skip
+    largest,
+    q1,
+    q2,
+    k_ptr,
+    row,
+    first,
+    last,
+    length,
+    k_position,
+    N: tl.constexpr,
+    K: tl.constexpr,
+    K1: tl.constexpr,
+    K2: tl.constexpr,
+    DIAGONAL: tl.constexpr,
+):
     """The larger of `largest` (M, N) and the scores of keys `first` to `last`, block over block."""
     for start in range(first, last, N):
         column = start + tl.arange(0, N)
@@ -122,9 +179,18 @@ def _larger_scores(  # type: ignore[no-untyped-def]
 
 @triton.jit
 def _largest_of_block(  # type: ignore[no-untyped-def]
-    q_ptr, k_ptr, block, length, q_position, k_position, M: tl.constexpr, N: tl.constexpr, K: tl.constexpr,
-    K1: tl.constexpr, K2: tl.constexpr,
-):  # fmt: skip
+    q_ptr,
+    k_ptr,
+    block,
+    length,
+    q_position,
+    k_position,
+    M: tl.constexpr,
+    N: tl.constexpr,
+    K: tl.constexpr,
+    K1: tl.constexpr,
+    K2: tl.constexpr,
+):
     """The largest logit, not yet scaled, of a block of rows of one head. Pointers: of that head."""
     row = block * M + tl.arange(0, M)
     # Past the last row the last once more: what it sees counts anyway.
@@ -142,11 +208,30 @@ def _largest_of_block(  # type: ignore[no-untyped-def]
 
 @triton.jit
 def _best_blocks(  # type: ignore[no-untyped-def]
-    q_ptr, k_ptr, lse_ptr, bounds_ptr, maxima_ptr, scale, exact_above, q_sequence, q_head, q_position, k_sequence,
-    k_head, k_position, batch, heads, length, M: tl.constexpr, N: tl.constexpr, K: tl.constexpr, K1: tl.constexpr,
+    q_ptr,
+    k_ptr,
+    lse_ptr,
+    bounds_ptr,
+    maxima_ptr,
+    scale,
+    exact_above,
+    q_sequence,
+    q_head,
+    q_position,
+    k_sequence,
+    k_head,
+    k_position,
+    batch,
+    heads,
+    length,
+    M: tl.constexpr,
+    N: tl.constexpr,
+    K: tl.constexpr,
+    K1: tl.constexpr,
     K2: tl.constexpr,
-):  # fmt: skip
-    """Of one head: the bounds of its blocks in every sequence, and its largest logit as far as the best block tells."""
+):
+    """Of one head: the bounds of its blocks in every sequence, and its largest logit as far as the
+    best block tells."""
     head = tl.program_id(0).to(tl.int64)
     num_blocks = tl.cdiv(length, M)
     best = tl.full((), float("-inf"), tl.float32)
@@ -180,16 +265,35 @@ def _best_blocks(  # type: ignore[no-untyped-def]
 
 @triton.jit
 def _other_blocks(  # type: ignore[no-untyped-def]
-    q_ptr, k_ptr, bounds_ptr, maxima_ptr, scale, exact_above, q_sequence, q_head, q_position, k_sequence, k_head,
-    k_position, heads, length, M: tl.constexpr, N: tl.constexpr, K: tl.constexpr, K1: tl.constexpr, K2: tl.constexpr,
-):  # fmt: skip
-    """One block of rows, if it may hold a logit that is both above `exact_above` and larger than what is known."""
+    q_ptr,
+    k_ptr,
+    bounds_ptr,
+    maxima_ptr,
+    scale,
+    exact_above,
+    q_sequence,
+    q_head,
+    q_position,
+    k_sequence,
+    k_head,
+    k_position,
+    heads,
+    length,
+    M: tl.constexpr,
+    N: tl.constexpr,
+    K: tl.constexpr,
+    K1: tl.constexpr,
+    K2: tl.constexpr,
+):
+    """One block of rows, if it may hold a logit that is both above `exact_above` and larger than
+    what is known."""
     num_blocks = tl.cdiv(length, M)
     block = num_blocks - 1 - tl.program_id(0) % num_blocks
     place = (tl.program_id(0) // num_blocks).to(tl.int64)
     head = place % heads
     bound = _raised(tl.load(bounds_ptr + place * num_blocks + block))
-    # What other programs have found may not be seen here yet; then a block is computed that need not be.
+    # What other programs have found may not be seen here yet; then a block is computed that need
+    # not be.
     if bound > exact_above and bound > tl.load(maxima_ptr + head):
         q_ptr += (place // heads) * q_sequence + head * q_head
         k_ptr += (place // heads) * k_sequence + head * k_head

@@ -1,8 +1,10 @@
-"""SwiGLU on the fused projection: silu(gate) * up, where gate and up are the two halves of one tensor.
+"""SwiGLU on the fused projection: silu(gate) * up, where gate and up are the two halves of one
+tensor.
 
-A routed expert's rows are also multiplied by their routing weights here, before the down-projection, which is linear: then
-the gradient of a weight is the sum of h times the gradient that the down-projection's backward computes anyway, and the
-experts' outputs are needed by no backward at all (docs/decisions/0010).
+A routed expert's rows are also multiplied by their routing weights here, before the
+down-projection, which is linear: then the gradient of a weight is the sum of h times the gradient
+that the down-projection's backward computes anyway, and the experts' outputs are needed by no
+backward at all (docs/decisions/0010).
 
 On a GPU both ways are a kernel each (`swiglu_triton`); elsewhere they are stock operations.
 
@@ -22,14 +24,16 @@ from k2train.ops.kernels import gpu_kernels
 
 
 def swiglu(gate_up_NF2: torch.Tensor) -> torch.Tensor:
-    """silu(first half) * second half of the last dimension (N, F). Saves its input alone, which its backward consumes:
-    the gradient is written over it. So nothing else may need the input then, and the graph is good for one backward;
-    autograd raises where either is not so, but cannot see through hooks that store what is saved."""
+    """silu(first half) * second half of the last dimension (N, F). Saves its input alone, which its
+    backward consumes: the gradient is written over it. So nothing else may need the input then, and
+    the graph is good for one backward; autograd raises where either is not so, but cannot see
+    through hooks that store what is saved."""
     return _SwiGLU.apply(gate_up_NF2, None)
 
 
 def weighted_swiglu(gate_up_NF2: torch.Tensor, w_N: torch.Tensor) -> torch.Tensor:
-    """swiglu times a weight a row, FP32 (FP64 for float64). Saves both, and consumes the first as swiglu does."""
+    """swiglu times a weight a row, FP32 (FP64 for float64). Saves both, and consumes the first as
+    swiglu does."""
     return _SwiGLU.apply(gate_up_NF2, w_N)
 
 
@@ -40,7 +44,8 @@ def swiglu_reference(gate_up_NF2: torch.Tensor) -> torch.Tensor:
 
 
 class _SwiGLU(torch.autograd.Function):
-    """The input is the widest tensor of a layer; a gradient beside it would be what backward's peak of memory is made of."""
+    """The input is the widest tensor of a layer; a gradient beside it would be what backward's peak
+    of memory is made of."""
 
     @staticmethod
     def forward(ctx: Any, gate_up_NF2: torch.Tensor, w_N: torch.Tensor | None) -> torch.Tensor:
@@ -83,7 +88,8 @@ def _kernels(gate_up_NF2: torch.Tensor) -> ModuleType | None:
 def _to_gradients(
     dy_NF: torch.Tensor, gate_NF: torch.Tensor, up_NF: torch.Tensor, w_N1: torch.Tensor | None
 ) -> torch.Tensor | None:
-    """Write both gradients over gate and up, in four passes without weights; the weights' gradient."""
+    """Write both gradients over gate and up, in four passes without weights; the weights'
+    gradient."""
     dsilu_NF = dy_NF * up_NF
     dw_N = None
     if w_N1 is None:

@@ -1,7 +1,7 @@
 """SwiGLU in one pass over memory each way: Triton kernels for `swiglu` and `weighted_swiglu`.
 
-Arithmetic is FP32 whatever the type, rounded once at the end. The backward writes over its input, element by element, and
-sums a row's part of the weight's gradient as it goes along the row.
+Arithmetic is FP32 whatever the type, rounded once at the end. The backward writes over its input,
+element by element, and sums a row's part of the weight's gradient as it goes along the row.
 
 Needs triton (the `gpu` extra), so only `swiglu` imports this module, and only where there is a GPU.
 
@@ -32,7 +32,8 @@ def swiglu_rows(gate_up_NF2: torch.Tensor, w_N: torch.Tensor | None) -> torch.Te
 def swiglu_gradients(
     dy_NF: torch.Tensor, gate_up_NF2: torch.Tensor, w_N: torch.Tensor | None
 ) -> torch.Tensor | None:
-    """Write the input's gradient over the contiguous input; the weights' gradient (N,), FP32, where there are weights."""
+    """Write the input's gradient over the contiguous input; the weights' gradient (N,), FP32, where
+    there are weights."""
     assert gate_up_NF2.is_contiguous()
     dw_N = None if w_N is None else torch.zeros_like(w_N, memory_format=torch.contiguous_format)
     if dy_NF.numel():
@@ -45,9 +46,16 @@ def swiglu(gate_up_NF2: torch.Tensor, w_N: torch.Tensor | None, out_NF: torch.Te
     num_rows, width = out_NF.shape
     with torch.cuda.device_of(gate_up_NF2):
         _swiglu[(triton.cdiv(num_rows, ROWS), triton.cdiv(width, COLUMNS))](
-            gate_up_NF2, gate_up_NF2 if w_N is None else w_N, out_NF, num_rows, width,
-            WEIGHTED=w_N is not None, ROWS=ROWS, COLUMNS=COLUMNS, enable_fp_fusion=True,
-        )  # fmt: skip
+            gate_up_NF2,
+            gate_up_NF2 if w_N is None else w_N,
+            out_NF,
+            num_rows,
+            width,
+            WEIGHTED=w_N is not None,
+            ROWS=ROWS,
+            COLUMNS=COLUMNS,
+            enable_fp_fusion=True,
+        )
 
 
 @launchable("gate_up_NF2", "dw_N")
@@ -57,9 +65,17 @@ def swiglu_backward(
     num_rows, width = dy_NF.shape
     with torch.cuda.device_of(gate_up_NF2):
         _swiglu_gradients[(triton.cdiv(num_rows, ROWS),)](
-            dy_NF, gate_up_NF2, gate_up_NF2 if w_N is None else w_N, gate_up_NF2 if dw_N is None else dw_N,
-            num_rows, width, WEIGHTED=w_N is not None, ROWS=ROWS, COLUMNS=COLUMNS, enable_fp_fusion=True,
-        )  # fmt: skip
+            dy_NF,
+            gate_up_NF2,
+            gate_up_NF2 if w_N is None else w_N,
+            gate_up_NF2 if dw_N is None else dw_N,
+            num_rows,
+            width,
+            WEIGHTED=w_N is not None,
+            ROWS=ROWS,
+            COLUMNS=COLUMNS,
+            enable_fp_fusion=True,
+        )
 
 
 @triton.jit
@@ -89,9 +105,16 @@ def _swiglu(  # type: ignore[no-untyped-def]
 
 @triton.jit
 def _swiglu_gradients(  # type: ignore[no-untyped-def]
-    dy_ptr, gate_up_ptr, w_ptr, dw_ptr, num_rows, width, WEIGHTED: tl.constexpr, ROWS: tl.constexpr,
+    dy_ptr,
+    gate_up_ptr,
+    w_ptr,
+    dw_ptr,
+    num_rows,
+    width,
+    WEIGHTED: tl.constexpr,
+    ROWS: tl.constexpr,
     COLUMNS: tl.constexpr,
-):  # fmt: skip
+):
     row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
     inside = row < num_rows
     w = tl.full((ROWS,), 1.0, tl.float32)

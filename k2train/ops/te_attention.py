@@ -1,9 +1,11 @@
-"""Transformer Engine's fused attention, which returns the largest logits itself (`return_max_logit`).
+"""Transformer Engine's fused attention, which returns the largest logits itself
+(`return_max_logit`).
 
-An optional dependency, imported when a run asks for `ops.backend=te`. Its attention saves tensors of its own beside
-queries, keys, values and output (the softmax's statistics, a random generator's state). Activation storage must know
-every saved tensor by name, so its graph is wrapped: what it saves is handed out and saved by one node of ours.
-Not yet run on a GPU: tested with a stand-in that has the signature of Transformer Engine's documentation.
+An optional dependency, imported when a run asks for `ops.backend=te`. Its attention saves tensors
+of its own beside queries, keys, values and output (the softmax's statistics, a random generator's
+state). Activation storage must know every saved tensor by name, so its graph is wrapped: what it
+saves is handed out and saved by one node of ours. Not yet run on a GPU: tested with a stand-in that
+has the signature of Transformer Engine's documentation.
 
 Letters: B sequences, H heads, S positions, K query and key features, V value features.
 """
@@ -25,7 +27,8 @@ Attend = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], tuple[torch.Tensor
 
 
 class TeAttended(NamedTuple):
-    """out (B, S, H, V); max_logits (H,), FP32; extras: what its backward saves beside q, k, v and out."""
+    """out (B, S, H, V); max_logits (H,), FP32; extras: what its backward saves beside q, k, v and
+    out."""
 
     out: torch.Tensor
     max_logits: torch.Tensor
@@ -33,7 +36,8 @@ class TeAttended(NamedTuple):
 
 
 class TeAttention:
-    """Causal attention of one shape of head, by Transformer Engine. It has no state that a call changes."""
+    """Causal attention of one shape of head, by Transformer Engine. It has no state that a call
+    changes."""
 
     def __init__(self, attend: Attend) -> None:
         self._attend = attend
@@ -51,12 +55,17 @@ class TeAttention:
 
 
 def build_te_attention(heads: int, query_width: int, value_width: int, scale: float) -> TeAttention:
-    """Raises ConfigError where Transformer Engine is missing, or too old to return the largest logits."""
+    """Raises ConfigError where Transformer Engine is missing, or too old to return the largest
+    logits."""
     try:
         import transformer_engine.pytorch as te
     except ImportError as error:
-        raise ConfigError("ops.backend", "te", f"transformer-engine cannot be imported: {error}",
-                          "install it (pip install 'k2train[gpu]'), or set ops.backend=auto") from error  # fmt: skip
+        raise ConfigError(
+            "ops.backend",
+            "te",
+            f"transformer-engine cannot be imported: {error}",
+            "install it (pip install 'k2train[gpu]'), or set ops.backend=auto",
+        ) from error
     return TeAttention(dot_product_attention(te, heads, query_width, value_width, scale))
 
 
@@ -66,8 +75,12 @@ def dot_product_attention(
     """`transformer_engine.pytorch.DotProductAttention` for this program's tensors."""
     known = inspect.signature(te.DotProductAttention.__init__).parameters
     if "return_max_logit" not in known:
-        raise ConfigError("ops.backend", "te", "this transformer-engine has no return_max_logit, which QK-Clip needs",
-                          "install a newer one, or set ops.backend=auto")  # fmt: skip
+        raise ConfigError(
+            "ops.backend",
+            "te",
+            "this transformer-engine has no return_max_logit, which QK-Clip needs",
+            "install a newer one, or set ops.backend=auto",
+        )
     return te.DotProductAttention(
         num_attention_heads=heads,
         kv_channels=(query_width, value_width),
@@ -82,7 +95,8 @@ def dot_product_attention(
 class _Wrapped(torch.autograd.Function):
     """Another library's graph as one node, which saves what that graph saves.
 
-    Between forward and backward the inner graph holds numbers in place of tensors; the tensors are this node's.
+    Between forward and backward the inner graph holds numbers in place of tensors; the tensors are
+    this node's.
     """
 
     @staticmethod
@@ -119,7 +133,8 @@ class _Wrapped(torch.autograd.Function):
 
 
 class _Inner:
-    """The ends of the inner graph. kept: where its saved tensors are read from while its backward runs."""
+    """The ends of the inner graph. kept: where its saved tensors are read from while its backward
+    runs."""
 
     def __init__(self, inputs: list[GradientEdge], output: GradientEdge, kept: list[torch.Tensor]) -> None:
         self._inputs, self._output, self._kept = inputs, output, kept

@@ -1,9 +1,11 @@
-"""Transformer Engine's grouped product for the experts: `general_grouped_gemm`, with plain 16-bit tensors.
+"""Transformer Engine's grouped product for the experts: `general_grouped_gemm`, with plain 16-bit
+tensors.
 
-It takes the place of `grouped.grouped_mm` in the layer's two products y = x W^T and dx = dy W; what is saved, and the
-weight gradient with its FP32 sums, stay ours. It wants the experts' row counts on the host, which a route knows.
-An optional dependency, imported when a run asks for `ops.backend=te`. Not yet run on a GPU: tested with a stand-in that
-has the signature of Transformer Engine 2.11 to 2.18. Letters: M rows, L local experts, I input and O output features.
+It takes the place of `grouped.grouped_mm` in the layer's two products y = x W^T and dx = dy W; what
+is saved, and the weight gradient with its FP32 sums, stay ours. It wants the experts' row counts on
+the host, which a route knows. An optional dependency, imported when a run asks for
+`ops.backend=te`. Not yet run on a GPU: tested with a stand-in that has the signature of Transformer
+Engine 2.11 to 2.18. Letters: M rows, L local experts, I input and O output features.
 """
 
 from __future__ import annotations
@@ -18,7 +20,8 @@ from k2train.config.errors import ConfigError
 
 
 class TeGroupedMM:
-    """`grouped_mm` by Transformer Engine. general_grouped_gemm: its function. It has no state that a call changes."""
+    """`grouped_mm` by Transformer Engine. general_grouped_gemm: its function. It has no state that
+    a call changes."""
 
     def __init__(self, general_grouped_gemm: Callable[..., Any]) -> None:
         self._gemm = general_grouped_gemm
@@ -30,9 +33,11 @@ class TeGroupedMM:
         offsets_L: torch.Tensor,
         rows_L: Sequence[int] | None = None,
     ) -> torch.Tensor:
-        """Each expert's rows of x times its own matrix (M, O); rows past the last expert's are left undefined.
+        """Each expert's rows of x times its own matrix (M, O); rows past the last expert's are left
+        undefined.
 
-        The weight is contiguous, or the transpose of a contiguous tensor. offsets_L is not read: ValueError without rows_L.
+        The weight is contiguous, or the transpose of a contiguous tensor. offsets_L is not read:
+        ValueError without rows_L.
         """
         if rows_L is None:
             raise ValueError(
@@ -47,8 +52,8 @@ class TeGroupedMM:
     def _multiply(
         self, x_MI: torch.Tensor, weight_LIO: torch.Tensor, y_MO: torch.Tensor, rows: list[int]
     ) -> None:
-        """In its words A is the weight and B are the rows: y = B A for layout NN, y = B A^T for TN. It reads memory as if
-        contiguous, whatever the strides say."""
+        """In its words A is the weight and B are the rows: y = B A for layout NN, y = B A^T for TN.
+        It reads memory as if contiguous, whatever the strides say."""
         transposed = not weight_LIO.is_contiguous()
         matrices = weight_LIO.transpose(1, 2) if transposed else weight_LIO
         assert matrices.is_contiguous(), "the weight is a parameter or its transpose"
@@ -66,12 +71,17 @@ class TeGroupedMM:
 
 
 def build_te_grouped() -> TeGroupedMM:
-    """Raises ConfigError where Transformer Engine is missing, or its grouped product has other arguments."""
+    """Raises ConfigError where Transformer Engine is missing, or its grouped product has other
+    arguments."""
     try:
         from transformer_engine.pytorch.cpp_extensions import general_grouped_gemm
     except ImportError as error:
-        raise ConfigError("ops.backend", "te", f"transformer-engine's grouped product cannot be imported: {error}",
-                          "install it (pip install 'k2train[gpu]'), or set ops.backend=auto") from error  # fmt: skip
+        raise ConfigError(
+            "ops.backend",
+            "te",
+            f"transformer-engine's grouped product cannot be imported: {error}",
+            "install it (pip install 'k2train[gpu]'), or set ops.backend=auto",
+        ) from error
     return TeGroupedMM(checked(general_grouped_gemm))
 
 
@@ -79,9 +89,14 @@ _ARGUMENTS = {"quantization_params", "out_dtype", "layout", "m_splits", "grad", 
 
 
 def checked(general_grouped_gemm: Callable[..., Any]) -> Callable[..., Any]:
-    """The function itself if it has the arguments used here: they came with release 2.11. Raises ConfigError."""
+    """The function itself if it has the arguments used here: they came with release 2.11. Raises
+    ConfigError."""
     known = set(inspect.signature(general_grouped_gemm).parameters)
     if not known >= _ARGUMENTS:
-        raise ConfigError("ops.backend", "te", "this transformer-engine's general_grouped_gemm has other arguments than "
-                          "releases 2.11 to 2.18", "install one of these, or set ops.backend=auto")  # fmt: skip
+        raise ConfigError(
+            "ops.backend",
+            "te",
+            "this transformer-engine's general_grouped_gemm has other arguments than releases 2.11 to 2.18",
+            "install one of these, or set ops.backend=auto",
+        )
     return general_grouped_gemm

@@ -1,11 +1,14 @@
-"""Weight gradients: taken at once or put off into the queue that the W action drains, and the sinks they end in.
+"""Weight gradients: taken at once or put off into the queue that the W action drains, and the sinks
+they end in.
 
-A linear layer's backward has two products. The input gradient is on the critical path of the pipeline, the weight gradient is
-not (zero-bubble pipelines, arXiv 2401.10241; K2 puts it beside the pipeline's sends, K2 report section 2.4.2). So the input
-gradient is computed at once and what the weight gradient needs is queued under the (virtual_stage, microbatch) it belongs to.
+A linear layer's backward has two products. The input gradient is on the critical path of the
+pipeline, the weight gradient is not (zero-bubble pipelines, arXiv 2401.10241; K2 puts it beside the
+pipeline's sends, K2 report section 2.4.2). So the input gradient is computed at once and what the
+weight gradient needs is queued under the (virtual_stage, microbatch) it belongs to.
 
-Draining sums in FP32 (FP64 for float64 parameters). Where the products are BF16, each is added to the sum by the kernel that
-computes it: no gradient of one microbatch is ever written, in any type (`add_product_into`).
+Draining sums in FP32 (FP64 for float64 parameters). Where the products are BF16, each is added to
+the sum by the kernel that computes it: no gradient of one microbatch is ever written, in any type
+(`add_product_into`).
 
 Letters: T tokens, I input and O output features, N rows.
 """
@@ -26,10 +29,12 @@ Key = tuple[int, int]
 
 @dataclasses.dataclass(frozen=True)
 class RowRun:
-    """Rows [first, last) of one matrix of a parameter, and the buffer that their gradients are summed in.
+    """Rows [first, last) of one matrix of a parameter, and the buffer that their gradients are
+    summed in.
 
-    matrix: which one, where the parameter is a stack of matrices (L, O, I); 0 where it is one (O, I).
-    buffer: (last - first, I), contiguous, FP32 (FP64 for float64 parameters), to be added into in place.
+    matrix: which one, where the parameter is a stack of matrices (L, O, I); 0 where it is one (O,
+    I). buffer: (last - first, I), contiguous, FP32 (FP64 for float64 parameters), to be added into
+    in place.
     """
 
     matrix: int
@@ -39,7 +44,8 @@ class RowRun:
 
 
 class GradientSink(Protocol):
-    """Where weight gradients end: FP32 or FP64 sums for every parameter. All of it is local to the rank."""
+    """Where weight gradients end: FP32 or FP64 sums for every parameter. All of it is local to the
+    rank."""
 
     def add(self, parameter: torch.Tensor, gradient: torch.Tensor) -> None:
         """Add a whole gradient, of any floating type."""
@@ -48,23 +54,26 @@ class GradientSink(Protocol):
     def runs(self, parameter: torch.Tensor) -> Sequence[RowRun]:
         """The sums of a matrix, or of a stack of matrices, for products to be added to in place.
 
-        In order, covering every row once. A matrix is one run, or several where its rows have different owners.
+        In order, covering every row once. A matrix is one run, or several where its rows have
+        different owners.
         """
         ...
 
     def add_rows(
         self, parameter: torch.Tensor, rows_N: torch.Tensor, gradient_NC: torch.Tensor, first_column: int = 0
     ) -> None:
-        """Add to columns [first_column, first_column + C) of some rows of a matrix, in the type of its sums.
+        """Add to columns [first_column, first_column + C) of some rows of a matrix, in the type of
+        its sums.
 
-        A row may occur twice. On CUDA its sum then depends on the order of two additions, which is not fixed, unless all
-        but one of them add zero.
+        A row may occur twice. On CUDA its sum then depends on the order of two additions, which is
+        not fixed, unless all but one of them add zero.
         """
         ...
 
 
 class PlainGradients:
-    """One dense buffer a parameter, made at its first use. The reference sink, for one rank and for tests."""
+    """One dense buffer a parameter, made at its first use. The reference sink, for one rank and for
+    tests."""
 
     def __init__(self) -> None:
         self.buffers: dict[torch.Tensor, torch.Tensor] = {}
@@ -119,7 +128,8 @@ class WeightGradEntry(Protocol):
 
 
 class WeightGradQueue:
-    """Put-off weight gradients by (virtual_stage, microbatch). Must be empty at the end of a step."""
+    """Put-off weight gradients by (virtual_stage, microbatch). Must be empty at the end of a
+    step."""
 
     def __init__(self) -> None:
         self._entries: dict[Key, list[WeightGradEntry]] = {}
@@ -132,13 +142,15 @@ class WeightGradQueue:
         return Later(self, key)
 
     def drain(self, key: Key, sink: GradientSink) -> int:
-        """Accumulate every entry of `key` into the sink, in the order they came; returns how many there were."""
+        """Accumulate every entry of `key` into the sink, in the order they came; returns how many
+        there were."""
         entries = self._entries.pop(key, [])
         entries.reverse()
         count = len(entries)
         with torch.no_grad():
             while entries:
-                # Popped before the next one is computed, so that its activations are freed one by one.
+                # Popped before the next one is computed, so that its activations are freed one by
+                # one.
                 entries.pop().accumulate(sink)
         return count
 
@@ -186,7 +198,8 @@ class Later:
 
 @dataclasses.dataclass(frozen=True)
 class AtOnce:
-    """No delay: the output's gradient is still in a cache, and nothing is kept. Backward passes run without gradients."""
+    """No delay: the output's gradient is still in a cache, and nothing is kept. Backward passes run
+    without gradients."""
 
     sink: GradientSink
 
@@ -196,7 +209,8 @@ class AtOnce:
 
 @dataclasses.dataclass(frozen=True)
 class VectorWeightGrad:
-    """The gradient of a norm's weight, which its backward has computed already; adding it to the sum is what waits.
+    """The gradient of a norm's weight, which its backward has computed already; adding it to the
+    sum is what waits.
 
     It comes in the type of the sums, so that nothing of a microbatch is rounded before it is added.
     """
@@ -227,7 +241,8 @@ def add_product(sink: GradientSink, weight: torch.Tensor, dy_TO: torch.Tensor, x
 def add_product_into(buffer_OI: torch.Tensor, dy_TO: torch.Tensor, x_TI: torch.Tensor) -> None:
     """buffer += dy^T x, in place, without rounding the product below the buffer's type.
 
-    dy may be FP32 where x is BF16, as the router's is: on CUDA three products of its BF16 parts are then the product exactly.
+    dy may be FP32 where x is BF16, as the router's is: on CUDA three products of its BF16 parts are
+    then the product exactly.
     """
     wide = buffer_OI.dtype
     if bf16_products.takes(dy_TO, x_TI, wide):

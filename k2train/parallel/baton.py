@@ -1,8 +1,10 @@
-"""The baton of the threads world: of all ranks one runs, until it must wait; then the next in line runs.
+"""The baton of the threads world: of all ranks one runs, until it must wait; then the next in line
+runs.
 
-Ranks are threads, but nothing is concurrent: whoever holds the baton may touch all shared state without a lock, the order
-is first come first served and thus the same in every run, and when nobody can run that is a deadlock, known at once.
-Measured, a baton is three times faster than condition variables that let all threads contend for the interpreter.
+Ranks are threads, but nothing is concurrent: whoever holds the baton may touch all shared state
+without a lock, the order is first come first served and thus the same in every run, and when nobody
+can run that is a deadlock, known at once. Measured, a baton is three times faster than condition
+variables that let all threads contend for the interpreter.
 """
 
 from __future__ import annotations
@@ -19,11 +21,13 @@ class DeadlockError(CommunicationError):
 
 
 class AbortedRank(BaseException):
-    """Unwinds a rank after another one failed. Not an Exception, so that no handler takes it for its own."""
+    """Unwinds a rank after another one failed. Not an Exception, so that no handler takes it for
+    its own."""
 
 
 class Baton:
-    """Hands the right to run from rank to rank. All methods but `start` and `wait_for_end` are for the rank that has it."""
+    """Hands the right to run from rank to rank. All methods but `start` and `wait_for_end` are for
+    the rank that has it."""
 
     def __init__(self, size: int) -> None:
         self.error: BaseException | None = None

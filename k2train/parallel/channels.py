@@ -1,15 +1,16 @@
 """The channels between pipeline stages: communicators that carry messages and nothing else.
 
-For every ordered pair of neighbouring stages there is one (`schedule/channels.py` says why), and a rank makes only those
-it takes part in. Making a communicator is itself a rendezvous: NCCL makes one when it is first used, gloo when the group
-is formed, and both hold the caller until the other rank comes. So channels are made and used once before the first step,
-in rounds. In a round every stage has at most one partner:
+For every ordered pair of neighbouring stages there is one (`schedule/channels.py` says why), and a
+rank makes only those it takes part in. Making a communicator is itself a rendezvous: NCCL makes one
+when it is first used, gloo when the group is formed, and both hold the caller until the other rank
+comes. So channels are made and used once before the first step, in rounds. In a round every stage
+has at most one partner:
 
     round 0   stages 0 and 1 | 2 and 3 | ...          forward, then back
     round 1   stages 1 and 2 | 3 and 4 | ... | last and 0
 
-All ranks go through the rounds in one order, so nobody can wait for somebody who waits for him; and as the pairs of a
-round are made side by side, start-up does not grow with the number of stages.
+All ranks go through the rounds in one order, so nobody can wait for somebody who waits for him; and
+as the pairs of a round are made side by side, start-up does not grow with the number of stages.
 """
 
 from __future__ import annotations
@@ -43,8 +44,8 @@ class Channel:
 class Channels:
     """A rank's ends of all channels, by the stage at the other end.
 
-    max_sends: how many messages may be under way to any one other stage (`Messages.max_sends`, which proves that they
-    are enough).
+    max_sends: how many messages may be under way to any one other stage (`Messages.max_sends`,
+    which proves that they are enough).
     """
 
     outgoing: Mapping[int, Channel]
@@ -53,10 +54,11 @@ class Channels:
 
 
 def build_channels(messages: Messages, ranks: Sequence[int], world: World) -> Channels:
-    """A rank's channels, each used once. Every rank of the world must call it, those of one pipeline together.
+    """A rank's channels, each used once. Every rank of the world must call it, those of one
+    pipeline together.
 
-    ranks: the global ranks of this rank's pipeline, by stage. Raises ConfigError where the schedules need more than
-    the world provides.
+    ranks: the global ranks of this rank's pipeline, by stage. Raises ConfigError where the
+    schedules need more than the world provides.
     """
     check_channels(messages, world.channel_form)
     return make_channels(messages, ranks, world)
@@ -76,7 +78,8 @@ def make_channels(messages: Messages, ranks: Sequence[int], world: World) -> Cha
 
 
 def rounds_of_pairs(pairs: Sequence[tuple[int, int]]) -> list[list[tuple[int, int]]]:
-    """The neighbours among `pairs` (low, high), in rounds that name no stage twice: two rounds for an even ring."""
+    """The neighbours among `pairs` (low, high), in rounds that name no stage twice: two rounds for
+    an even ring."""
     rounds: list[list[tuple[int, int]]] = []
     for pair in sorted({(min(pair), max(pair)) for pair in pairs}):
         for together in rounds:
@@ -91,7 +94,8 @@ def rounds_of_pairs(pairs: Sequence[tuple[int, int]]) -> list[list[tuple[int, in
 def _separate(
     messages: Messages, ranks: Sequence[int], world: World
 ) -> tuple[dict[int, Channel], dict[int, Channel]]:
-    """A communicator for each ordered pair this rank is in: outgoing and incoming, by the other stage."""
+    """A communicator for each ordered pair this rank is in: outgoing and incoming, by the other
+    stage."""
     stage = ranks.index(world.rank)
     outgoing: dict[int, Channel] = {}
     incoming: dict[int, Channel] = {}

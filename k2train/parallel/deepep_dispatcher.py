@@ -1,10 +1,11 @@
 """DeepEP's kernels behind model.dispatcher's protocol: an optional fast path. Not yet run on a GPU.
 
-DeepEP (github.com/deepseek-ai/DeepEP) sends a token once to every node that holds one of its experts and there
-passes it on over NVLink, in one kernel: both wires are busy at once, where `RelayDispatcher` has two all-to-alls
-and hides one under the other in parts. Its sums are added in the kernel too. The interface used is `Buffer`'s,
-which version 1 has as its own and version 2 as its legacy one; what is relied upon is its documentation, and a
-stand-in that follows it takes its place in tests.
+DeepEP (github.com/deepseek-ai/DeepEP) sends a token once to every node that holds one of its
+experts and there passes it on over NVLink, in one kernel: both wires are busy at once, where
+`RelayDispatcher` has two all-to-alls and hides one under the other in parts. Its sums are added in
+the kernel too. The interface used is `Buffer`'s, which version 1 has as its own and version 2 as
+its legacy one; what is relied upon is its documentation, and a stand-in that follows it takes its
+place in tests.
 
     get_dispatch_layout    from a rank's choices: how many tokens go where
     dispatch               tokens, choices and weights; rows come by source and token, a row once for a rank, with
@@ -12,11 +13,12 @@ stand-in that follows it takes its place in tests.
     dispatch(handle)       tokens alone the same way: the backward of combine
     combine                rows added up at their tokens, weights beside them
 
-Streams: every call is made on the side stream, and DeepEP's own stream waits for it and is waited for by it
-(`async_finish=False`). The host waits inside the first dispatch of a route, until the kernel has told it how many
-rows come; in a pair the other half's compute has been issued by then.
+Streams: every call is made on the side stream, and DeepEP's own stream waits for it and is waited
+for by it (`async_finish=False`). The host waits inside the first dispatch of a route, until the
+kernel has told it how many rows come; in a pair the other half's compute has been issued by then.
 
-Letters: T tokens, K experts per token, L local experts, R rows that arrive, M rows at local experts, D features.
+Letters: T tokens, K experts per token, L local experts, R rows that arrive, M rows at local
+experts, D features.
 """
 
 from __future__ import annotations
@@ -88,7 +90,8 @@ class DeepEPRoute:
     def arrived(
         self, local_RK: torch.Tensor, rows_of_experts: Sequence[int], handle: Sequence[torch.Tensor]
     ) -> None:
-        """Take up what the first dispatch returned. local_RK: each row's local experts, -1 for other ranks'."""
+        """Take up what the first dispatch returned. local_RK: each row's local experts, -1 for
+        other ranks'."""
         self._told = None  # no other dispatch is told the choices
         self._rows_of_experts = tuple(rows_of_experts)
         choice_M = choices_by_expert(local_RK, local_RK >= 0, sum(rows_of_experts))
@@ -119,7 +122,8 @@ class DeepEPRouting:
 
 
 class DeepEPDispatcher:
-    """Dispatcher over an expert-parallel group, by DeepEP. BF16 rows and FP32 weights, as its kernels take them.
+    """Dispatcher over an expert-parallel group, by DeepEP. BF16 rows and FP32 weights, as its
+    kernels take them.
 
     Every rank of the buffer's group calls `dispatch` and `combine` in the same order.
     """
@@ -213,19 +217,32 @@ def check_deepep(device: torch.device, dtype: torch.dtype, num_features: int) ->
             "layout.dispatch", "deepep", f"its kernels run on CUDA, not on {device.type}", remedy
         )
     if dtype != torch.bfloat16:
-        raise ConfigError("layout.dispatch", "deepep", "its kernels carry BF16 rows",
-                          f"set train.dtype=bfloat16, or {remedy}")  # fmt: skip
+        raise ConfigError(
+            "layout.dispatch",
+            "deepep",
+            "its kernels carry BF16 rows",
+            f"set train.dtype=bfloat16, or {remedy}",
+        )
     if num_features % _FEATURES_MULTIPLE:
-        raise ConfigError("layout.dispatch", "deepep",
-                          f"rows must be whole words of 16 bytes, and model.hidden_size={num_features} is no multiple "
-                          f"of {_FEATURES_MULTIPLE}", remedy)  # fmt: skip
+        raise ConfigError(
+            "layout.dispatch",
+            "deepep",
+            f"rows must be whole words of 16 bytes, and model.hidden_size={num_features} is no multiple "
+            f"of {_FEATURES_MULTIPLE}",
+            remedy,
+        )
     if importlib.util.find_spec("deep_ep") is None:
-        raise ConfigError("layout.dispatch", "deepep", "the package deep_ep is not installed",
-                          f"install it from github.com/deepseek-ai/DeepEP, or {remedy}")  # fmt: skip
+        raise ConfigError(
+            "layout.dispatch",
+            "deepep",
+            "the package deep_ep is not installed",
+            f"install it from github.com/deepseek-ai/DeepEP, or {remedy}",
+        )
 
 
 def build_buffer(group: Any, num_features: int) -> ExpertBuffer:
-    """DeepEP's buffer over an ep group, as large as its own hints say. Every rank of the group must call it.
+    """DeepEP's buffer over an ep group, as large as its own hints say. Every rank of the group must
+    call it.
 
     Raises ConfigError where the ranks are not processes.
     """

@@ -1,20 +1,22 @@
-"""The all-to-all that sends a row for every expert a token chose: model.dispatcher's protocol over an ep group.
+"""The all-to-all that sends a row for every expert a token chose: model.dispatcher's protocol over
+an ep group.
 
-Expert e lives on ep rank e // L. Rows leave sorted by expert, so they are already sorted by destination; they
-arrive sorted by source and within a source by expert, and are put in order once more so that each local expert's
-rows are neighbours, which is what a grouped product needs.
+Expert e lives on ep rank e // L. Rows leave sorted by expert, so they are already sorted by
+destination; they arrive sorted by source and within a source by expert, and are put in order once
+more so that each local expert's rows are neighbours, which is what a grouped product needs.
 
     leave    | e0 e0 e1 | e2 e3 e3 |              rank 0 to ranks 0 and 1, L = 2
     arrive   | e0 e0 e1 | e0 e1    |              at rank 0, from ranks 0 and 1
     sorted   | e0 e0 e0 | e1 e1    |
 
-Both moves are linear and each is the other's transpose; forward and backward share one route. Any rank may send
-or receive nothing. Payloads keep their type: K2 computes in BF16 and sends BF16 (K2 report, section 2.4.3).
+Both moves are linear and each is the other's transpose; forward and backward share one route. Any
+rank may send or receive nothing. Payloads keep their type: K2 computes in BF16 and sends BF16 (K2
+report, section 2.4.3).
 
 `relay_dispatcher.py` sends a token once for every rank or node instead.
 
-Letters: T tokens, K experts per token, E experts, L local experts, P ranks of the group, N rows here, M rows at
-local experts.
+Letters: T tokens, K experts per token, E experts, L local experts, P ranks of the group, N rows
+here, M rows at local experts.
 """
 
 from __future__ import annotations
@@ -36,8 +38,9 @@ from k2train.parallel.side_stream import SideStream
 class ExpertRoute:
     """One layer's exchange of one microbatch.
 
-    here[p]: rows this rank has for rank p. there[p]: rows that come from rank p. slots: the order of the rows here.
-    orders: of the rows that arrive, two int32 tables (M,), to the order of local experts and back.
+    here[p]: rows this rank has for rank p. there[p]: rows that come from rank p. slots: the order
+    of the rows here. orders: of the rows that arrive, two int32 tables (M,), to the order of local
+    experts and back.
     """
 
     slots: SlotOrder
@@ -54,8 +57,8 @@ class ExpertRoute:
 
 @dataclasses.dataclass(frozen=True)
 class ExpertRouting:
-    """The counts are on their way to the host; the order of the rows here is known. arriving_PL: rows that come
-    from each rank for each local expert."""
+    """The counts are on their way to the host; the order of the rows here is known. arriving_PL:
+    rows that come from each rank for each local expert."""
 
     side: SideStream
     saved: SavedActivations
@@ -80,9 +83,9 @@ class ExpertRouting:
 def expert_places(arriving_PL: torch.Tensor, num_rows: int) -> torch.Tensor:
     """The place of every arrived row among rows sorted by expert (M,), int32.
 
-    Arrived rows are sorted by source and within a source by expert, so each (source, expert) is a run that moves
-    as a whole, and no sort is needed: a run's first place is that of all runs of experts before it, and of its
-    expert's runs from sources before it.
+    Arrived rows are sorted by source and within a source by expert, so each (source, expert) is a
+    run that moves as a whole, and no sort is needed: a run's first place is that of all runs of
+    experts before it, and of its expert's runs from sources before it.
     """
     by_expert_LP = arriving_PL.t().contiguous()
     sorted_first_PL = (by_expert_LP.flatten().cumsum(0).view_as(by_expert_LP) - by_expert_LP).t()
@@ -94,11 +97,12 @@ def expert_places(arriving_PL: torch.Tensor, num_rows: int) -> torch.Tensor:
 
 
 class AllToAllDispatcher:
-    """Dispatcher over an expert-parallel group whose ranks hold equal numbers of consecutive experts.
+    """Dispatcher over an expert-parallel group whose ranks hold equal numbers of consecutive
+    experts.
 
-    Every rank of the group calls `start_route`, `dispatch` and `combine` in the same order: each `start_route` is
-    one all-to-all of counts, each move one all-to-all. Both go on beside the main stream. On a CPU a move has ended
-    when it returns.
+    Every rank of the group calls `start_route`, `dispatch` and `combine` in the same order: each
+    `start_route` is one all-to-all of counts, each move one all-to-all. Both go on beside the main
+    stream. On a CPU a move has ended when it returns.
     """
 
     def __init__(self, group: Communicator, num_experts: int, side: SideStream) -> None:

@@ -1,8 +1,9 @@
-"""An all-to-all of tensors whose rows go the same ways: a token's features, and its weights beside them.
+"""An all-to-all of tensors whose rows go the same ways: a token's features, and its weights beside
+them.
 
-Tensors that travel together share one message: a row of it is a row of each, one behind the other, as bytes.
-For K2 that is 14,336 bytes of features and 32 of weights, where a message of its own for the weights would
-cost as much latency as the features'.
+Tensors that travel together share one message: a row of it is a row of each, one behind the other,
+as bytes. For K2 that is 14,336 bytes of features and 32 of weights, where a message of its own for
+the weights would cost as much latency as the features'.
 """
 
 from __future__ import annotations
@@ -19,8 +20,8 @@ from k2train.parallel.communicator import Communicator, Work
 Last = Callable[[torch.Tensor], torch.Tensor]
 """What is made of a tensor when it has arrived."""
 
-# Rows are moved in words of this many bytes: a gather of single bytes would be eight times as many loads, and
-# every type's numbers start at a multiple of their size.
+# Rows are moved in words of this many bytes: a gather of single bytes would be eight times as many
+# loads, and every type's numbers start at a multiple of their size.
 WORD_BYTES = 8
 
 
@@ -92,10 +93,12 @@ def start_exchange(
     then: Sequence[Last] = (),
     out: torch.Tensor | None = None,
 ) -> Moving:
-    """Start one all-to-all of a packed message: leaving[p] rows go to rank p and arriving[p] come from it.
+    """Start one all-to-all of a packed message: leaving[p] rows go to rank p and arriving[p] come
+    from it.
 
-    Every rank of the group calls it. like: what the message holds, as for `unpack`. out: where it arrives, if
-    there is room already. then: by the parts' places; more than there are parts do no harm.
+    Every rank of the group calls it. like: what the message holds, as for `unpack`. out: where it
+    arrives, if there is room already. then: by the parts' places; more than there are parts do no
+    harm.
     """
     if out is None:
         out = message.new_empty(sum(arriving), *message.shape[1:])

@@ -1,4 +1,5 @@
-"""Small plain values (what JSON can hold) from one rank to its group: paths, decisions, messages."""
+"""Small plain values (what JSON can hold) from one rank to its group: paths, decisions,
+messages."""
 
 from __future__ import annotations
 
@@ -11,7 +12,8 @@ from k2train.parallel.communicator import Communicator
 
 
 def broadcast_object(group: Communicator, value: Any, root: int, device: torch.device) -> Any:
-    """The root's `value` on every rank; what the others pass is ignored. Two broadcasts, called by every rank."""
+    """The root's `value` on every rank; what the others pass is ignored. Two broadcasts, called by
+    every rank."""
     payload = json.dumps(value).encode() if group.rank == root else b""
     length = torch.tensor([len(payload)], dtype=torch.int64, device=device)
     group.broadcast(length, root)

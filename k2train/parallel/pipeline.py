@@ -1,15 +1,17 @@
 """Messages between pipeline stages: (rows, hidden) activations forward, gradients back.
 
-NCCL has no tags: what one stage sends to another arrives in the order it was sent in, whatever it means. The schedule's
-validator has proved that both ends agree on that order, so nothing is tagged here. Each ordered pair of stages has a
-channel of its own (`channels.py`). Receives are posted where the action list says, ahead of their use.
+NCCL has no tags: what one stage sends to another arrives in the order it was sent in, whatever it
+means. The schedule's validator has proved that both ends agree on that order, so nothing is tagged
+here. Each ordered pair of stages has a channel of its own (`channels.py`). Receives are posted
+where the action list says, ahead of their use.
 
-A sent tensor is kept until its message has left. On a GPU the host runs ahead of the device, as far as it likes: a send
-that the host has issued may be hundreds of microbatches away from leaving, and its tensor would be kept as long. So no
-more than `Channels.max_sends` messages to one stage are under way. The next send first waits for the oldest, and on CUDA
-that wait is the stream's that messages leave from: the host goes on, and the memory comes back when that stream has passed
-it. Where the
-schedule's steps take equally long the wait never finds a message that has not left (`Messages.max_sends`).
+A sent tensor is kept until its message has left. On a GPU the host runs ahead of the device, as far
+as it likes: a send that the host has issued may be hundreds of microbatches away from leaving, and
+its tensor would be kept as long. So no more than `Channels.max_sends` messages to one stage are
+under way. The next send first waits for the oldest, and on CUDA that wait is the stream's that
+messages leave from: the host goes on, and the memory comes back when that stream has passed it.
+Where the schedule's steps take equally long the wait never finds a message that has not left
+(`Messages.max_sends`).
 """
 
 from __future__ import annotations
@@ -49,7 +51,8 @@ class PipelineTransport:
         }
 
     def send(self, tensor: torch.Tensor, stage: int) -> None:
-        """Start sending to `stage`; its receive of the same place in their common order must be posted sometime."""
+        """Start sending to `stage`; its receive of the same place in their common order must be
+        posted sometime."""
         self._release()
         under_way = self._under_way[stage]
         while len(under_way) >= self.channels.max_sends:
@@ -86,5 +89,6 @@ class PipelineTransport:
                 self._wait_for_oldest(under_way)
 
     def _wait_for_oldest(self, under_way: collections.deque[tuple[Work, torch.Tensor]]) -> None:
-        # torch keeps the tensor of an asynchronous operation over NCCL until its `wait()`, whether or not it has ended.
+        # torch keeps the tensor of an asynchronous operation over NCCL until its `wait()`, whether
+        # or not it has ended.
         under_way.popleft()[0].wait()

@@ -1,16 +1,19 @@
 """Ranks as processes: Communicators over torch.distributed, NCCL on GPUs and gloo on CPUs.
 
-`process_world("single")` is the same with one process, which needs no launcher, no port and no network.
+`process_world("single")` is the same with one process, which needs no launcher, no port and no
+network.
 
-What this file smooths over: torch 2.13 renamed the flat all-gather and reduce-scatter; no collective takes float8 (it
-travels as bytes); gloo's all-gather and reduce-scatter take equal parts only (uneven ones become a broadcast or reduce
-per part, which moves as many bytes); a failed operation says which one it was, in which group.
+What this file smooths over: torch 2.13 renamed the flat all-gather and reduce-scatter; no
+collective takes float8 (it travels as bytes); gloo's all-gather and reduce-scatter take equal parts
+only (uneven ones become a broadcast or reduce per part, which moves as many bytes); a failed
+operation says which one it was, in which group.
 
-Over NCCL `Work.wait()` makes the current stream wait and returns at once, so a failure cannot be raised there. It comes
-from torch's watchdog thread, which ends the process when an operation fails or runs into the timeout
-(TORCH_NCCL_ASYNC_ERROR_HANDLING=3, torch's default). Its message has the kind of the operation, the rank, and the
-description of the group; therefore a group's description is its name and its ranks, and the two ends of a channel
-between stages are a group of their own. TORCH_NCCL_BLOCKING_WAIT must stay off: every wait would hold the host.
+Over NCCL `Work.wait()` makes the current stream wait and returns at once, so a failure cannot be
+raised there. It comes from torch's watchdog thread, which ends the process when an operation fails
+or runs into the timeout (TORCH_NCCL_ASYNC_ERROR_HANDLING=3, torch's default). Its message has the
+kind of the operation, the rank, and the description of the group; therefore a group's description
+is its name and its ranks, and the two ends of a channel between stages are a group of their own.
+TORCH_NCCL_BLOCKING_WAIT must stay off: every wait would hold the host.
 """
 
 from __future__ import annotations
@@ -45,7 +48,8 @@ except ImportError:  # torch 2.11 and 2.12
     from torch.distributed import all_gather_into_tensor as all_gather_single
     from torch.distributed import reduce_scatter_tensor as reduce_scatter_single
 
-# Ranks come up seconds or, from a shared file system, minutes apart, which says nothing of how long a collective may take.
+# Ranks come up seconds or, from a shared file system, minutes apart, which says nothing of how long
+# a collective may take.
 JOIN_SECONDS = 120.0
 
 _OPS = {"sum": dist.ReduceOp.SUM, "max": dist.ReduceOp.MAX}
@@ -213,15 +217,18 @@ class ProcessWorld:
 
     @property
     def channel_form(self) -> ChannelForm:
-        """Every group has communicators of its own, so a group for every ordered pair is a communicator for each.
+        """Every group has communicators of its own, so a group for every ordered pair is a
+        communicator for each.
 
-        That holds with and without a `device_id` in `init_process_group`. None is given there: torch would then make
-        each group by splitting the communicator of the whole world, which every rank of the world must take part in.
+        That holds with and without a `device_id` in `init_process_group`. None is given there:
+        torch would then make each group by splitting the communicator of the whole world, which
+        every rank of the world must take part in.
         """
         return ChannelForm.ORDERED_PAIR
 
     def group(self, name: str, ranks: Sequence[int]) -> ProcessCommunicator:
-        """A new group of these global ranks, this one among them. Every member, and nobody else, must call it.
+        """A new group of these global ranks, this one among them. Every member, and nobody else,
+        must call it.
 
         It must be every member's n-th group, with one n for all (`World.group`).
         """
@@ -246,9 +253,10 @@ def process_world(
 ) -> Iterator[ProcessWorld]:
     """Join the run's processes, and leave them at the end.
 
-    kind: `single` is one process on its own; `processes` reads what torchrun sets (RANK, WORLD_SIZE, MASTER_ADDR, MASTER_PORT)
-    and raises ConfigError where it is not there, JoinError where the others do not come. Collective: every process
-    of the run must enter and leave. timeout_seconds is a collective's; joining may take JOIN_SECONDS where that is more.
+    kind: `single` is one process on its own; `processes` reads what torchrun sets (RANK,
+    WORLD_SIZE, MASTER_ADDR, MASTER_PORT) and raises ConfigError where it is not there, JoinError
+    where the others do not come. Collective: every process of the run must enter and leave.
+    timeout_seconds is a collective's; joining may take JOIN_SECONDS where that is more.
     """
     timeout = datetime.timedelta(seconds=timeout_seconds)
     join_timeout = datetime.timedelta(seconds=max(timeout_seconds, JOIN_SECONDS))
@@ -276,8 +284,12 @@ def check_launched() -> None:
         name for name in ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT") if name not in os.environ
     ]
     if missing:
-        raise ConfigError("world", "processes", f"needs a launcher; {', '.join(missing)} not set",
-                          "start with torchrun --nproc-per-node=N -m k2train train ..., or set world=single")  # fmt: skip
+        raise ConfigError(
+            "world",
+            "processes",
+            f"needs a launcher; {', '.join(missing)} not set",
+            "start with torchrun --nproc-per-node=N -m k2train train ..., or set world=single",
+        )
 
 
 def _described(name: str, ranks: Sequence[int]) -> str:
@@ -287,7 +299,8 @@ def _described(name: str, ranks: Sequence[int]) -> str:
 
 
 def _nccl_options(timeout: datetime.timedelta) -> Any:
-    """Communication on streams of high priority: its kernels are few and small, and what they bring is waited for.
+    """Communication on streams of high priority: its kernels are few and small, and what they bring
+    is waited for.
 
     A build of torch without NCCL has no such class, so it is imported here.
     """

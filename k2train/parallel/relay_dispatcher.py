@@ -1,9 +1,10 @@
-"""The all-to-all that sends a token once: model.dispatcher's protocol over an ep group, in one hop or two.
+"""The all-to-all that sends a token once: model.dispatcher's protocol over an ep group, in one hop
+or two.
 
-A token goes once to every node that holds one of its experts, there once to every rank that does, and only on that rank
-is it copied for each of its experts. On the way back the copies are added up where they were made. Half of K2's eight
-experts are on the other of two nodes; its network then carries one row instead of four (the way of DeepEP,
-github.com/deepseek-ai/DeepEP).
+A token goes once to every node that holds one of its experts, there once to every rank that does,
+and only on that rank is it copied for each of its experts. On the way back the copies are added up
+where they were made. Half of K2's eight experts are on the other of two nodes; its network then
+carries one row instead of four (the way of DeepEP, github.com/deepseek-ai/DeepEP).
 
     two nodes of two, a token of rank 0 with experts on ranks 2 and 3:
 
@@ -11,12 +12,13 @@ github.com/deepseek-ai/DeepEP).
     hop inside a node     2 -> 2, 2 -> 3    each rank to those of its node
     at ranks 2 and 3      a row for each expert chosen there
 
-With one node there is only the second hop. Every rank knows every choice of its group (one all-gather of small integers),
-so that who sends what is worked out everywhere alike and rows travel without a word about them. Rows come out in the same
-order as `AllToAllDispatcher`'s, equal to the bit; sums on the way back are rounded to the rows' type at every hop.
+With one node there is only the second hop. Every rank knows every choice of its group (one
+all-gather of small integers), so that who sends what is worked out everywhere alike and rows travel
+without a word about them. Rows come out in the same order as `AllToAllDispatcher`'s, equal to the
+bit; sums on the way back are rounded to the rows' type at every hop.
 
-`relay_route.py` works out who sends what. Letters: T tokens, K experts per token, P ranks of the group, R rows at this rank,
-M rows at its experts, D features.
+`relay_route.py` works out who sends what. Letters: T tokens, K experts per token, P ranks of the
+group, R rows at this rank, M rows at its experts, D features.
 """
 
 from __future__ import annotations
@@ -62,16 +64,17 @@ class RelayRouting:
 
 
 class RelayDispatcher:
-    """Dispatcher over an expert-parallel group whose ranks hold equal numbers of consecutive experts and whose nodes
-    hold equal numbers of consecutive ranks.
+    """Dispatcher over an expert-parallel group whose ranks hold equal numbers of consecutive
+    experts and whose nodes hold equal numbers of consecutive ranks.
 
-    group: all P ranks. node: those of this rank's node. rail: those at this rank's place on every node, None where
-    there is one node. num_parts: how many parts the tokens are sent in, so that one's hop between nodes goes on
-    under another's inside them.
+    group: all P ranks. node: those of this rank's node. rail: those at this rank's place on every
+    node, None where there is one node. num_parts: how many parts the tokens are sent in, so that
+    one's hop between nodes goes on under another's inside them.
 
-    Every rank of `group` calls `start_route`, `dispatch` and `combine` in the same order, with as many tokens as
-    the others: a `start_route` is one all-gather in `group`, a move one all-to-all in `rail` and one in `node` for
-    every part. All go on beside the main stream. On a CPU a move has ended when it returns.
+    Every rank of `group` calls `start_route`, `dispatch` and `combine` in the same order, with as
+    many tokens as the others: a `start_route` is one all-gather in `group`, a move one all-to-all
+    in `rail` and one in `node` for every part. All go on beside the main stream. On a CPU a move
+    has ended when it returns.
     """
 
     def __init__(
@@ -144,7 +147,8 @@ class RelayDispatcher:
         return self.side.start(move, inputs, ready)
 
     def _spread(self, route: RelayRoute, tables: list[list[HopTables]], rows: Tensors) -> torch.Tensor:
-        """Tokens to the ranks that need them: a packed message of the rows that arrive here, part by part."""
+        """Tokens to the ranks that need them: a packed message of the rows that arrive here, part
+        by part."""
         message = pack(rows)
         out = message.new_empty(sum(route.rows_of_parts), *message.shape[1:])
         landing = out.split(route.rows_of_parts)
@@ -155,7 +159,8 @@ class RelayDispatcher:
                 hops[hop].go(part, rows, of_hop[hop], end if last else None)
                 for part, hops, of_hop, end in zip(parts, route.parts, tables, landing, strict=True)
             ]
-            # Waited for one by one, so that a part's next hop is started while later parts are under way.
+            # Waited for one by one, so that a part's next hop is started while later parts are
+            # under way.
             parts = (one.message() for one in moving)
         for _ in parts:
             pass
@@ -173,7 +178,8 @@ class RelayDispatcher:
         return tuple(_joined(found) for found in zip(*parts, strict=True))
 
     def _all_choices(self, experts_TK: torch.Tensor) -> torch.Tensor:
-        """Every rank's choices (P, T, K), int64, T filled up to equal parts with choices of no expert."""
+        """Every rank's choices (P, T, K), int64, T filled up to equal parts with choices of no
+        expert."""
         mine_TK = experts_TK.to(torch.int32).contiguous()
         missing = -len(mine_TK) % self.num_parts
         if missing:

@@ -1,12 +1,13 @@
-"""Who sends which token to whom on the way to the experts: the plan of one exchange of `RelayDispatcher`, from all
-choices.
+"""Who sends which token to whom on the way to the experts: the plan of one exchange of
+`RelayDispatcher`, from all choices.
 
-Every rank of an expert-parallel group knows every choice, so each works out its own part of the exchange and no
-row needs a header. `count_route` is the part that needs no sizes: it ends in one tensor of counts, which the host
-reads. `build_route` is the rest, when the host has them.
+Every rank of an expert-parallel group knows every choice, so each works out its own part of the
+exchange and no row needs a header. `count_route` is the part that needs no sizes: it ends in one
+tensor of counts, which the host reads. `build_route` is the rest, when the host has them.
 
-Letters: T tokens, K experts per token, L local experts, P ranks of the group, N nodes, G ranks of the group on a
-node, M rows at this rank's experts, C copies that leave in a hop, S rows they are copies of.
+Letters: T tokens, K experts per token, L local experts, P ranks of the group, N nodes, G ranks of
+the group on a node, M rows at this rank's experts, C copies that leave in a hop, S rows they are
+copies of.
 """
 
 from __future__ import annotations
@@ -43,7 +44,8 @@ class ExpertTables(NamedTuple):
     """The rows at this rank's experts, int32."""
 
     place: torch.Tensor
-    """(M,): of each expert row its place row * K + k among the choices of the R rows that arrived (part by part)."""
+    """(M,): of each expert row its place row * K + k among the choices of the R rows that arrived
+    (part by part)."""
     order: torch.Tensor
     """(M,): expert rows in order of the rows that arrived."""
     first: torch.Tensor
@@ -56,7 +58,8 @@ class ExpertTables(NamedTuple):
     def placed(self, weights_M: torch.Tensor, num_choices: int) -> torch.Tensor:
         """The experts' weights at their places among the choices (R, K).
 
-        A place belongs to one expert, so nothing is added up: the other places wait for other ranks.
+        A place belongs to one expert, so nothing is added up: the other places wait for other
+        ranks.
         """
         weights_RK = weights_M.new_zeros(self.first.shape[0], num_choices)
         weights_RK.view(-1).scatter_(0, self.place.long(), weights_M)
@@ -80,7 +83,8 @@ class Hop:
     def go(
         self, message: torch.Tensor, like: Tensors, tables: HopTables, out: torch.Tensor | None = None
     ) -> Moving:
-        """Rows of a packed message to their copies, where those are needed; into `out` where it is given."""
+        """Rows of a packed message to their copies, where those are needed; into `out` where it is
+        given."""
         copies = message.index_select(0, tables.row_of_copy)
         return start_exchange(self.group, copies, like, self.leaving, self.arriving, out=out)
 
@@ -98,8 +102,8 @@ class Hop:
 class RelayRoute:
     """One layer's exchange of one microbatch.
 
-    parts: the hops of every part of its tokens. tables: those of every hop, all parts one behind the other, then
-    the experts'. num_choices: K. offsets (L,) int32.
+    parts: the hops of every part of its tokens. tables: those of every hop, all parts one behind
+    the other, then the experts'. num_choices: K. offsets (L,) int32.
     """
 
     parts: tuple[tuple[Hop, ...], ...]
@@ -138,10 +142,10 @@ class RelayRoute:
 class RouteCounts:
     """A route before its sizes are known.
 
-    choices (P, T, K) int64 are every rank's experts, chosen (P, T, K) which of them are here. here (parts, T / parts):
-    this rank's tokens, without those that fill up the last parts. masks: of every hop, a part for every first index.
-    offsets (L,) int32. numbers: for every hop and direction the copies by part and peer, then the rows of each local
-    expert.
+    choices (P, T, K) int64 are every rank's experts, chosen (P, T, K) which of them are here. here
+    (parts, T / parts): this rank's tokens, without those that fill up the last parts. masks: of
+    every hop, a part for every first index. offsets (L,) int32. numbers: for every hop and
+    direction the copies by part and peer, then the rows of each local expert.
     """
 
     choices: torch.Tensor
@@ -162,8 +166,9 @@ def count_route(
 ) -> RouteCounts:
     """Count the route of `rank` in the group; waits for nothing and communicates with nobody.
 
-    choices_PTK: every rank's experts, int64; T is a multiple of num_parts, and tokens from num_tokens on choose an
-    expert that does not exist. hop_groups: the group of every hop, the last one that of its node.
+    choices_PTK: every rank's experts, int64; T is a multiple of num_parts, and tokens from
+    num_tokens on choose an expert that does not exist. hop_groups: the group of every hop, the last
+    one that of its node.
     """
     owner_PTK = choices_PTK // num_local
     chosen_PTK = owner_PTK == rank
@@ -185,7 +190,8 @@ def build_route(
     hop_groups: Sequence[Communicator],
     saved: SavedActivations,
 ) -> RelayRoute:
-    """The route, from its counts and the same on the host; waits for nothing and communicates with nobody."""
+    """The route, from its counts and the same on the host; waits for nothing and communicates with
+    nobody."""
     num_parts, part_tokens = counts.here.shape
     found = iter(numbers)
     rows = [max(0, min(part_tokens, num_tokens - part * part_tokens)) for part in range(num_parts)]
@@ -215,11 +221,13 @@ def _hop_tables(
 ) -> tuple[torch.Tensor, ...]:
     """`HopTables` of all parts, without a sort.
 
-    here (parts, ...): which tokens' rows are at this rank, numbered within their part by row_of_token. outgoing
-    (parts, peers, ...): which copies leave. num_rows, num_copies: of all parts.
+    here (parts, ...): which tokens' rows are at this rank, numbered within their part by
+    row_of_token. outgoing (parts, peers, ...): which copies leave. num_rows, num_copies: of all
+    parts.
     """
     row_C = _selected(row_of_token.unsqueeze(1).expand_as(outgoing), outgoing, num_copies)
-    # Copies leave in order of peer and token; for the sums they are wanted in order of token and peer.
+    # Copies leave in order of peer and token; for the sums they are wanted in order of token and
+    # peer.
     order_C = _selected(_numbered(outgoing).movedim(1, -1), outgoing.movedim(1, -1), num_copies)
     copies = outgoing.sum(1, dtype=torch.int32)
     first = copies.flatten(1).cumsum(1, dtype=torch.int32).view_as(copies) - copies
@@ -240,7 +248,8 @@ def _expert_tables(counts: RouteCounts, num_chosen: int, num_arrived: int) -> Ex
 
 
 def choices_by_expert(experts: torch.Tensor, chosen: torch.Tensor, num_chosen: int) -> torch.Tensor:
-    """The chosen ones of many choices, in order of expert and within one as they stand: flat places (M,) int64."""
+    """The chosen ones of many choices, in order of expert and within one as they stand: flat places
+    (M,) int64."""
     where_M = _places(chosen, num_chosen)
     expert_M = experts.flatten().index_select(0, where_M)
     return where_M.index_select(0, torch.sort(expert_M, stable=True).indices)
@@ -249,10 +258,10 @@ def choices_by_expert(experts: torch.Tensor, chosen: torch.Tensor, num_chosen: i
 def hop_masks(owner_PTK: torch.Tensor, ranks_per_node: int, rank: int, num_parts: int) -> list[Masks]:
     """Which copies leave `rank` and which arrive, for the hop between nodes and the hop inside one.
 
-    owner_PTK: the rank of every choice, P where there is none. Each mask's first dimension is the part, the second
-    the peer; then come the tokens the copies are of, in the order they travel in: N x T / parts between nodes,
-    where N is the peer's node, and G x N x T / parts inside, where G is the peer's place on the node and N the node
-    a token comes from.
+    owner_PTK: the rank of every choice, P where there is none. Each mask's first dimension is the
+    part, the second the peer; then come the tokens the copies are of, in the order they travel in:
+    N x T / parts between nodes, where N is the peer's node, and G x N x T / parts inside, where G
+    is the peer's place on the node and N the node a token comes from.
     """
     num_ranks, tokens, _ = owner_PTK.shape
     nodes = num_ranks // ranks_per_node

@@ -1,7 +1,9 @@
-"""`run_distributed_test`: run a function on every rank of a small world, as threads or as gloo processes.
+"""`run_distributed_test`: run a function on every rank of a small world, as threads or as gloo
+processes.
 
-The processes are forked from the caller after torch was imported, which starts 32 ranks in seconds where torchrun needs
-half a minute, and meet in a file instead of a port, so tests may run side by side.
+The processes are forked from the caller after torch was imported, which starts 32 ranks in seconds
+where torchrun needs half a minute, and meet in a file instead of a port, so tests may run side by
+side.
 """
 
 from __future__ import annotations
@@ -42,15 +44,18 @@ def run_distributed_test(
     backend: Literal["threads", "processes"],
     timeout_seconds: float = 60.0,
 ) -> list[T]:
-    """What fn returned on every rank, by rank. Raises the first rank's exception (from a process, RankFailedError)."""
+    """What fn returned on every rank, by rank. Raises the first rank's exception (from a process,
+    RankFailedError)."""
     if backend == "threads":
         return run_threads(world_size, fn)
     return run_forked(fn, world_size, timeout_seconds)
 
 
 def run_forked(fn: Callable[[World], T], world_size: int, timeout_seconds: float) -> list[T]:
-    """fn on forked gloo processes. Results must be picklable; all ranks end when one fails or the time is up."""
-    # What is left of earlier groups waits here for threads that a fork does not have, should a rank collect it.
+    """fn on forked gloo processes. Results must be picklable; all ranks end when one fails or the
+    time is up."""
+    # What is left of earlier groups waits here for threads that a fork does not have, should a rank
+    # collect it.
     gc.collect()
     with tempfile.TemporaryDirectory() as directory:
         store = os.path.join(directory, "store")
@@ -74,7 +79,8 @@ def _fork(
     receiver, sender = context.Pipe(duplex=False)
     process = context.Process(target=_run_rank, args=(fn, rank, world_size, store, timeout_seconds, sender))
     with warnings.catch_warnings():
-        # Python 3.12 warns of forking beside threads; ours (pytest's at most) hold no lock a child needs.
+        # Python 3.12 warns of forking beside threads; ours (pytest's at most) hold no lock a child
+        # needs.
         warnings.simplefilter("ignore", DeprecationWarning)
         process.start()
     sender.close()

@@ -1,12 +1,14 @@
-"""What the ranks of a threads world share about one group: pending operations, checked and computed when complete.
+"""What the ranks of a threads world share about one group: pending operations, checked and computed
+when complete.
 
-The n-th collective a rank starts in a group is matched with the n-th of every other; the last to arrive checks that all
-fit and computes every output, in rank order. A misfit is a CommunicationError that names both ranks, the group, the
-operations and the lines that started them.
+The n-th collective a rank starts in a group is matched with the n-th of every other; the last to
+arrive checks that all fit and computes every output, in rank order. A misfit is a
+CommunicationError that names both ranks, the group, the operations and the lines that started them.
 
-Messages follow NCCL's rules, so that a run stands still here where it would over NCCL. What a rank sends to and receives
-from one peer is one queue, or, where the world has one communicator for all, what it sends and receives at all. A message
-moves when its two ends are at the heads of their queues; nothing is buffered.
+Messages follow NCCL's rules, so that a run stands still here where it would over NCCL. What a rank
+sends to and receives from one peer is one queue, or, where the world has one communicator for all,
+what it sends and receives at all. A message moves when its two ends are at the heads of their
+queues; nothing is buffered.
 """
 
 from __future__ import annotations
@@ -78,7 +80,8 @@ class Operation:
 
 @dataclasses.dataclass(frozen=True)
 class _End:
-    """A send or a receive, one end of a message that has not moved. peer: the rank in the group at the other end."""
+    """A send or a receive, one end of a message that has not moved. peer: the rank in the group at
+    the other end."""
 
     is_send: bool
     peer: int
@@ -129,7 +132,8 @@ class GroupState:
     def post(
         self, kind: str, rank: int, peer: int, tensor: torch.Tensor, site: CallSite
     ) -> tuple[Operation, list[Operation]]:
-        """Queue a send from `rank` or a receive by it. Returns its operation, and those that are complete now."""
+        """Queue a send from `rank` or a receive by it. Returns its operation, and those that are
+        complete now."""
         is_send = kind == "send"
         direction = "to" if is_send else "from"
         operation = Operation(f"{kind} {direction} rank {self.ranks[peer]}")
@@ -178,7 +182,8 @@ class GroupState:
         return f"{operation.what} of group {self.name} {_short(self.ranks)}, {site}{absent}{behind}"
 
     def _behind(self, operation: Operation) -> str:
-        """What is ahead of a send or receive in its queue, or ahead of its other end in the peer's."""
+        """What is ahead of a send or receive in its queue, or ahead of its other end in the
+        peer's."""
         for (rank, _), queue in list(self._queues.items()):
             end = next((end for end in queue if end.operation is operation), None)
             if end is None:

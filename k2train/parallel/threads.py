@@ -1,13 +1,16 @@
-"""Ranks as threads of one process: any layout on one machine, deterministic, and with errors that say where.
+"""Ranks as threads of one process: any layout on one machine, deterministic, and with errors that
+say where.
 
-K2's 16 x 16 layout is 256 ranks; as processes that is 256 interpreters, as threads it is one. One rank runs at a time
-(baton.py); what ranks tell each other goes through shared tensors (thread_group.py). Nothing is gained in speed, all in
-certainty: two runs are equal bit for bit, a missing or mismatched collective is named in milliseconds, and an exception
-in one rank ends the others. What would hang over NCCL stands still here and is reported: messages queue up as they do
+K2's 16 x 16 layout is 256 ranks; as processes that is 256 interpreters, as threads it is one. One
+rank runs at a time (baton.py); what ranks tell each other goes through shared tensors
+(thread_group.py). Nothing is gained in speed, all in certainty: two runs are equal bit for bit, a
+missing or mismatched collective is named in milliseconds, and an exception in one rank ends the
+others. What would hang over NCCL stands still here and is reported: messages queue up as they do
 there (thread_group.py), and groups must be made in step, which torch's names for groups ask for.
 
-What threads do not inherit in torch: grad mode (set here to the caller's), autocast and default device (not set). The
-random generator and the default type are the process's: use explicit generators.
+What threads do not inherit in torch: grad mode (set here to the caller's), autocast and default
+device (not set). The random generator and the default type are the process's: use explicit
+generators.
 """
 
 from __future__ import annotations
@@ -57,8 +60,8 @@ class ThreadWorld:
     def group(self, name: str, ranks: Sequence[int]) -> Communicator:
         """A new group. Every member calls it, as its n-th with one n for all.
 
-        Raises CommunicationError for ranks that cannot be a group, or where a member has made more or fewer groups
-        before this one: over torch.distributed such members never meet.
+        Raises CommunicationError for ranks that cannot be a group, or where a member has made more
+        or fewer groups before this one: over torch.distributed such members never meet.
         """
         key = (name, tuple(ranks))
         if (
@@ -207,11 +210,12 @@ def run_threads(
 ) -> list[T]:
     """Run fn on every rank of a threads world and return what they returned, by rank.
 
-    channel_form: which messages of a pipeline share a communicator; other forms than the default are for tests.
+    channel_form: which messages of a pipeline share a communicator; other forms than the default
+    are for tests.
 
-    The first exception of any rank ends all and is raised as it is, its cause naming the rank. Raises
-    CommunicationError (a DeadlockError where nobody can run) for operations that do not fit together or were started
-    and never completed.
+    The first exception of any rank ends all and is raised as it is, its cause naming the rank.
+    Raises CommunicationError (a DeadlockError where nobody can run) for operations that do not fit
+    together or were started and never completed.
     """
     shared = _Shared(Baton(world_size), world_size, device or torch.device("cpu"), channel_form)
     results: dict[int, T] = {}
@@ -246,9 +250,11 @@ def run_threads(
 
 @contextlib.contextmanager
 def _one_core() -> Iterator[None]:
-    """Threads started inside stay on one core, where torch's kernels use one thread and the platform can say so.
+    """Threads started inside stay on one core, where torch's kernels use one thread and the
+    platform can say so.
 
-    Only one rank runs at a time; on one core the baton passes without waking another, which costs several times less.
+    Only one rank runs at a time; on one core the baton passes without waking another, which costs
+    several times less.
     """
     if torch.get_num_threads() > 1 or not hasattr(os, "sched_setaffinity"):
         yield
@@ -278,8 +284,9 @@ def _start_threads(run: Callable[[int], None], world_size: int) -> list[threadin
 
 
 def _wait_for_native_exit(thread: threading.Thread) -> None:
-    """Python's join returns while the thread still runs its native clean-up, in which it may hold a lock of the math
-    library; a process forked in that instant would inherit the lock and hang in its first product.
+    """Python's join returns while the thread still runs its native clean-up, in which it may hold a
+    lock of the math library; a process forked in that instant would inherit the lock and hang in
+    its first product.
     """
     while os.path.exists(f"/proc/self/task/{thread.native_id}"):
         time.sleep(1e-4)

@@ -1,7 +1,8 @@
 """The program's own books of bytes, held against the storages that are alive.
 
-Between two actions, whatever a step has made and still keeps must be the activation store's, a message's, or what a
-weight gradient waits for. A few numbers are nobody's: those by which an exchange is undone, and statistics.
+Between two actions, whatever a step has made and still keeps must be the activation store's, a
+message's, or what a weight gradient waits for. A few numbers are nobody's: those by which an
+exchange is undone, and statistics.
 """
 
 from __future__ import annotations
@@ -17,7 +18,8 @@ from k2train.trainer.build import Run
 class Audit:
     """One look between two actions. Bytes.
 
-    stored, alive: of the activation store, as it says and as its storages are. nobodys: in no books, largest first.
+    stored, alive: of the activation store, as it says and as its storages are. nobodys: in no
+    books, largest first.
     """
 
     after: str
@@ -46,7 +48,8 @@ def audit(run: Run, observer: Observer, start: int, after: str) -> Audit:
 
 
 class Auditor:
-    """Audits a step after some of its actions: every `interval`-th OFFLOAD, or action where nothing is offloaded."""
+    """Audits a step after some of its actions: every `interval`-th OFFLOAD, or action where nothing
+    is offloaded."""
 
     def __init__(self, run: Run, observer: Observer, interval: int) -> None:
         self.audits: list[Audit] = []

@@ -1,10 +1,13 @@
-"""torch's caching allocator, replayed over a recorded step: how much it reserves for what the program allocates.
+"""torch's caching allocator, replayed over a recorded step: how much it reserves for what the
+program allocates.
 
-Requests are rounded up to 512 bytes. A free block serves a request if it is of the same pool (small or large, and one
-for each stream), best fit first; what is left of a block is split off where it is worth it; neighbours that are free
-become one. A request that no block serves takes a new segment from the driver: 2 MiB, 20 MiB, or its own size rounded up
-to 2 MiB. With expandable segments each pool is one address range that grows in steps of 2 MiB (20 for large ones).
-A block that another stream uses comes back only when that stream has passed it; the observer says when. Source: torch's c10/cuda/CUDACachingAllocator.cpp, read as rules.
+Requests are rounded up to 512 bytes. A free block serves a request if it is of the same pool (small
+or large, and one for each stream), best fit first; what is left of a block is split off where it is
+worth it; neighbours that are free become one. A request that no block serves takes a new segment
+from the driver: 2 MiB, 20 MiB, or its own size rounded up to 2 MiB. With expandable segments each
+pool is one address range that grows in steps of 2 MiB (20 for large ones). A block that another
+stream uses comes back only when that stream has passed it; the observer says when. Source: torch's
+c10/cuda/CUDACachingAllocator.cpp, read as rules.
 """
 
 from __future__ import annotations

@@ -1,8 +1,9 @@
 """The numbers that the host of a rehearsed rank reads, as a device would have computed them.
 
-What decides sizes is drawn: the experts that every rank's tokens choose, with popularities that may differ, and counted
-by the dispatcher's own code on real tensors. A few draws are taken in turn, so that loads change from layer to layer
-and from microbatch to microbatch. Everything else that is read (a norm, a loss) decides nothing, and is 1.
+What decides sizes is drawn: the experts that every rank's tokens choose, with popularities that may
+differ, and counted by the dispatcher's own code on real tensors. A few draws are taken in turn, so
+that loads change from layer to layer and from microbatch to microbatch. Everything else that is
+read (a norm, a loss) decides nothing, and is 1.
 """
 
 from __future__ import annotations
@@ -72,7 +73,8 @@ class Numbers:
 def draw_choices(config: Config, num_ranks: int, skew: float, seed: int) -> torch.Tensor:
     """The experts of every token of every rank of a group (P, T, K), int64.
 
-    The best K of scores that are Gumbel noise around the logarithms of popularities: K draws without replacement.
+    The best K of scores that are Gumbel noise around the logarithms of popularities: K draws
+    without replacement.
     """
     model, train = config.model, config.train
     with unset_fake_temporarily():
@@ -85,7 +87,8 @@ def draw_choices(config: Config, num_ranks: int, skew: float, seed: int) -> torc
 
 
 def expert_counts(choices_PTK: torch.Tensor, num_local: int, ep_rank: int) -> list[float]:
-    """What `AllToAllDispatcher` reads: rows for every rank, then rows from each rank for each local expert."""
+    """What `AllToAllDispatcher` reads: rows for every rank, then rows from each rank for each local
+    expert."""
     num_ranks = choices_PTK.shape[0]
     rows_PE = torch.stack([c.flatten().bincount(minlength=num_ranks * num_local) for c in choices_PTK])
     sent_P = rows_PE[ep_rank].view(num_ranks, num_local).sum(1)

@@ -1,9 +1,11 @@
-"""Watches a program run on tensors without memory: what it launches, what is alive, and where it was at its fullest.
+"""Watches a program run on tensors without memory: what it launches, what is alive, and where it
+was at its fullest.
 
-One `Observer` is a dispatch mode of torch, so it sees every operation below autograd. Storages are followed by weak
-references (`device.living`). torch's allocator hands memory out again only when every stream that uses it has passed; so
-memory whose last reference has gone, but which another stream may still be using, is occupied on. Where the program is at a moment is a place, "F/attention": the kind of action, and the
-phase of the model within it.
+One `Observer` is a dispatch mode of torch, so it sees every operation below autograd. Storages are
+followed by weak references (`device.living`). torch's allocator hands memory out again only when
+every stream that uses it has passed; so memory whose last reference has gone, but which another
+stream may still be using, is occupied on. Where the program is at a moment is a place,
+"F/attention": the kind of action, and the phase of the model within it.
 """
 
 from __future__ import annotations
@@ -20,7 +22,8 @@ from k2train.device.rehearsed import RehearsedDevice
 from k2train.rehearsal.operations import Work, measure
 from k2train.rehearsal.source import package_line
 
-# A new peak is looked into only where it exceeds the last one looked into by this share: looking takes time.
+# A new peak is looked into only where it exceeds the last one looked into by this share: looking
+# takes time.
 _WORTH_LOOKING = 1.002
 OFFLOADS = "offload"
 """The stream of copies out (activations/offload.py)."""
@@ -28,8 +31,8 @@ OFFLOADS = "offload"
 
 @dataclasses.dataclass(frozen=True)
 class Living:
-    """A storage that is alive, the line of the package that made it, the number of the action during which it did, the
-    stream it belongs to and the others that have used it."""
+    """A storage that is alive, the line of the package that made it, the number of the action
+    during which it did, the stream it belongs to and the others that have used it."""
 
     birth: Birth
     line: str
@@ -49,7 +52,8 @@ class Tally:
 
 @dataclasses.dataclass(frozen=True)
 class Peak:
-    """The fullest moment so far. number: of the action it came in; in_use_bytes: without references, but perhaps in use."""
+    """The fullest moment so far. number: of the action it came in; in_use_bytes: without
+    references, but perhaps in use."""
 
     num_bytes: int = 0
     place: str = ""
@@ -67,7 +71,8 @@ class MemoryEvent(NamedTuple):
 
 
 class Observer(LivingStorages):
-    """Counts and remembers; changes nothing. Entered inside the mode that makes tensors fake; follows the device's tensors."""
+    """Counts and remembers; changes nothing. Entered inside the mode that makes tensors fake;
+    follows the device's tensors."""
 
     def __init__(self, device: RehearsedDevice) -> None:
         super().__init__(lambda tensor: tensor.device == device.torch_device)
@@ -117,7 +122,8 @@ class Observer(LivingStorages):
         self.device.host_waits.clear()
 
     def watch(self, steps: Iterable[Any], kind: Callable[[Any], str]) -> Iterator[Any]:
-        """The steps of an action list, one after the other; the level of memory is noted after each."""
+        """The steps of an action list, one after the other; the level of memory is noted after
+        each."""
         for number, step in enumerate(steps):
             self.number, self._highest = number, self.occupied
             with self.at(kind(step)):
@@ -146,8 +152,9 @@ class Observer(LivingStorages):
     def _host_waited(self, what: str, moment: int) -> None:
         """Streams have passed what was let go before that moment.
 
-        A route is read on the exchange's stream and says nothing of copies out; the end of a compute step does, since a copy
-        takes less than a step (docs/plan.md), and so does the end of everything.
+        A route is read on the exchange's stream and says nothing of copies out; the end of a
+        compute step does, since a copy takes less than a step (docs/plan.md), and so does the end
+        of everything.
         """
         copies, kept = what != "route", []
         for living, since in self._in_use:

@@ -13,7 +13,8 @@ _OBSERVERS = (str(Path(__file__).parent), str(Path(living.__file__)))
 
 
 def package_line() -> str:
-    """file:line of the innermost caller that belongs to the package and does not observe; "" where there is none."""
+    """file:line of the innermost caller that belongs to the package and does not observe; "" where
+    there is none."""
     frame = sys._getframe(1)
     while frame is not None:
         path = frame.f_code.co_filename

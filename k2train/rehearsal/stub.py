@@ -1,8 +1,9 @@
-"""Give a torch without CUDA the name of a device: builds `stub.cpp` once and loads it. Imports no torch itself.
+"""Give a torch without CUDA the name of a device: builds `stub.cpp` once and loads it. Imports no
+torch itself.
 
-torch looks for the hooks of CUDA once, while it is imported, so the library must be there before. Where torch was built
-with CUDA nothing is needed. The library depends on torch's version and on the source, and is kept under the user's
-cache directory by a name made of both.
+torch looks for the hooks of CUDA once, while it is imported, so the library must be there before.
+Where torch was built with CUDA nothing is needed. The library depends on torch's version and on the
+source, and is kept under the user's cache directory by a name made of both.
 """
 
 from __future__ import annotations
@@ -72,8 +73,12 @@ def build_stub(torch: Path, library: Path) -> None:
         library.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=library.parent) as folder:
             unfinished = Path(folder) / library.name
-            subprocess.run([*words, *compiler_arguments(torch), "-o", str(unfinished)], check=True, capture_output=True,
-                           text=True)  # fmt: skip
+            subprocess.run(
+                [*words, *compiler_arguments(torch), "-o", str(unfinished)],
+                check=True,
+                capture_output=True,
+                text=True,
+            )
             unfinished.replace(library)
     except OSError as error:
         raise ConfigError("rehearse", str(library), f"cannot be made: {error}", REMEDY) from error
@@ -84,5 +89,14 @@ def build_stub(torch: Path, library: Path) -> None:
 
 def compiler_arguments(torch: Path) -> list[str]:
     """C++20 is what torch 2.13's headers are written in."""
-    return ["-shared", "-fPIC", "-O1", "-std=c++20", str(SOURCE), f"-I{torch / 'include'}", f"-L{torch / 'lib'}",
-            "-lc10", "-ltorch_cpu"]  # fmt: skip
+    return [
+        "-shared",
+        "-fPIC",
+        "-O1",
+        "-std=c++20",
+        str(SOURCE),
+        f"-I{torch / 'include'}",
+        f"-L{torch / 'lib'}",
+        "-lc10",
+        "-ltorch_cpu",
+    ]

@@ -1,8 +1,10 @@
-"""A world of one rank whose peers are only said to be there: calls are checked and counted, and nothing arrives.
+"""A world of one rank whose peers are only said to be there: calls are checked and counted, and
+nothing arrives.
 
-What one rank can get wrong by itself is refused as the threads world refuses it: splits that do not add up, types or
-devices that differ, a tensor that is not contiguous. What the peers would have sent has no value here, so buffers are
-left as they are, which for tensors without memory is all there is.
+What one rank can get wrong by itself is refused as the threads world refuses it: splits that do not
+add up, types or devices that differ, a tensor that is not contiguous. What the peers would have
+sent has no value here, so buffers are left as they are, which for tensors without memory is all
+there is.
 """
 
 from __future__ import annotations
@@ -53,7 +55,8 @@ class Counts:
 
 
 class UnfinishedWork(CompletedWork):
-    """A message of which the host, which runs ahead as far as it may, does not know that it has left."""
+    """A message of which the host, which runs ahead as far as it may, does not know that it has
+    left."""
 
     def done(self) -> bool:
         return False
@@ -119,8 +122,10 @@ class RehearsedCommunicator(Communicator):
             if not tensor.is_contiguous():
                 raise self._error(f"{operation}: a tensor of shape {tuple(tensor.shape)} is not contiguous")
         if out is not None and (out.dtype != t.dtype or out.shape[1:] != t.shape[1:]):
-            raise self._error(f"{operation}: output {out.dtype} {tuple(out.shape)} does not fit input {t.dtype} "
-                              f"{tuple(t.shape)}")  # fmt: skip
+            raise self._error(
+                f"{operation}: output {out.dtype} {tuple(out.shape)} does not fit input {t.dtype} "
+                f"{tuple(t.shape)}"
+            )
         if self.size > 1:
             self._counts.add(self.name, operation, t)
         return CompletedWork()

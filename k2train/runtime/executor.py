@@ -1,7 +1,8 @@
 """The executor: takes the steps of one stage's action list in order and hands each to its handler.
 
-It decides nothing. Order, pairing, the place of weight gradients, messages and copies all come from the schedule, which
-the validator has proved and the simulator has costed; so what runs is what was planned (docs/design.md, "The one idea").
+It decides nothing. Order, pairing, the place of weight gradients, messages and copies all come from
+the schedule, which the validator has proved and the simulator has costed; so what runs is what was
+planned (docs/design.md, "The one idea").
 """
 
 from __future__ import annotations

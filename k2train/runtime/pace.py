@@ -1,9 +1,11 @@
-"""How far the host runs ahead of the device: a few compute steps of the action list, and no further.
+"""How far the host runs ahead of the device: a few compute steps of the action list, and no
+further.
 
-Issuing takes the host a fraction of the time that computing takes the device, so without a bound it would issue a whole
-cool-down at once. Memory that a side stream reads comes back to the allocator only when that stream has passed it, and
-until then new memory is taken: a host that is thirty microbatches ahead takes thirty microbatches' worth. A forward waits
-for its route's sizes, which is bound enough; a backward waits for nothing.
+Issuing takes the host a fraction of the time that computing takes the device, so without a bound it
+would issue a whole cool-down at once. Memory that a side stream reads comes back to the allocator
+only when that stream has passed it, and until then new memory is taken: a host that is thirty
+microbatches ahead takes thirty microbatches' worth. A forward waits for its route's sizes, which is
+bound enough; a backward waits for nothing.
 """
 
 from __future__ import annotations
@@ -15,7 +17,8 @@ from collections.abc import Iterator
 from k2train.device.protocol import Device, Event
 
 STEPS_AHEAD = 2
-"""While the host issues one compute step, the one before it keeps the device busy; so nothing is gained by more."""
+"""While the host issues one compute step, the one before it keeps the device busy; so nothing is
+gained by more."""
 
 
 class Pace:

@@ -1,11 +1,14 @@
-"""One microbatch through the phases of one virtual stage, as generators that pause where something else may run.
+"""One microbatch through the phases of one virtual stage, as generators that pause where something
+else may run.
 
-A pause comes after each compute phase and between the start and the finish of each communication phase. Driving
-one generator to its end is a plain forward or backward; driving two in the order of `schedule.pair_order` is a
-PAIR, in which one's all-to-all is under way while the other computes (K2 report, Figure 7).
+A pause comes after each compute phase and between the start and the finish of each communication
+phase. Driving one generator to its end is a plain forward or backward; driving two in the order of
+`schedule.pair_order` is a PAIR, in which one's all-to-all is under way while the other computes (K2
+report, Figure 7).
 
-Within a forward the host waits for the device in one place, the finish of a MoE layer's route. In a pair the other
-half's next compute phase has been issued by then; a plain forward has nothing to issue in between.
+Within a forward the host waits for the device in one place, the finish of a MoE layer's route. In a
+pair the other half's next compute phase has been issued by then; a plain forward has nothing to
+issue in between.
 """
 
 from __future__ import annotations
@@ -25,7 +28,8 @@ def forward_steps(
 ) -> Generator[None, None, Results]:
     """Forward through `phases`; appends each one's record and returns the outputs of the last.
 
-    A compute phase's event is recorded at its end, before anything else is given to the main stream.
+    A compute phase's event is recorded at its end, before anything else is given to the main
+    stream.
     """
     main = context.device.current
     for phase in phases:
@@ -46,7 +50,8 @@ def forward_steps(
 def backward_steps(
     phases: Sequence[Phase], grads: Results, context: MicrobatchContext, records: list[Any]
 ) -> Generator[None, None, Results]:
-    """Backward through `phases`, last first; consumes `records` and returns the gradients of the first one's inputs."""
+    """Backward through `phases`, last first; consumes `records` and returns the gradients of the
+    first one's inputs."""
     main = context.device.current
     for phase in reversed(phases):
         record = records.pop()
@@ -74,7 +79,8 @@ def finish(steps: Generator[None, None, Any]) -> Any:
 def alternate(
     forward: Generator[None, None, Results], backward: Generator[None, None, Results], order: Sequence[int]
 ) -> tuple[Results, Results]:
-    """Drive both to their ends; their return values. order: whose next phase is issued, 0 for the forward; all of both."""
+    """Drive both to their ends; their return values. order: whose next phase is issued, 0 for the
+    forward; all of both."""
     steps = (forward, backward)
     for chain in order:
         next(steps[chain])

@@ -1,14 +1,16 @@
-"""A recorded step: when each action of a stage's list began and ended, as a trace in the format of the planned one.
+"""A recorded step: when each action of a stage's list began and ended, as a trace in the format of
+the planned one.
 
-`recorder.watch(steps)` stands between the list and the executor, so a step that is not recorded pays nothing. What an
-action waits for a message is told apart, because that is where an executed step differs from its plan.
+`recorder.watch(steps)` stands between the list and the executor, so a step that is not recorded
+pays nothing. What an action waits for a message is told apart, because that is where an executed
+step differs from its plan.
 
     recorder = Recorder(clock)
     with stage.step(dataclasses.replace(inputs, wait=recorder.wait)):
         run_actions(recorder.watch(steps), stage)
 
-Times are the host's. On a GPU the clock should first wait for the compute stream, or boxes show when work was launched; the
-recorded step is then slower than the others.
+Times are the host's. On a GPU the clock should first wait for the compute stream, or boxes show
+when work was launched; the recorded step is then slower than the others.
 """
 
 from __future__ import annotations
@@ -53,7 +55,8 @@ class Message(Protocol):
 
 
 class Watcher(Protocol):
-    """Stands between an action list and the executor: `Recorder`, or whatever else follows a step."""
+    """Stands between an action list and the executor: `Recorder`, or whatever else follows a
+    step."""
 
     def watch(self, steps: Iterable[Step]) -> Iterator[Step]:
         """The same steps; each has ended when the next one is asked for."""
@@ -65,7 +68,8 @@ class Watcher(Protocol):
 
 
 class Record(NamedTuple):
-    """One step of the list as it ran. Seconds from the recorder's start; the wait for messages is its first part."""
+    """One step of the list as it ran. Seconds from the recorder's start; the wait for messages is
+    its first part."""
 
     step: Step
     start: float
@@ -109,7 +113,8 @@ def from_json(values: Iterable[tuple[str, float, float, float]]) -> list[Record]
 
 
 def trace_boxes(stage: int, records: Iterable[Record]) -> Iterator[Box]:
-    """The boxes of one stage: its compute, its waits, and how long it took to hand over sends and post receives."""
+    """The boxes of one stage: its compute, its waits, and how long it took to hand over sends and
+    post receives."""
     for step, start, end, wait_seconds in records:
         action = parts(step)[0]
         begin = min(start + wait_seconds, end)

@@ -1,7 +1,7 @@
 """Pipeline schedules: built, proven, simulated and drawn, without torch.
 
-A schedule is one list of actions for each pipeline stage (docs/schedule.md). This room builds it, proves that it can run,
-and answers what it costs; the runtime executes the same list.
+A schedule is one list of actions for each pipeline stage (docs/schedule.md). This room builds it,
+proves that it can run, and answers what it costs; the runtime executes the same list.
 
     spec = ScheduleSpec.preset("k2", pp=16, num_microbatches=64, vpp=2)     # or ScheduleSpec(pp, ..., kind=...)
     schedule = build_schedule(spec)                  Schedule: stages, placement, chains; to_text / parse_schedule
@@ -11,9 +11,9 @@ and answers what it costs; the runtime executes the same list.
     render_timeline(simulation, path)                a picture; also render_window, render_comparison, render_cells
     write_trace(simulation, path)                    opens in Perfetto
 
-Costs (`Costs`, `VirtualStageCosts`, `Phase`) are defined here and filled in by `estimate`; `uniform_costs` are those of the
-textbook formulas in `formulas.py`. Numbers a user chose wrongly raise ConfigError; a schedule that cannot run raises
-ScheduleError.
+Costs (`Costs`, `VirtualStageCosts`, `Phase`) are defined here and filled in by `estimate`;
+`uniform_costs` are those of the textbook formulas in `formulas.py`. Numbers a user chose wrongly
+raise ConfigError; a schedule that cannot run raises ScheduleError.
 """
 
 from k2train.schedule.actions import Action, Kind, Pair, Step, parse_action, parse_line, parse_step

@@ -1,15 +1,15 @@
 """The words of a schedule: actions, pairs, and their text form.
 
-A schedule is a list of actions for every pipeline stage. An action names a kind, a virtual stage and a microbatch, and
-nothing else: where a virtual stage lives and what comes after it belong to the `Schedule`. The text form is the
-kind followed by `virtual_stage.microbatch`:
+A schedule is a list of actions for every pipeline stage. An action names a kind, a virtual stage
+and a microbatch, and nothing else: where a virtual stage lives and what comes after it belong to
+the `Schedule`. The text form is the kind followed by `virtual_stage.microbatch`:
 
     F2.5            forward of microbatch 5 on virtual stage 2
     RECV_B2.5       receive the gradient that virtual stage 2 needs for the backward of microbatch 5
     F2.6+I2.1       a pair: this forward and this input-gradient backward run together
 
-Actions are named tuples rather than dataclasses because K2's full step holds half a million of them and a
-named tuple is built three times faster. Source: docs/design.md, "Schedule".
+Actions are named tuples rather than dataclasses because K2's full step holds half a million of them
+and a named tuple is built three times faster. Source: docs/design.md, "Schedule".
 """
 
 from __future__ import annotations
@@ -20,7 +20,8 @@ from typing import NamedTuple, TypeAlias
 
 
 class Kind(str, Enum):
-    """What an action does. Every message and copy is named after the virtual stage that owns the line it stands in."""
+    """What an action does. Every message and copy is named after the virtual stage that owns the
+    line it stands in."""
 
     F = "F"
     """Forward."""
@@ -43,7 +44,8 @@ class Kind(str, Enum):
     RELOAD = "RELOAD"
     """Start copying it back for the backward."""
 
-    # Enum's own hash is a Python function; the text's hash is in C and twice as fast in dictionaries.
+    # Enum's own hash is a Python function; the text's hash is in C and twice as fast in
+    # dictionaries.
     __hash__ = str.__hash__
 
     def __str__(self) -> str:
@@ -64,8 +66,8 @@ class Action(NamedTuple):
 class Pair(NamedTuple):
     """A forward (F) and an input-gradient backward (I) executed together, phases interleaved.
 
-    The pair is atomic: it starts when the inputs of both have arrived. Usually the two belong to different
-    microbatches and often to different virtual stages of the same stage.
+    The pair is atomic: it starts when the inputs of both have arrived. Usually the two belong to
+    different microbatches and often to different virtual stages of the same stage.
     """
 
     forward: Action

@@ -14,7 +14,8 @@ from k2train.schedule.spec import INTERLEAVED, ScheduleSpec
 def build_schedule(spec: ScheduleSpec) -> Schedule:
     """The action lists of a step: compute order, then sends and receives, then offload.
 
-    The result is not validated: pairs without extra warm-up, say, can be built, and `validate` names their deadlock.
+    The result is not validated: pairs without extra warm-up, say, can be built, and `validate`
+    names their deadlock.
     """
     schedule = insert_p2p(compute_order(spec))
     if spec.offload:
@@ -48,8 +49,8 @@ def _base_order(spec: ScheduleSpec) -> Schedule:
     if spec.kind == "1f1b":
         return orders.one_f_one_b(spec.pp, spec.num_microbatches)
     assert spec.kind in INTERLEAVED
-    # One virtual stage and nothing paired is plain 1F1B; a pair needs the longer warm-up even then, because its
-    # forward and its backward wait for each other's neighbours (docs/schedule.md).
+    # One virtual stage and nothing paired is plain 1F1B; a pair needs the longer warm-up even then,
+    # because its forward and its backward wait for each other's neighbours (docs/schedule.md).
     stride = 2 if spec.vpp > 1 or spec.pair_forward_backward else 1
     num_microbatches = max(spec.num_microbatches, spec.pp) if stride == 2 else spec.num_microbatches
     return orders.interleaved(spec.kind, spec.pp, spec.vpp, num_microbatches, stride)

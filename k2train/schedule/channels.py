@@ -1,16 +1,16 @@
 """Channels: which messages wait behind each other, and what a run must know of its messages.
 
-A communicator is a queue. NCCL runs what a rank gives to one communicator in the order in which it was given, and a
-message of more than a few megabytes moves only while both of its ends are at the head of their queues (rendezvous).
-So it matters which messages share a communicator:
+A communicator is a queue. NCCL runs what a rank gives to one communicator in the order in which it
+was given, and a message of more than a few megabytes moves only while both of its ends are at the
+head of their queues (rendezvous). So it matters which messages share a communicator:
 
     ordered pair     one for each ordered pair of stages: stage 3 to stage 4 is one queue, stage 4 to stage 3 another
     unordered pair   one for each two stages: what goes back queues behind what goes forward. torch does this with
                      single sends and receives in a group over NCCL that was made without a `device_id`
     one              one for all stages. torch does this where a `device_id` was given
 
-The schedules are built for ordered pairs, and `validate` proves them for ordered pairs. `replay.py` holds a schedule
-against any of the three.
+The schedules are built for ordered pairs, and `validate` proves them for ordered pairs. `replay.py`
+holds a schedule against any of the three.
 """
 
 from __future__ import annotations
@@ -58,7 +58,8 @@ class MessageEnd:
 
 
 def message_ends(schedule: Schedule, form: ChannelForm) -> dict[Kind, list[MessageEnd | None]]:
-    """For each kind of message and each virtual stage its end there, None where no other stage is involved."""
+    """For each kind of message and each virtual stage its end there, None where no other stage is
+    involved."""
     ends: dict[Kind, list[MessageEnd | None]] = {}
     for kind, around, is_send in (
         (Kind.SEND_F, schedule.next, True),
@@ -88,7 +89,8 @@ def message_pairs(schedule: Schedule) -> tuple[tuple[int, int], ...]:
 
 
 def check_order(schedule: Schedule) -> None:
-    """Every ordered pair of stages: the sequence of RECVs is that of the SENDs. Raises ScheduleError."""
+    """Every ordered pair of stages: the sequence of RECVs is that of the SENDs. Raises
+    ScheduleError."""
     sent: dict[tuple[int, int], list[Action]] = defaultdict(list)
     posted: dict[tuple[int, int], list[Action]] = defaultdict(list)
     place = schedule.placement

@@ -1,7 +1,7 @@
 """What kinds of boxes a timeline has, in which colour, and on which lane.
 
-The colours are those of Okabe and Ito, told apart with every common colour blindness; forward is blue, backward orange, and
-what moves data is darker than what computes it.
+The colours are those of Okabe and Ito, told apart with every common colour blindness; forward is
+blue, backward orange, and what moves data is darker than what computes it.
 """
 
 from __future__ import annotations
@@ -55,5 +55,6 @@ def category(event: Event) -> str:
 
 
 def compute_category(action: Action, phase: str) -> str:
-    """The category of a compute phase; a full backward has its weight gradient as its last phase."""
+    """The category of a compute phase; a full backward has its weight gradient as its last
+    phase."""
     return WEIGHT if phase == "weight grad" else _COMPUTE[action.kind]

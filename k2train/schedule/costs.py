@@ -1,13 +1,15 @@
-"""What the simulator needs to know about a virtual stage. The `estimate` room fills it in from model and cluster.
+"""What the simulator needs to know about a virtual stage. The `estimate` room fills it in from
+model and cluster.
 
-Seconds and bytes of one microbatch on one rank. A forward or an input-gradient backward is a list of phases that run one
-after another, each on the compute stream or, for all-to-alls, on the expert-parallel (EP) channel:
+Seconds and bytes of one microbatch on one rank. A forward or an input-gradient backward is a list
+of phases that run one after another, each on the compute stream or, for all-to-alls, on the
+expert-parallel (EP) channel:
 
     MoE layer, forward     attention (compute) | route (ep) | dispatch (ep) | experts (compute) | combine (ep)
     MoE layer, backward    combine (ep) | experts (compute) | dispatch (ep) | route (ep, 0 s) | attention (compute)
 
-`route` is where ranks tell each other their choices and the host waits for the counts. Its backward does nothing; it is a
-step all the same, so that the halves of a pair stay in time.
+`route` is where ranks tell each other their choices and the host waits for the counts. Its backward
+does nothing; it is a step all the same, so that the halves of a pair stay in time.
 """
 
 from __future__ import annotations
@@ -56,8 +58,8 @@ class VirtualStageCosts:
     reload_seconds: float = 0.0
     """Host to device, of `offload_bytes`."""
     offload_bytes: int = 0
-    """Saved by F and movable: on the device between F and the end of OFFLOAD, and from RELOAD to the end of the backward; all
-    the time where a schedule offloads nothing."""
+    """Saved by F and movable: on the device between F and the end of OFFLOAD, and from RELOAD to
+    the end of the backward; all the time where a schedule offloads nothing."""
     activation_bytes: int = 0
     """Saved by F and never offloaded: on the device between F and the end of the backward."""
     forward_transient_bytes: int = 0
@@ -88,7 +90,8 @@ def uniform_costs(
     weight_grad: float = 1.0,
     hop: float = 0.0,
 ) -> Costs:
-    """The same seconds everywhere and no all-to-all: the setting of bubble formulas. hop: every send."""
+    """The same seconds everywhere and no all-to-all: the setting of bubble formulas. hop: every
+    send."""
     one = VirtualStageCosts(
         (Phase("forward", Stream.COMPUTE, forward),),
         (Phase("backward", Stream.COMPUTE, backward_input),),
@@ -102,8 +105,9 @@ def uniform_costs(
 def without(costs: Costs, ep: bool = False, pp: bool = False, copies: bool = False) -> Costs:
     """The same costs with all-to-alls, pipeline messages or copies taking no time.
 
-    The difference of two makespans says what a kind of traffic costs the step. That can be less than the time a stage
-    is seen waiting for it: a stage that is not the slowest would otherwise wait for something else.
+    The difference of two makespans says what a kind of traffic costs the step. That can be less
+    than the time a stage is seen waiting for it: a stage that is not the slowest would otherwise
+    wait for something else.
     """
 
     def kept(phases: tuple[Phase, ...]) -> tuple[Phase, ...]:

@@ -1,9 +1,10 @@
 """The validator's last check: does the schedule run to its end, and if not, who waits for whom.
 
-Everything that waits in a `Replay` waits for exactly one other thing. A stage stands at a step and waits for an action of
-its own, for another stage, or for the operation at the head of one of its queues; an operation at the head of a queue waits
-for its other end, which another stage has not issued yet or which is behind something in that stage's queue. So following
-the waits from any stage ends in a cycle, and the cycle is the error.
+Everything that waits in a `Replay` waits for exactly one other thing. A stage stands at a step and
+waits for an action of its own, for another stage, or for the operation at the head of one of its
+queues; an operation at the head of a queue waits for its other end, which another stage has not
+issued yet or which is behind something in that stage's queue. So following the waits from any stage
+ends in a cycle, and the cycle is the error.
 """
 
 from __future__ import annotations
@@ -26,9 +27,10 @@ def check_progress(
 ) -> tuple[int, ...]:
     """Run the lists. Raises ScheduleError with the cycle of waits where they stand still.
 
-    has_messages=False: before `insert_p2p`; results then pass between stages at once. max_sends: a SEND waits until
-    fewer than so many messages of its ordered pair of stages are under way; None means that it never waits.
-    Returns, for each stage, the most messages it had under way to any one other stage.
+    has_messages=False: before `insert_p2p`; results then pass between stages at once. max_sends: a
+    SEND waits until fewer than so many messages of its ordered pair of stages are under way; None
+    means that it never waits. Returns, for each stage, the most messages it had under way to any
+    one other stage.
     """
     replay = Replay(schedule, has_messages, form, max_sends)
     replay.run()
@@ -42,7 +44,8 @@ def check_progress(
 
 
 class Waiting(NamedTuple):
-    """What waits: a stage at its next step, or, with a key, the operation at the head of its queue of that communicator."""
+    """What waits: a stage at its next step, or, with a key, the operation at the head of its queue
+    of that communicator."""
 
     stage: int
     key: tuple[int, ...] | None = None
@@ -56,7 +59,8 @@ class Wait(NamedTuple):
 
 
 def cycle(replay: Replay) -> list[str]:
-    """The waits from a stage that stands still, cut down to the cycle they end in; a line for each."""
+    """The waits from a stage that stands still, cut down to the cycle they end in; a line for
+    each."""
     path: list[Waiting] = []
     lines: list[str] = []
     here = Waiting(replay.stuck[0])
@@ -118,7 +122,8 @@ def _source(replay: Replay, action: Action) -> Action:
 
 
 def _message_wait(replay: Replay, subject: str, stage: int, key: tuple[int, ...], action: Action) -> Wait:
-    """A stage's wait for one of its own operations, which is in its queue of the communicator `key`."""
+    """A stage's wait for one of its own operations, which is in its queue of the communicator
+    `key`."""
     queue = replay.queues[stage, key]
     if queue[0][2] == action:
         return _head_wait(replay, subject, stage, key)

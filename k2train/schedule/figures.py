@@ -1,7 +1,7 @@
 """The pictures of docs/schedule.md: `python -m k2train.schedule.figures docs/pictures`.
 
-Their costs illustrate: round numbers in the proportions of a K2 layer, an all-to-all at 30 % of its experts' time. What real
-clusters give is for `k2train plan` to say.
+Their costs illustrate: round numbers in the proportions of a K2 layer, an all-to-all at 30 % of its
+experts' time. What real clusters give is for `k2train plan` to say.
 """
 
 from __future__ import annotations
@@ -18,8 +18,8 @@ from k2train.schedule.spec import ScheduleSpec
 
 
 def layer_costs(num_virtual_stages: int, layers: int) -> Costs:
-    """MoE layers in milliseconds: attention 3, experts 5, each all-to-all 1.5, the route 0.3 and nothing in the backward;
-    backward 1.2 times forward; a hop 1."""
+    """MoE layers in milliseconds: attention 3, experts 5, each all-to-all 1.5, the route 0.3 and
+    nothing in the backward; backward 1.2 times forward; a hop 1."""
 
     def phases(scale: float, route: float, *names: str) -> tuple[Phase, ...]:
         compute = {"attention": 3e-3 * scale, "experts": 5e-3 * scale}
@@ -61,8 +61,8 @@ def _unit(kind: str, num_microbatches: int, vpp: int = 1) -> tuple[str, Simulati
 
 
 def _shrink(picture: Path) -> None:
-    """Store a picture with 256 colours; flat boxes need no more, and the file is a third of the size. Colours are chosen for
-    coverage, not by area: rare boxes must keep theirs."""
+    """Store a picture with 256 colours; flat boxes need no more, and the file is a third of the
+    size. Colours are chosen for coverage, not by area: rare boxes must keep theirs."""
     from PIL import Image
 
     with Image.open(picture) as image:

@@ -1,13 +1,13 @@
 """Inserting OFFLOAD and RELOAD.
 
-A slot is a forward, a backward or a pair. After each slot with a forward, what that forward saved starts its way to host
-memory; `prefetch_depth` slots before its backward it starts its way back. In K2's steady phase that is: while
-one pair runs, the previous pair's forward is copied out and the next pair's backward is copied in, in the two
-directions of the bus at once.
+A slot is a forward, a backward or a pair. After each slot with a forward, what that forward saved
+starts its way to host memory; `prefetch_depth` slots before its backward it starts its way back. In
+K2's steady phase that is: while one pair runs, the previous pair's forward is copied out and the
+next pair's backward is copied in, in the two directions of the bus at once.
 
-Where the copy back would start in the slot right behind the copy out, or sooner, there is nothing to gain: both are left
-out and the activations stay on the device. That happens at the end of the chain, where backward follows forward.
-Source: Kimi K2 report, 2.4.3.
+Where the copy back would start in the slot right behind the copy out, or sooner, there is nothing
+to gain: both are left out and the activations stay on the device. That happens at the end of the
+chain, where backward follows forward. Source: Kimi K2 report, 2.4.3.
 """
 
 from __future__ import annotations
@@ -30,7 +30,8 @@ def insert_offload(schedule: Schedule, prefetch_depth: int = 1) -> Schedule:
 
 
 def peak_offloaded(line: Iterable[Step]) -> dict[int, int]:
-    """How many microbatches of each virtual stage a stage's list has on the host at once, at most; without those of none."""
+    """How many microbatches of each virtual stage a stage's list has on the host at once, at most;
+    without those of none."""
     now: Counter[int] = Counter()
     peak: dict[int, int] = {}
     for step in line:

@@ -1,16 +1,16 @@
 """How the phases of one step lie on the compute stream and the expert-parallel channel.
 
-A forward or a backward alone runs its phases one after another. A pair has two such chains and two streams. Its phases
-are issued one of each chain in turn, the forward first (`pair_order`), here and by the runtime alike; each stream runs
-what it was given in the order it was given, as soon as its input is there. With one layer on each side that is the
-report's Figure 7:
+A forward or a backward alone runs its phases one after another. A pair has two such chains and two
+streams. Its phases are issued one of each chain in turn, the forward first (`pair_order`), here and
+by the runtime alike; each stream runs what it was given in the order it was given, as soon as its
+input is there. With one layer on each side that is the report's Figure 7:
 
     compute   F attention | I experts  | F experts | I attention
     ep        I combine   | F dispatch | I dispatch| F combine
 
-The order follows from the number of phases alone, so no measurement or estimate can make two ranks, or plan and run,
-disagree. docs/schedule.md compares it with choosing by readiness.
-Source: Kimi K2 report, Figure 7.
+The order follows from the number of phases alone, so no measurement or estimate can make two ranks,
+or plan and run, disagree. docs/schedule.md compares it with choosing by readiness. Source: Kimi K2
+report, Figure 7.
 """
 
 from __future__ import annotations
@@ -52,7 +52,8 @@ class Overlap(NamedTuple):
 
 
 def pair_order(num_forward: int, num_backward: int) -> tuple[int, ...]:
-    """The order in which the phases of a pair are issued: the chain of each, 0 for the forward, 1 for the backward.
+    """The order in which the phases of a pair are issued: the chain of each, 0 for the forward, 1
+    for the backward.
 
     One of each in turn, the forward first; what the longer chain has more comes at the end.
     """
@@ -61,7 +62,8 @@ def pair_order(num_forward: int, num_backward: int) -> tuple[int, ...]:
 
 
 def overlap(chains: Sequence[Sequence[Phase]], compute_free: float = 0.0, ep_free: float = 0.0) -> Overlap:
-    """Lay out one chain, or the two of a pair. compute_free, ep_free: when the streams are free, as offsets."""
+    """Lay out one chain, or the two of a pair. compute_free, ep_free: when the streams are free, as
+    offsets."""
     free = {Stream.COMPUTE: compute_free, Stream.EP: ep_free}
     ready = [0.0] * len(chains)
     phases = [iter(chain) for chain in chains]

@@ -1,17 +1,19 @@
 """Inserting the pipeline's sends and receives.
 
-Semantics, which validator, simulator and runtime share. Between every ordered pair of stages there is one channel
-(a communicator and a stream of its own). It carries messages without tags, in order: the n-th SEND on it meets the n-th
-RECV, whatever they are called. With pp = 2 the next and the previous stage are one peer, so activations and
-gradients share a channel; therefore the order is part of the schedule and not left to the runtime.
+Semantics, which validator, simulator and runtime share. Between every ordered pair of stages there
+is one channel (a communicator and a stream of its own). It carries messages without tags, in order:
+the n-th SEND on it meets the n-th RECV, whatever they are called. With pp = 2 the next and the
+previous stage are one peer, so activations and gradients share a channel; therefore the order is
+part of the schedule and not left to the runtime.
 
     SEND   asynchronous. It returns at once, and its buffer lives until the message has gone.
     RECV   asynchronous. It posts a buffer ahead of the step that needs it; that step waits for the message.
     a message moves when both are posted and every earlier message of its channel has moved (rendezvous)
 
-Nothing ever blocks on a SEND or a RECV, only a compute step on its inputs. A receive is posted one compute step ahead of
-the step that needs it: while a weight gradient runs, in the steady phase of K2's schedule, both neighbours' messages move.
-Source: Kimi K2 report, 2.4.2; NCCL's point-to-point calls have no tags.
+Nothing ever blocks on a SEND or a RECV, only a compute step on its inputs. A receive is posted one
+compute step ahead of the step that needs it: while a weight gradient runs, in the steady phase of
+K2's schedule, both neighbours' messages move. Source: Kimi K2 report, 2.4.2; NCCL's point-to-point
+calls have no tags.
 """
 
 from __future__ import annotations
@@ -97,7 +99,8 @@ def _channels(schedule: Schedule, lines: list[_Line]) -> _Channels:
 def _with_receives(
     schedule: Schedule, stage: int, line: _Line, channels: _Channels, ahead: int
 ) -> tuple[Step, ...]:
-    """Post receives in the order of the sends: a step that needs the n-th message of a channel has all n posted."""
+    """Post receives in the order of the sends: a step that needs the n-th message of a channel has
+    all n posted."""
     queues = channels[stage]
     place = {receive: (source, n) for source, queue in queues.items() for n, receive in enumerate(queue)}
     posted = dict.fromkeys(queues, 0)

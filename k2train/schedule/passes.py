@@ -2,11 +2,14 @@
 
 The order in which `build_schedule` applies them:
 
-    base order -> extra_warmup -> split_weight_grad -> pair_steady -> drop_microbatches -> insert_p2p (p2p.py)
-                                                                                 -> insert_offload (offload.py)
+    base order -> extra_warmup -> split_weight_grad -> pair_steady -> drop_microbatches ->
+    insert_p2p (p2p.py)
+                                                                                 -> insert_offload
+                                                                                 (offload.py)
 
-A pass leaves a valid schedule valid, with one exception that is the point of the validator: `pair_steady` needs a warm-up
-long enough, which is what `extra_warmup` is for (docs/schedule.md has the proof).
+A pass leaves a valid schedule valid, with one exception that is the point of the validator:
+`pair_steady` needs a warm-up long enough, which is what `extra_warmup` is for (docs/schedule.md has
+the proof).
 """
 
 from __future__ import annotations
@@ -23,10 +26,11 @@ def _each_stage(schedule: Schedule, change: Callable[[tuple[Step, ...]], Iterabl
 
 
 def extra_warmup(schedule: Schedule, num: int = 1) -> Schedule:
-    """Every backward of F and B lists waits for `num` more forwards; the orders of both stay as they are.
+    """Every backward of F and B lists waits for `num` more forwards; the orders of both stay as
+    they are.
 
-    In interleaved 1F1B this is one more warm-up microbatch for num = 1: in each steady slot the backward's own
-    forward has already run in an earlier slot, on every stage.
+    In interleaved 1F1B this is one more warm-up microbatch for num = 1: in each steady slot the
+    backward's own forward has already run in an earlier slot, on every stage.
     """
     return _each_stage(schedule, lambda line: _delay_backwards(line, num))
 
@@ -49,8 +53,9 @@ def _delay_backwards(line: tuple[Step, ...], num: int) -> list[Step]:
 def split_weight_grad(schedule: Schedule) -> Schedule:
     """Every full backward becomes its input gradient and, right behind it, its weight gradient.
 
-    `insert_p2p` later puts the sends of what the input gradient (or its pair) has produced, and the receives for the
-    next slot, between the two; so the weight gradient is the compute that pipeline traffic hides under.
+    `insert_p2p` later puts the sends of what the input gradient (or its pair) has produced, and the
+    receives for the next slot, between the two; so the weight gradient is the compute that pipeline
+    traffic hides under.
     """
     return _each_stage(schedule, _split_line)
 
@@ -65,10 +70,12 @@ def _split_line(line: tuple[Step, ...]) -> Iterable[Step]:
 
 
 def pair_steady(schedule: Schedule) -> Schedule:
-    """A forward directly followed by an input gradient becomes one pair: the slots of the steady phase.
+    """A forward directly followed by an input gradient becomes one pair: the slots of the steady
+    phase.
 
-    Without extra warm-up the last stage pairs a forward with its own backward, which deadlocks. A stage that runs all its
-    forwards before its first backward has no steady phase and pairs nothing.
+    Without extra warm-up the last stage pairs a forward with its own backward, which deadlocks. A
+    stage that runs all its forwards before its first backward has no steady phase and pairs
+    nothing.
     """
     return _each_stage(schedule, _pair_line)
 
@@ -95,8 +102,8 @@ def _pair_line(line: tuple[Step, ...]) -> Iterable[Step]:
 
 
 def _has_steady_phase(line: tuple[Step, ...]) -> bool:
-    """Whether a forward stands behind a backward. Where none does, the last forward may not wait for a backward:
-    the stages would each wait for the other's half of the pair."""
+    """Whether a forward stands behind a backward. Where none does, the last forward may not wait
+    for a backward: the stages would each wait for the other's half of the pair."""
     seen_backward = False
     for step in line:
         if has_backward(step):
@@ -107,10 +114,11 @@ def _has_steady_phase(line: tuple[Step, ...]) -> bool:
 
 
 def drop_microbatches(schedule: Schedule, num_microbatches: int) -> Schedule:
-    """Keep the first `num_microbatches` microbatches only. A pair that loses one half becomes the other.
+    """Keep the first `num_microbatches` microbatches only. A pair that loses one half becomes the
+    other.
 
-    Nothing depends on another microbatch's results, so what remains of a valid schedule is valid. For schedules with one
-    chain, before communication is inserted.
+    Nothing depends on another microbatch's results, so what remains of a valid schedule is valid.
+    For schedules with one chain, before communication is inserted.
     """
     assert len(schedule.chains) == 1, "the microbatches of two chains are numbered by their total"
     kept = _each_stage(schedule, lambda line: _dropped(line, num_microbatches))

@@ -1,14 +1,17 @@
-"""`Schedule`: one action list per pipeline stage, with what is needed to read it, and its file form.
+"""`Schedule`: one action list per pipeline stage, with what is needed to read it, and its file
+form.
 
-A microbatch passes through a **chain** of virtual stages, first to last. Most schedules have one chain that every
-microbatch takes. DualPipe has two, over separate copies of the parameters: one enters at stage 0, the other at the
-last stage. With n chains the microbatches are cut into n equal contiguous runs, one for each chain.
+A microbatch passes through a **chain** of virtual stages, first to last. Most schedules have one
+chain that every microbatch takes. DualPipe has two, over separate copies of the parameters: one
+enters at stage 0, the other at the last stage. With n chains the microbatches are cut into n equal
+contiguous runs, one for each chain.
 
     interleaved, pp 2, vpp 2     placement 0 1 0 1            chain 0 1 2 3
     V shape, pp 2                placement 0 1 1 0            chain 0 1 2 3
     DualPipe, pp 2               placement 0 1 1 0            chains 0 1 | 2 3
 
-Source: docs/design.md, "Schedule"; the V shape and the two directions are those of DeepSeek's DualPipe.
+Source: docs/design.md, "Schedule"; the V shape and the two directions are those of DeepSeek's
+DualPipe.
 """
 
 from __future__ import annotations
@@ -29,7 +32,8 @@ class Schedule:
     placement: tuple[int, ...]
     """The stage of every virtual stage."""
     chains: tuple[tuple[int, ...], ...]
-    """The virtual stages a microbatch passes through, for each chain; every virtual stage is in exactly one."""
+    """The virtual stages a microbatch passes through, for each chain; every virtual stage is in
+    exactly one."""
     stages: tuple[tuple[Step, ...], ...]
     """The action list of every stage."""
 
@@ -43,7 +47,8 @@ class Schedule:
 
     @cached_property
     def previous(self) -> tuple[int | None, ...]:
-        """The virtual stage before each virtual stage in its chain, None for the first of a chain."""
+        """The virtual stage before each virtual stage in its chain, None for the first of a
+        chain."""
         before: list[int | None] = [None] * self.num_virtual_stages
         for chain in self.chains:
             for left, right in pairwise(chain):
@@ -61,7 +66,8 @@ class Schedule:
 
     @cached_property
     def model_part(self) -> tuple[int, ...]:
-        """Which part of the model each virtual stage holds: its place in its chain. Two chains are two copies."""
+        """Which part of the model each virtual stage holds: its place in its chain. Two chains are
+        two copies."""
         place = [0] * self.num_virtual_stages
         for chain in self.chains:
             for index, virtual_stage in enumerate(chain):
@@ -102,7 +108,8 @@ class Schedule:
 
 
 def parse_schedule(text: str) -> Schedule:
-    """A schedule from its file form. Blank lines and lines that begin with # are skipped. Raises ValueError."""
+    """A schedule from its file form. Blank lines and lines that begin with # are skipped. Raises
+    ValueError."""
     single: dict[str, str] = {}
     chains: list[tuple[int, ...]] = []
     stages: list[tuple[Step, ...]] = []

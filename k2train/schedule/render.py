@@ -1,11 +1,13 @@
 """Timeline pictures in the manner of the K2 report's Figure 7.
 
-`render_timeline` draws one page: the whole step, then the fill and the drain of the pipeline, then a few slots of the steady
-phase with every stream of some stages, then memory over time. A step of few actions is drawn box by box. K2's has a hundred
-thousand, far more than the page has dots; there each column of a stage's row is divided by the share of its time that goes to
-forwards, input gradients, weight gradients and nothing.
+`render_timeline` draws one page: the whole step, then the fill and the drain of the pipeline, then
+a few slots of the steady phase with every stream of some stages, then memory over time. A step of
+few actions is drawn box by box. K2's has a hundred thousand, far more than the page has dots; there
+each column of a stage's row is divided by the share of its time that goes to forwards, input
+gradients, weight gradients and nothing.
 
-matplotlib is imported when a picture is drawn, and only its object interface is used, so drawing touches no global state.
+matplotlib is imported when a picture is drawn, and only its object interface is used, so drawing
+touches no global state.
 """
 
 from __future__ import annotations
@@ -32,7 +34,8 @@ def render_timeline(
 ) -> None:
     """Draw a recorded simulation into a file; the suffix chooses the format (png, svg, pdf).
 
-    Raises ValueError where the simulation was not recorded, OSError where the file cannot be written.
+    Raises ValueError where the simulation was not recorded, OSError where the file cannot be
+    written.
     """
     _check_recorded(simulation)
     _page(simulation, title).savefig(path, dpi=dpi)
@@ -77,7 +80,8 @@ def render_window(
 
 
 def steady_slots(simulation: Simulation, slots: int = 3) -> tuple[float, float]:
-    """A window of a few slots in the middle of the steady phase (of the step, where it has none)."""
+    """A window of a few slots in the middle of the steady phase (of the step, where it has
+    none)."""
     start, end = simulation.steady_window
     middle = (start + end) / 2 if end > start else simulation.makespan_seconds / 2
     records = simulation.compute_records[0]

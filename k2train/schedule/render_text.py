@@ -9,8 +9,9 @@ _LETTERS = {Kind.F: "F", Kind.B: "B", Kind.I: "I", Kind.W: "W"}
 
 
 def render_text(simulation: Simulation, width: int = 100) -> str:
-    """A line for each stage, `width` characters for the step: F, B, I or W where that takes most of the character's
-    time, P where a pair does, a dot where the compute stream mostly stands still. Recorded simulations only."""
+    """A line for each stage, `width` characters for the step: F, B, I or W where that takes most of
+    the character's time, P where a pair does, a dot where the compute stream mostly stands still.
+    Recorded simulations only."""
     shares: list[list[dict[str, float]]] = [
         [{} for _ in range(width)] for _ in range(simulation.schedule.num_stages)
     ]
@@ -32,8 +33,9 @@ def _letter(taken: dict[str, float], cell: float) -> str:
 
 
 def render_cells(simulation: Simulation, unit: float = 1.0) -> str:
-    """A line for each stage and a cell for each unit of time, with what starts there and its microbatch: F3, I0, W0, and
-    both halves of a pair one after the other. For costs that are multiples of the unit; a dash goes on with what was there."""
+    """A line for each stage and a cell for each unit of time, with what starts there and its
+    microbatch: F3, I0, W0, and both halves of a pair one after the other. For costs that are
+    multiples of the unit; a dash goes on with what was there."""
     places = len(str(simulation.schedule.num_microbatches - 1)) + 2
     cells = [
         ["." + " " * (places - 1)] * round(simulation.makespan_seconds / unit)

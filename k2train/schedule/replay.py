@@ -8,12 +8,13 @@ steps are equally long. The rules are those of NCCL's communicators (`channels.p
     RECV      likewise
     a message moves when its SEND is at the head of the sender's queue and its RECV at the head of the receiver's
 
-Each queue has one writer and one reader, so what a stage may do next, nobody can take away again. Therefore all runs
-end alike, whatever the steps' lengths: a schedule that completes here completes always, and one that stands still
-here always does.
+Each queue has one writer and one reader, so what a stage may do next, nobody can take away again.
+Therefore all runs end alike, whatever the steps' lengths: a schedule that completes here completes
+always, and one that stands still here always does.
 
-How many messages of one ordered pair of stages were under way at once, at most, is counted on the way. A run whose
-SEND waits for the oldest where that many are under way is this very run, so it completes too.
+How many messages of one ordered pair of stages were under way at once, at most, is counted on the
+way. A run whose SEND waits for the oldest where that many are under way is this very run, so it
+completes too.
 """
 
 from __future__ import annotations
@@ -25,7 +26,8 @@ from k2train.schedule.channels import ChannelForm, message_ends
 from k2train.schedule.program import Schedule
 
 Queue = deque[tuple[int, bool, Action]]
-"""What a stage has given to one communicator and what has not moved: (peer, whether it is a SEND, the action)."""
+"""What a stage has given to one communicator and what has not moved: (peer, whether it is a SEND,
+the action)."""
 
 
 class Replay:
@@ -48,7 +50,8 @@ class Replay:
         width = schedule.num_microbatches
         self.width = width
         cells = schedule.num_virtual_stages * width
-        # Forwards that are done; forwards and backwards whose input from another virtual stage is there.
+        # Forwards that are done; forwards and backwards whose input from another virtual stage is
+        # there.
         self.forward_done = bytearray(cells)
         self.forward_ready, self.backward_ready = bytearray(cells), bytearray(cells)
         self._produced: list[tuple[bytearray, int]] = []
@@ -73,7 +76,8 @@ class Replay:
             for stage in range(self.schedule.num_stages):
                 if self._turn(stage):
                     moved = True
-            # What a round has produced is seen in the next one, or a microbatch would pass all stages in a single round.
+            # What a round has produced is seen in the next one, or a microbatch would pass all
+            # stages in a single round.
             for ready, cell in self._produced:
                 ready[cell] = 1
             self._produced.clear()
@@ -143,7 +147,8 @@ class Replay:
         return True
 
     def _move(self, stage: int, key: tuple[int, ...]) -> None:
-        """Move every message of a communicator that can move since `stage` has a new head in its queue."""
+        """Move every message of a communicator that can move since `stage` has a new head in its
+        queue."""
         changed = [stage]
         while changed:
             stage = changed.pop()

@@ -65,7 +65,8 @@ class Rank:
         for action in parts(step):
             if not self._inputs(action, until):
                 return False
-        # A backward's first all-to-all need not wait until the step before has left the compute stream.
+        # A backward's first all-to-all need not wait until the step before has left the compute
+        # stream.
         early = self._last_start if self._shared.starts_on_ep(step) else self._compute_free
         start = max(early, *until)
         if start > self._compute_free:
@@ -111,7 +112,8 @@ class Rank:
         return arrived != UNKNOWN
 
     def _attribute(self, start: float, until: list[float]) -> None:
-        """Divide the wait before a step: until its input is produced, under way, copied back, and the rest."""
+        """Divide the wait before a step: until its input is produced, under way, copied back, and
+        the rest."""
         cursor = self._compute_free
         for kind in (_BUBBLE, _PP, _COPY):
             if until[kind] > cursor:
@@ -126,8 +128,8 @@ class Rank:
         costs = self._shared.costs[virtual_stage]
         cell = virtual_stage * self._width + microbatch
         saved = costs.activation_bytes + costs.offload_bytes
-        # The allocator goes by the order of issue: what the compute step before it needed is free for this one, also where
-        # this one's first all-to-all begins under it.
+        # The allocator goes by the order of issue: what the compute step before it needed is free
+        # for this one, also where this one's first all-to-all begins under it.
         taken = max(start, self._last_start)
         if kind is Kind.F:
             self._shared.forward_start[cell] = start
@@ -195,8 +197,8 @@ class Rank:
             self._shared.events.append(Event(self.stage, stream, action.kind.value, action, start, end))
 
     def times(self, makespan: float, steady: tuple[float, float]) -> StageTimes:
-        """The account of the step, cut at the bounds of the steady phase. What is left after the last compute step counts as
-        bubble."""
+        """The account of the step, cut at the bounds of the steady phase. What is left after the
+        last compute step counts as bubble."""
         bounds = (0.0, *steady, makespan)
         regions = [[0.0] * 4 for _ in range(3)]
         for start, end, kind in (*self._waits, (self._compute_free, makespan, _BUBBLE)):

@@ -15,7 +15,8 @@ UNKNOWN = -1.0
 
 
 class Mailbox:
-    """Messages of one kind (activations or gradients), by the cell (virtual stage, microbatch) that receives them."""
+    """Messages of one kind (activations or gradients), by the cell (virtual stage, microbatch) that
+    receives them."""
 
     def __init__(self, cells: int) -> None:
         self.sent = [UNKNOWN] * cells
@@ -36,7 +37,8 @@ class Level:
             self._changes.append(change)
 
     def curve(self) -> tuple[np.ndarray, np.ndarray]:
-        """Times in ascending order and the level from each on. At one moment, what is freed goes before what is taken."""
+        """Times in ascending order and the level from each on. At one moment, what is freed goes
+        before what is taken."""
         times = np.asarray(self._times, dtype=np.float64)
         changes = np.asarray(self._changes, dtype=np.int64)
         order = np.lexsort((changes, times))
@@ -62,7 +64,8 @@ class Shared:
         self._layouts: dict[tuple[Kind, int, int, float, float], Overlap] = {}
 
     def deliver(self, mailbox: Mailbox, kind: Kind, source: int, target: int, microbatch: int) -> None:
-        """Move a message if it has been sent and posted. kind: SEND_F or SEND_B; source, target: virtual stages."""
+        """Move a message if it has been sent and posted. kind: SEND_F or SEND_B; source, target:
+        virtual stages."""
         cell = target * self.schedule.num_microbatches + microbatch
         sent, posted = mailbox.sent[cell], mailbox.posted[cell]
         if sent == UNKNOWN or posted == UNKNOWN:
@@ -80,7 +83,8 @@ class Shared:
             self.events.append(Event(here, "send", kind.value, action, start, end))
 
     def steady_window(self) -> tuple[float, float]:
-        """From when the first microbatch of every chain is back until the last one of any chain enters."""
+        """From when the first microbatch of every chain is back until the last one of any chain
+        enters."""
         width, chains = self.schedule.num_microbatches, self.schedule.chains
         runs = [(chain[0], self.schedule.microbatches_of(index)) for index, chain in enumerate(chains)]
         start = max(self.backward_done[entry * width + run[0]] for entry, run in runs)
@@ -88,10 +92,11 @@ class Shared:
         return start, max(start, end)
 
     def layout(self, step: Step, compute_free: float, ep_free: float) -> Overlap:
-        """The timing of a step that starts when its streams are that many seconds from free (negative: free already).
+        """The timing of a step that starts when its streams are that many seconds from free
+        (negative: free already).
 
-        Layouts are kept by step and offsets to the picosecond, which is far below what costs mean and makes nearly all
-        slots of the steady phase alike.
+        Layouts are kept by step and offsets to the picosecond, which is far below what costs mean
+        and makes nearly all slots of the steady phase alike.
         """
         offsets = (max(0.0, round(compute_free, 12)), max(0.0, round(ep_free, 12)))
         key = (*_key(step), *offsets)
@@ -101,7 +106,8 @@ class Shared:
         return found
 
     def starts_on_ep(self, step: Step) -> bool:
-        """Whether a step has an all-to-all that waits for no compute of its own: a backward's combine."""
+        """Whether a step has an all-to-all that waits for no compute of its own: a backward's
+        combine."""
         return any(chain and chain[0].stream is Stream.EP for chain in self._chains(*_key(step)))
 
     def _chains(self, kind: Kind, virtual_stage: int, partner: int) -> tuple[tuple[Phase, ...], ...]:
@@ -119,7 +125,8 @@ class Shared:
 
 
 def _key(step: Step) -> tuple[Kind, int, int]:
-    """What a step's chains depend on: kind, virtual stage, and the virtual stage of a pair's backward or -1."""
+    """What a step's chains depend on: kind, virtual stage, and the virtual stage of a pair's
+    backward or -1."""
     if isinstance(step, Pair):
         return Kind.F, step.forward.virtual_stage, step.backward_input.virtual_stage
     return step.kind, step.virtual_stage, -1

@@ -84,12 +84,14 @@ class Simulation:
     schedule: Schedule
     makespan_seconds: float
     steady_window: tuple[float, float]
-    """From when the first microbatch has come all the way back until the last one enters: the pipeline is full and has found
-    its pace. Empty (both equal) where there are too few microbatches for that."""
+    """From when the first microbatch has come all the way back until the last one enters: the
+    pipeline is full and has found its pace. Empty (both equal) where there are too few microbatches
+    for that."""
     stages: tuple[StageTimes, ...]
     memory: tuple[tuple[np.ndarray, np.ndarray], ...]
-    """For each stage, the times at which the bytes on the device change, and the bytes from then on: activations, transient
-    buffers and weight-gradient queue. Parameters and the like are not the schedule's."""
+    """For each stage, the times at which the bytes on the device change, and the bytes from then
+    on: activations, transient buffers and weight-gradient queue. Parameters and the like are not
+    the schedule's."""
     host_memory: tuple[tuple[np.ndarray, np.ndarray], ...]
     """The same for offloaded bytes in host memory."""
     compute_records: tuple[tuple[StepRecord, ...], ...]
@@ -109,8 +111,8 @@ class Simulation:
 
     @property
     def slowest_stage(self) -> int:
-        """The stage with the most compute. It sets the pace: the others wait for it in any case, and what they wait for
-        last is a message, so exposed traffic is best read here."""
+        """The stage with the most compute. It sets the pace: the others wait for it in any case,
+        and what they wait for last is a message, so exposed traffic is best read here."""
         return max(range(len(self.stages)), key=lambda stage: self.stages[stage].busy_seconds)
 
     @property
@@ -127,7 +129,8 @@ class Simulation:
                 yield event
 
     def events_of(self, stage: int, start: float = 0.0, end: float = float("inf")) -> Iterator[Event]:
-        """The compute and all-to-all boxes of one stage that overlap a window, compute steps in order."""
+        """The compute and all-to-all boxes of one stage that overlap a window, compute steps in
+        order."""
         for record in self.compute_records[stage]:
             if record.start < end:
                 yield from self._phases(stage, record, start, end)

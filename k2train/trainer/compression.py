@@ -1,4 +1,5 @@
-"""Bits per byte: a loss that needs no tokenizer to be understood, beside what gzip makes of the same text."""
+"""Bits per byte: a loss that needs no tokenizer to be understood, beside what gzip makes of the
+same text."""
 
 from __future__ import annotations
 

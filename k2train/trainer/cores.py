@@ -1,16 +1,18 @@
 """Which cores a launcher's process runs on: a share of its node's, beside its GPU where it has one.
 
-**On CPUs.** The ranks of an expert-parallel group compute at the same time and have neighbouring numbers, so they get
-different cores. Left to itself, the kernel puts two of them on one core for milliseconds while another idles
-(measured: `make train`'s four processes on two cores take 1.09 times as long a step). Where processes share a core,
-each also asks to be scheduled as a batch job: a message that arrives then does not interrupt the other's product, only
-to find itself waiting again a moment later (measured on the same run: half the context switches and half the time in
-the kernel, a step 1.07 to 1.2 times faster).
+**On CPUs.** The ranks of an expert-parallel group compute at the same time and have neighbouring
+numbers, so they get different cores. Left to itself, the kernel puts two of them on one core for
+milliseconds while another idles (measured: `make train`'s four processes on two cores take 1.09
+times as long a step). Where processes share a core, each also asks to be scheduled as a batch job:
+a message that arrives then does not interrupt the other's product, only to find itself waiting
+again a moment later (measured on the same run: half the context switches and half the time in the
+kernel, a step 1.07 to 1.2 times faster).
 
-**On GPUs.** A rank keeps to the cores of its GPU's NUMA node, shared evenly with the other GPUs there. That places its
-memory too: Linux takes a page from the node of the core that touches it first (`MPOL_DEFAULT` in set_mempolicy(2)), so
-pinned buffers that are allocated inside lie beside the GPU that copies them. A policy that was set outside, for example
-by `numactl --interleave`, stays. Not yet run on a GPU.
+**On GPUs.** A rank keeps to the cores of its GPU's NUMA node, shared evenly with the other GPUs
+there. That places its memory too: Linux takes a page from the node of the core that touches it
+first (`MPOL_DEFAULT` in set_mempolicy(2)), so pinned buffers that are allocated inside lie beside
+the GPU that copies them. A policy that was set outside, for example by `numactl --interleave`,
+stays. Not yet run on a GPU.
 
 The kernel's sysfs says which GPU, core and node belong together:
 
@@ -45,7 +47,8 @@ def share_of_cores(cores: Sequence[T], local_rank: int, local_size: int) -> set[
 
 
 def cpus_of_share(cores: Sequence[frozenset[int]], local_rank: int, local_size: int) -> set[int]:
-    """The CPUs of one process's share of `cores`, each of which is the set of a physical core's CPUs.
+    """The CPUs of one process's share of `cores`, each of which is the set of a physical core's
+    CPUs.
 
     A physical core is divided only where there are fewer of them than processes.
     """
@@ -62,10 +65,11 @@ def cpus_near_gpu(
 ) -> set[int]:
     """The CPUs of the process `local_rank`, whose GPU is the one with the same number.
 
-    nodes: the NUMA node of every local rank's GPU; None where it is not known. cores: the CPUs of each physical core
-    that the process may use. The ranks of a node's GPUs share its cores. They all use all of them where they are more
-    than the cores, because a rank has several threads at work. Where the process may use no core of the node, or the
-    node is not known, the ranks alike share all cores.
+    nodes: the NUMA node of every local rank's GPU; None where it is not known. cores: the CPUs of
+    each physical core that the process may use. The ranks of a node's GPUs share its cores. They
+    all use all of them where they are more than the cores, because a rank has several threads at
+    work. Where the process may use no core of the node, or the node is not known, the ranks alike
+    share all cores.
     """
     node = nodes[local_rank]
     near = [core for core in cores if node is not None and core <= cpus_of_nodes[node]] or cores
@@ -82,7 +86,8 @@ def parse_cpu_list(text: str) -> frozenset[int]:
 
 
 def pci_address(gpu: Any) -> str:
-    """A GPU's address as sysfs writes it (`0000:1b:00.0`), from what torch.cuda.get_device_properties says of it.
+    """A GPU's address as sysfs writes it (`0000:1b:00.0`), from what
+    torch.cuda.get_device_properties says of it.
 
     The argument has no type because torch's stubs leave these three fields out.
     """
@@ -90,7 +95,8 @@ def pci_address(gpu: Any) -> str:
 
 
 def numa_node(pci_address: str, sysfs: Path = SYSFS) -> int | None:
-    """The NUMA node of a device, by its PCI address (`0000:1b:00.0`); None where the machine does not say."""
+    """The NUMA node of a device, by its PCI address (`0000:1b:00.0`); None where the machine does
+    not say."""
     try:
         node = int((sysfs / "bus/pci/devices" / pci_address / "numa_node").read_text())
     except OSError:
@@ -104,7 +110,8 @@ def cpus_of_node(node: int, sysfs: Path = SYSFS) -> frozenset[int]:
 
 
 def physical_cores(cpus: Iterable[int], sysfs: Path = SYSFS) -> list[frozenset[int]]:
-    """`cpus`, grouped by the physical core they are threads of, in the order of each group's smallest."""
+    """`cpus`, grouped by the physical core they are threads of, in the order of each group's
+    smallest."""
     allowed = frozenset(cpus)
     return sorted({_siblings(cpu, sysfs) & allowed for cpu in allowed}, key=min)
 
@@ -131,11 +138,13 @@ def cpus_of_process(
 
 @contextlib.contextmanager
 def bound_to_cores(environment: Mapping[str, str], gpus: Sequence[str] = ()) -> Iterator[None]:
-    """Keep this process to its share, by the launcher's LOCAL_RANK and LOCAL_WORLD_SIZE, of the cores it may use.
+    """Keep this process to its share, by the launcher's LOCAL_RANK and LOCAL_WORLD_SIZE, of the
+    cores it may use.
 
-    gpus: on GPUs, the PCI addresses of all that the process sees, in their order; its own is number LOCAL_RANK. On
-    CPUs, with more processes than cores, it is a batch job, too. Threads that run already are bound with it, and threads
-    started inside inherit what holds then. Does nothing without a launcher, and outside Linux.
+    gpus: on GPUs, the PCI addresses of all that the process sees, in their order; its own is number
+    LOCAL_RANK. On CPUs, with more processes than cores, it is a batch job, too. Threads that run
+    already are bound with it, and threads started inside inherit what holds then. Does nothing
+    without a launcher, and outside Linux.
     """
     if sys.platform != "linux" or "LOCAL_WORLD_SIZE" not in environment:
         yield
@@ -156,7 +165,8 @@ def bound_to_cores(environment: Mapping[str, str], gpus: Sequence[str] = ()) -> 
 
 
 def _move_threads(before: set[int], cpus: set[int]) -> list[int]:
-    """Bind this process's threads, but those that somebody has bound already; the ids of those it has bound."""
+    """Bind this process's threads, but those that somebody has bound already; the ids of those it
+    has bound."""
     threads = [int(entry.name) for entry in Path("/proc/self/task").iterdir()]
     return [thread for thread in threads if _allowed(thread) == before and _move_thread(thread, cpus)]
 

@@ -7,7 +7,8 @@ from types import FrameType, TracebackType
 
 
 class StopRequest:
-    """Within this context, the first SIGTERM or SIGINT sets `number`, 0 before, instead of ending the program.
+    """Within this context, the first SIGTERM or SIGINT sets `number`, 0 before, instead of ending
+    the program.
 
     Only the main thread may enter it (a rule of Python's signal module).
     """

@@ -1,6 +1,8 @@
-"""`telemetry.trace_step`: the executed timeline of one step in the run directory, beside which `plan.trace` can be laid.
+"""`telemetry.trace_step`: the executed timeline of one step in the run directory, beside which
+`plan.trace` can be laid.
 
-One row for each pipeline stage, of the ranks that come first in their stages; they meet at rank 0, which writes.
+One row for each pipeline stage, of the ranks that come first in their stages; they meet at rank 0,
+which writes.
 """
 
 from __future__ import annotations
@@ -30,7 +32,8 @@ def start_recorder(run: Run, index: int) -> Recorder | None:
 def device_clock(device: Device) -> Callable[[], float]:
     """Seconds, after what was issued to the device's current stream so far has ended.
 
-    Other streams are not waited for: a receive that is posted there may depend on what this stage does next.
+    Other streams are not waited for: a receive that is posted there may depend on what this stage
+    does next.
     """
 
     def clock() -> float:
@@ -41,7 +44,8 @@ def device_clock(device: Device) -> Callable[[], float]:
 
 
 def write_recording(run: Run, recorder: Recorder, run_dir: Path) -> None:
-    """Gather the stages' records and write run_dir/trace.json. Every rank must call it: broadcasts in one pp group."""
+    """Gather the stages' records and write run_dir/trace.json. Every rank must call it: broadcasts
+    in one pp group."""
     if run.groups.dp.rank != 0:
         return
     group, mine = run.groups.pp, to_json(recorder.records)

@@ -1,7 +1,8 @@
 """How ranks run: one process each under a launcher, threads of this process, or a single rank.
 
-`world=auto` takes processes where a launcher (torchrun, Slurm with torchrun) has set its variables, a single rank where
-the layout has one, and threads otherwise, which is how any layout runs on a laptop.
+`world=auto` takes processes where a launcher (torchrun, Slurm with torchrun) has set its variables,
+a single rank where the layout has one, and threads otherwise, which is how any layout runs on a
+laptop.
 """
 
 from __future__ import annotations
@@ -27,11 +28,13 @@ T = TypeVar("T")
 WorldKind = Literal["single", "threads", "processes"]
 
 LOCAL_RUN = "k2train-local"
-"""The name, in TORCHELASTIC_RUN_ID, of a run whose processes `k2train train world=processes` started itself."""
+"""The name, in TORCHELASTIC_RUN_ID, of a run whose processes `k2train train world=processes`
+started itself."""
 
 
 def fit_to_launcher(config: Config, environment: Mapping[str, str]) -> Config:
-    """With a launcher, and neither layout.nodes nor layout.edp given, as many replicas as it started ranks for.
+    """With a launcher, and neither layout.nodes nor layout.edp given, as many replicas as it
+    started ranks for.
 
     Raises ConfigError where its ranks do not make whole model-parallel groups.
     """
@@ -46,16 +49,20 @@ def fit_to_launcher(config: Config, environment: Mapping[str, str]) -> Config:
         return config
     group = layout.pp * layout.ep
     if launched % group:
-        raise ConfigError("layout", f"pp {layout.pp} x ep {layout.ep}",
-                          f"the launcher started {launched} ranks, not a multiple of {group}",
-                          f"start {max(group, launched // group * group)} ranks, or change layout.pp or layout.ep")  # fmt: skip
+        raise ConfigError(
+            "layout",
+            f"pp {layout.pp} x ep {layout.ep}",
+            f"the launcher started {launched} ranks, not a multiple of {group}",
+            f"start {max(group, launched // group * group)} ranks, or change layout.pp or layout.ep",
+        )
     return dataclasses.replace(config, layout=dataclasses.replace(layout, edp=launched // group))
 
 
 def choose_world(
     config: Config, layout: Layout, device: torch.device, environment: Mapping[str, str]
 ) -> WorldKind:
-    """The kind of world for `config.world`. Raises ConfigError where it does not fit the layout or the launcher."""
+    """The kind of world for `config.world`. Raises ConfigError where it does not fit the layout or
+    the launcher."""
     launched = "WORLD_SIZE" in environment
     kind: WorldKind
     if config.world != "auto":
@@ -67,8 +74,12 @@ def choose_world(
             "world", "single", f"the layout has {layout.world} ranks", "set world=threads, or layout=single"
         )
     if kind == "processes" and launched and int(environment["WORLD_SIZE"]) != layout.world:
-        raise ConfigError("layout", f"{layout.world} ranks", f"the launcher started {environment['WORLD_SIZE']}",
-                          "change the launcher's ranks, or layout.nodes and layout.edp")  # fmt: skip
+        raise ConfigError(
+            "layout",
+            f"{layout.world} ranks",
+            f"the launcher started {environment['WORLD_SIZE']}",
+            "change the launcher's ranks, or layout.nodes and layout.edp",
+        )
     if kind == "threads" and device.type != "cpu":
         raise ConfigError("world", kind, "threads share one CPU", "set train.device=cpu, or world=processes")
     return kind
@@ -84,7 +95,8 @@ def local_device(device: torch.device, environment: Mapping[str, str]) -> torch.
 
 
 def gpu_addresses(device: torch.device) -> list[str]:
-    """The PCI addresses of the GPUs that this process sees, in their order; none where `device` is the CPU."""
+    """The PCI addresses of the GPUs that this process sees, in their order; none where `device` is
+    the CPU."""
     if device.type != "cuda":
         return []
     return [
@@ -95,7 +107,8 @@ def gpu_addresses(device: torch.device) -> list[str]:
 def run_world(
     kind: WorldKind, size: int, device: torch.device, train: TrainConfig, fn: Callable[[World], T]
 ) -> T:
-    """Run `fn` on every rank of the world; the result of this process's rank (of rank 0 for threads)."""
+    """Run `fn` on every rank of the world; the result of this process's rank (of rank 0 for
+    threads)."""
     if kind == "threads":
         return run_threads(size, fn, device)[0]
     device = local_device(device, os.environ)

@@ -20,7 +20,8 @@ DTYPES = (
 
 
 def raw_bytes(tensor: torch.Tensor) -> bytes:
-    """The values, bit for bit, in the tensor's own order; equal bytes are equal bits, NaNs included."""
+    """The values, bit for bit, in the tensor's own order; equal bytes are equal bits, NaNs
+    included."""
     flat = torch.empty(tensor.shape, dtype=tensor.dtype).copy_(tensor).reshape(-1)
     return flat.view(torch.uint8).numpy().tobytes()
 
@@ -34,7 +35,8 @@ def random_storage(generator: torch.Generator, num_elements: int, dtype: torch.d
 
 
 def views_of(flat: torch.Tensor) -> list[torch.Tensor]:
-    """A storage's usual views: whole, transposed, strided, offset, expanded, cut in two, with no elements, a scalar."""
+    """A storage's usual views: whole, transposed, strided, offset, expanded, cut in two, with no
+    elements, a scalar."""
     n = flat.numel()
     rows = flat[: n - n % 3].view(3, -1)
     return [

@@ -128,7 +128,8 @@ def test_a_reservation_beyond_the_limit_is_refused_and_one_that_fits_makes_room(
 
 
 def test_a_reservation_that_makes_room_spares_what_it_has_just_made():
-    """Plain largest-first would free the two buffers of 2 KiB for the one of 4 KiB, where four of 1 KiB are not needed."""
+    """Plain largest-first would free the two buffers of 2 KiB for the one of 4 KiB, where four of 1
+    KiB are not needed."""
     arena = HostArena(CpuDevice(), limit_bytes=8 * KIB)
     arena.reserve({1024: 4})
     arena.reserve({2048: 2, 4096: 1})

@@ -1,4 +1,5 @@
-"""What goes to the host comes back with equal values, geometry and sharing, and nothing is kept that should be gone."""
+"""What goes to the host comes back with equal values, geometry and sharing, and nothing is kept
+that should be gone."""
 
 from __future__ import annotations
 
@@ -95,7 +96,8 @@ def test_tensors_that_share_a_storage_are_copied_once_and_share_one_again():
 
 
 def test_bytes_that_no_view_reaches_stay_behind_and_the_views_still_share_a_storage():
-    """Columns 0 to 1023 and 3072 to 4095 of a row: what lies between is neither copied nor allocated again."""
+    """Columns 0 to 1023 and 3072 to 4095 of a row: what lies between is neither copied nor
+    allocated again."""
     engine = counting_engine()
     row = torch.arange(4096, dtype=torch.float32)
     left, right = row[:1024], row[3072:]
@@ -262,7 +264,8 @@ def test_counters_tell_what_went_out_came_back_and_is_on_the_host(engine):
 
 
 def test_copy_seconds_add_up_by_direction_and_tell_the_exposed_part():
-    """In simulated time every queued item takes one tick, so a copy lasts at least one and the sums are whole numbers."""
+    """In simulated time every queued item takes one tick, so a copy lasts at least one and the sums
+    are whole numbers."""
     device = SimulatedDevice(seed=0, eager_compute=False)
     engine = OffloadEngine(device, HostArena(device), timed=True)
     groups = [engine.offload([torch.ones(10), torch.ones(10)]) for _ in range(3)]

@@ -1,8 +1,10 @@
-"""Random schedules on a simulated device: whatever order its queues run in, every value comes back bit for bit.
+"""Random schedules on a simulated device: whatever order its queues run in, every value comes back
+bit for bit.
 
-Tensors are made and read by kernels queued on compute, memory is poisoned where a device would reuse it, and steps
-change their number of microbatches, their prefetch depth and their shapes, end early, and have evaluations between
-them. The same run with any one of the engine's waits left out must read a wrong value for some seed: the check can fail.
+Tensors are made and read by kernels queued on compute, memory is poisoned where a device would
+reuse it, and steps change their number of microbatches, their prefetch depth and their shapes, end
+early, and have evaluations between them. The same run with any one of the engine's waits left out
+must read a wrong value for some seed: the check can fail.
 """
 
 from __future__ import annotations
@@ -25,7 +27,8 @@ SIZES = (0, 1, 7, 60, 128, 129, 600, 2500)
 
 
 class PoisoningArena(HostArena):
-    """Overwrites a buffer when it is given back, as its next user might. For copies that are over at once."""
+    """Overwrites a buffer when it is given back, as its next user might. For copies that are over
+    at once."""
 
     def give_back(self, buffer):
         buffer.bytes.fill_(FREED_BYTE)
@@ -74,7 +77,8 @@ class Microbatch:
 
 
 class Run:
-    """A training run's offloading: forwards that produce and offload, backwards that reload ahead, read and compare."""
+    """A training run's offloading: forwards that produce and offload, backwards that reload ahead,
+    read and compare."""
 
     def __init__(self, device, arena, seed, tools):
         self.device = device
@@ -87,7 +91,8 @@ class Run:
         self.wrong = 0
 
     def forward(self):
-        """A microbatch's tensors: filled by a kernel that is queued, offloaded, and dropped at once."""
+        """A microbatch's tensors: filled by a kernel that is queued, offloaded, and dropped at
+        once."""
         tensors = []
         for _ in range(self.random.randint(1, 4)):
             values = self.storage_of(
@@ -117,7 +122,8 @@ class Run:
         self.device.compute(compare)
 
     def step(self, num_microbatches, in_flight, prefetch_depth, interrupt_at=None):
-        """One forward, one backward, with so many microbatches in flight; backwards in order of the forwards or reversed."""
+        """One forward, one backward, with so many microbatches in flight; backwards in order of the
+        forwards or reversed."""
         waiting: list[Microbatch] = []
         reloaded: list[Microbatch] = []
         newest_first = self.random.random() < 0.3
@@ -229,7 +235,8 @@ def test_the_simulated_device_with_no_wait_forgotten_is_the_right_one(tools):
 
 
 def wrong_after_taking_a_buffer_again_at_once(device):
-    """Four groups through one host buffer, each offloaded right after the RELOAD of the last was queued."""
+    """Four groups through one host buffer, each offloaded right after the RELOAD of the last was
+    queued."""
     engine = OffloadEngine(device, HostArena(device))
     groups, wrong = [], []
     for number in range(4):
@@ -247,7 +254,8 @@ def wrong_after_taking_a_buffer_again_at_once(device):
 
 
 def test_a_host_buffer_taken_again_before_its_values_are_back_is_written_only_after_they_are():
-    """With the wait left out a copy out may overtake the copy back before it: most seeds go wrong, far more than ten."""
+    """With the wait left out a copy out may overtake the copy back before it: most seeds go wrong,
+    far more than ten."""
     assert [wrong_after_taking_a_buffer_again_at_once(ForgetfulDevice(seed, None)) for seed in range(40)] == [
         0
     ] * 40
@@ -296,7 +304,8 @@ def test_a_step_that_hits_the_memory_limit_leaves_a_run_that_can_go_on(seed, too
 
 @st.composite
 def regions(draw):
-    """Views of one storage of 4096 elements, by (start, rows, columns, row stride, column stride)."""
+    """Views of one storage of 4096 elements, by (start, rows, columns, row stride, column
+    stride)."""
     views = []
     for _ in range(draw(st.integers(1, 5))):
         rows, columns = draw(st.integers(0, 5)), draw(st.integers(0, 9))

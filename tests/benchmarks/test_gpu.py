@@ -1,4 +1,5 @@
-"""benchmarks/gpu.py without a GPU: every section runs at toy sizes, says what it should, and keeps to its limit."""
+"""benchmarks/gpu.py without a GPU: every section runs at toy sizes, says what it should, and keeps
+to its limit."""
 
 import importlib
 import json
@@ -17,27 +18,76 @@ SCRIPT = ROOT / "benchmarks" / "gpu.py"
 KINDS = {"figure", "fact", "skipped", "failed"}
 # The beginnings of names that a section must have told on a CPU, each as a figure or a fact.
 TOLD = {
-    1: ["packages", "copy on the device", "product of", "has grouped_mm", "has cuDNN attention", "has FlexAttention"],
+    1: [
+        "packages",
+        "copy on the device",
+        "product of",
+        "has grouped_mm",
+        "has cuDNN attention",
+        "has FlexAttention",
+    ],
     2: ["outcomes", "tests that failed"],
-    3: ["k2train, its own choice, 24 tokens: dq", "k2train, Triton kernels, 17 tokens: dv", "largest logits, 17 tokens"],
-    4: ["k2train, its own choice, 16 tokens, forward", "torch, math, 24 tokens, backward", "Triton blocks, key_gradient_blocks"],
-    5: ["forward: grouped_mm", "forward: a loop", "gradient: FP32 x FP32", "gradient: k2train's own product twice, error"],
-    6: ["none: forward attention", "recompute_fp8: backward experts", "k2: weight gradients", "k2: peak, beside the plan"],
-    7: ["pinned copy both ways", "copies both ways beside products", "a pass with activations=k2", "offloaded in a pass"],
+    3: [
+        "k2train, its own choice, 24 tokens: dq",
+        "k2train, Triton kernels, 17 tokens: dv",
+        "largest logits, 17 tokens",
+    ],
+    4: [
+        "k2train, its own choice, 16 tokens, forward",
+        "torch, math, 24 tokens, backward",
+        "Triton blocks, key_gradient_blocks",
+    ],
+    5: [
+        "forward: grouped_mm",
+        "forward: a loop",
+        "gradient: FP32 x FP32",
+        "gradient: k2train's own product twice, error",
+    ],
+    6: [
+        "none: forward attention",
+        "recompute_fp8: backward experts",
+        "k2: weight gradients",
+        "k2: peak, beside the plan",
+    ],
+    7: [
+        "pinned copy both ways",
+        "copies both ways beside products",
+        "a pass with activations=k2",
+        "offloaded in a pass",
+    ],
     8: ["head: loss and both gradients", "Newton-Schulz, 8 experts' gate", "Newton-Schulz, dense gate"],
-    9: ["the slice: tokens a second", "the slice: MFU", "the slice: loss of the last step", "transformers'", "k2train train"],
-}  # fmt: skip
+    9: [
+        "the slice: tokens a second",
+        "the slice: MFU",
+        "the slice: loss of the last step",
+        "transformers'",
+        "k2train train",
+    ],
+}
 # What a CPU cannot show. Everything else that is skipped would be a line that was never tried.
 NEEDS_A_GPU = (
-    "device", "torch, cuDNN", "torch, flash", "FlexAttention", "Transformer Engine", "gradient: addmm, FP32 output",
-    "gradient: mm with FP32 output", "hidden share", "the slice: its rehearsal",
-)  # fmt: skip
+    "device",
+    "torch, cuDNN",
+    "torch, flash",
+    "FlexAttention",
+    "Transformer Engine",
+    "gradient: addmm, FP32 output",
+    "gradient: mm with FP32 output",
+    "hidden share",
+    "the slice: its rehearsal",
+)
 
 
 def run(*words: str, **environment: str) -> subprocess.CompletedProcess[str]:
     variables = {**os.environ, "OMP_NUM_THREADS": "1", **environment}
-    return subprocess.run([sys.executable, str(SCRIPT), *words], capture_output=True, text=True, timeout=300,
-                          check=False, env=variables)  # fmt: skip
+    return subprocess.run(
+        [sys.executable, str(SCRIPT), *words],
+        capture_output=True,
+        text=True,
+        timeout=300,
+        check=False,
+        env=variables,
+    )
 
 
 @pytest.mark.parametrize("number", sorted(TOLD))
@@ -62,7 +112,8 @@ def test_every_section_runs_at_toy_sizes_and_tells_its_results(number: int, tmp_
 
 
 def test_a_section_is_stopped_at_its_limit_and_the_next_one_goes_on(tmp_path: Path) -> None:
-    # Shares are 50 of 75 and what is left, so the first stops after a fifth of a second, before torch is imported.
+    # Shares are 50 of 75 and what is left, so the first stops after a fifth of a second, before
+    # torch is imported.
     target = tmp_path / "gpu.json"
     done = run("--device=cpu", "--tiny", "--sections=7,1", "--budget=0.6", "--json", str(target))
     assert done.returncode == 1
@@ -104,8 +155,16 @@ def test_configs_read_without_hydra_are_those_that_hydra_composes(sections) -> N
                 assert getattr(ours, name) == getattr(hydra, name)
 
 
-@pytest.mark.parametrize(("name", "cluster"), [("NVIDIA H200", "h200"), ("NVIDIA H100 80GB HBM3", "h100"),
-                                               ("NVIDIA H800", "h800"), ("NVIDIA A100", None), (None, "cpu")])  # fmt: skip
+@pytest.mark.parametrize(
+    ("name", "cluster"),
+    [
+        ("NVIDIA H200", "h200"),
+        ("NVIDIA H100 80GB HBM3", "h100"),
+        ("NVIDIA H800", "h800"),
+        ("NVIDIA A100", None),
+        (None, "cpu"),
+    ],
+)
 def test_the_plans_device_is_the_one_of_the_name(name, cluster, sections) -> None:
     assert sections("setting").cluster_of(name) == cluster
 
@@ -140,8 +199,11 @@ def test_a_figure_that_is_not_finite_is_a_failure_and_a_cut_line_is_left_out(
         stream.write('{"section": 3, "na')
     results = report.read_results(log)
     assert [(result["name"], result["kind"]) for result in results] == [
-        ("good", "figure"), ("bad", "failed"), ("needs a kernel", "skipped"), ("broken", "failed")
-    ]  # fmt: skip
+        ("good", "figure"),
+        ("bad", "failed"),
+        ("needs a kernel", "skipped"),
+        ("broken", "failed"),
+    ]
     assert results[3]["note"] == "RuntimeError: first"
 
 

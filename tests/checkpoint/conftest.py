@@ -1,4 +1,5 @@
-"""Small models on disk in Hugging Face's form, written with the safetensors library, not with our own writer."""
+"""Small models on disk in Hugging Face's form, written with the safetensors library, not with our
+own writer."""
 
 from __future__ import annotations
 
@@ -20,19 +21,38 @@ WriteHf = Callable[..., Path]
 
 @pytest.fixture
 def model() -> ModelConfig:
-    """Three layers, one dense, four experts in two groups; no size is a multiple of another by chance."""
+    """Three layers, one dense, four experts in two groups; no size is a multiple of another by
+    chance."""
     return ModelConfig(
-        vocab_size=37, hidden_size=20, num_hidden_layers=3, first_k_dense_replace=1, intermediate_size=28,
-        moe_intermediate_size=12, n_routed_experts=4, num_experts_per_tok=2, n_shared_experts=2, num_attention_heads=2,
-        q_lora_rank=10, kv_lora_rank=9, qk_nope_head_dim=6, qk_rope_head_dim=4, v_head_dim=5, n_group=2, topk_group=1,
-        routed_scaling_factor=1.5, rope_theta=50000.0, max_position_embeddings=256, rms_norm_eps=1e-5,
+        vocab_size=37,
+        hidden_size=20,
+        num_hidden_layers=3,
+        first_k_dense_replace=1,
+        intermediate_size=28,
+        moe_intermediate_size=12,
+        n_routed_experts=4,
+        num_experts_per_tok=2,
+        n_shared_experts=2,
+        num_attention_heads=2,
+        q_lora_rank=10,
+        kv_lora_rank=9,
+        qk_nope_head_dim=6,
+        qk_rope_head_dim=4,
+        v_head_dim=5,
+        n_group=2,
+        topk_group=1,
+        routed_scaling_factor=1.5,
+        rope_theta=50000.0,
+        max_position_embeddings=256,
+        rms_norm_eps=1e-5,
         rope_scaling=YarnConfig(factor=4.0, original_max_position_embeddings=64, mscale_all_dim=1.0),
-    )  # fmt: skip
+    )
 
 
 @pytest.fixture
 def weights(model: ModelConfig) -> dict[str, Tensor]:
-    """BF16 weights, FP32 norms and FP32 correction biases: the mixture that published files have."""
+    """BF16 weights, FP32 norms and FP32 correction biases: the mixture that published files
+    have."""
     generator = torch.Generator().manual_seed(7)
     dtypes = {"bias": torch.float32, "norm": torch.float32}
     return {
@@ -43,7 +63,8 @@ def weights(model: ModelConfig) -> dict[str, Tensor]:
 
 @pytest.fixture
 def write_hf(tmp_path: Path, model: ModelConfig) -> WriteHf:
-    """write_hf(tensors, files=1, config=None, name="hf") -> directory; files > 1 shards with an index."""
+    """write_hf(tensors, files=1, config=None, name="hf") -> directory; files > 1 shards with an
+    index."""
 
     def write(
         tensors: dict[str, Tensor], files: int = 1, config: dict | None = None, name: str = "hf"

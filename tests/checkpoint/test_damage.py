@@ -1,4 +1,5 @@
-"""A damaged, cut or killed checkpoint is never taken for a good one, and the message names the file at fault."""
+"""A damaged, cut or killed checkpoint is never taken for a good one, and the message names the file
+at fault."""
 
 from __future__ import annotations
 
@@ -94,8 +95,11 @@ def test_a_damaged_row_piece_is_found_in_every_range_that_touches_it(data: st.Da
 
 
 def test_a_missing_or_cut_shard_is_named_by_load_and_verify(tmp_path: Path) -> None:
-    for damage in (lambda path: path.unlink(), lambda path: path.write_bytes(path.read_bytes()[:-1]),
-                   lambda path: path.write_bytes(b"")):  # fmt: skip
+    for damage in (
+        lambda path: path.unlink(),
+        lambda path: path.write_bytes(path.read_bytes()[:-1]),
+        lambda path: path.write_bytes(b""),
+    ):
         directory = tmp_path / "c"
         shutil.rmtree(directory, ignore_errors=True)
         write_sample(directory)
@@ -143,10 +147,19 @@ def damaged_manifests(good: dict) -> list[object]:
         {**good, "shards": [{**good["shards"][0], "file": "../escape"}]},
         {**good, "tensors": {"a": {"dtype": "F32", "shape": [4], "pieces": []}}},
         {**good, "tensors": {"a": {"dtype": "??", "shape": [4], "pieces": [{"shard": 0, "crc32": 1}]}}},
-        {**good, "tensors": {"a": {"dtype": "F32", "shape": [4], "pieces": [{"shard": 0, "crc32": 1, "start": 0, "rows": 3}]}}},
+        {
+            **good,
+            "tensors": {
+                "a": {
+                    "dtype": "F32",
+                    "shape": [4],
+                    "pieces": [{"shard": 0, "crc32": 1, "start": 0, "rows": 3}],
+                }
+            },
+        },
         {**good, "tensors": "none"},
         {**good, "meta": 3},
-    ]  # fmt: skip
+    ]
 
 
 def test_a_shard_with_other_shapes_or_types_than_were_written_is_found(tmp_path: Path) -> None:

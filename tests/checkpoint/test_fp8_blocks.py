@@ -12,13 +12,18 @@ from hypothesis import strategies as st
 from k2train.checkpoint.fp8_blocks import dequantize, scale_shape
 
 
-@given(rows=st.integers(1, 300), columns=st.integers(1, 300), block=st.sampled_from([(128, 128), (64, 128), (1, 128), (7, 5)]),
-       seed=st.integers(0, 2**31))  # fmt: skip
+@given(
+    rows=st.integers(1, 300),
+    columns=st.integers(1, 300),
+    block=st.sampled_from([(128, 128), (64, 128), (1, 128), (7, 5)]),
+    seed=st.integers(0, 2**31),
+)
 @settings(max_examples=60, deadline=None)
 def test_every_element_is_its_value_times_the_scale_of_its_block(
     rows: int, columns: int, block: tuple[int, int], seed: int
 ) -> None:
-    """The oracle indexes the block of each element; products are FP32 in both, so bits must agree."""
+    """The oracle indexes the block of each element; products are FP32 in both, so bits must
+    agree."""
     generator = torch.Generator().manual_seed(seed)
     raw = torch.randint(0, 256, (rows, columns), generator=generator, dtype=torch.uint8)
     weight = raw.masked_fill((raw & 0x7F) == 0x7F, 0).view(torch.float8_e4m3fn)

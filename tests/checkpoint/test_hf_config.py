@@ -16,43 +16,124 @@ from k2train.config.errors import ConfigError
 from k2train.config.model import ModelConfig
 
 COMMON = {
-    "attention_bias": False, "attention_dropout": 0.0, "hidden_act": "silu", "initializer_range": 0.02,
-    "kv_lora_rank": 512, "moe_layer_freq": 1, "norm_topk_prob": True, "num_hidden_layers": 61, "q_lora_rank": 1536,
-    "qk_nope_head_dim": 128, "qk_rope_head_dim": 64, "v_head_dim": 128, "scoring_func": "sigmoid", "seq_aux": True,
-    "tie_word_embeddings": False, "topk_method": "noaux_tc", "use_cache": True, "ep_size": 1, "torch_dtype": "bfloat16",
-    "architectures": ["DeepseekV3ForCausalLM"], "hidden_size": 7168, "intermediate_size": 18432,
-    "moe_intermediate_size": 2048, "n_shared_experts": 1, "num_experts_per_tok": 8, "rms_norm_eps": 1e-6,
-    "quantization_config": {"activation_scheme": "dynamic", "fmt": "e4m3", "quant_method": "fp8", "weight_block_size": [128, 128]},
-    "auto_map": {"AutoConfig": "configuration_deepseek.DeepseekV3Config"}, "aux_loss_alpha": 0.001, "pretraining_tp": 1,
-}  # fmt: skip
+    "attention_bias": False,
+    "attention_dropout": 0.0,
+    "hidden_act": "silu",
+    "initializer_range": 0.02,
+    "kv_lora_rank": 512,
+    "moe_layer_freq": 1,
+    "norm_topk_prob": True,
+    "num_hidden_layers": 61,
+    "q_lora_rank": 1536,
+    "qk_nope_head_dim": 128,
+    "qk_rope_head_dim": 64,
+    "v_head_dim": 128,
+    "scoring_func": "sigmoid",
+    "seq_aux": True,
+    "tie_word_embeddings": False,
+    "topk_method": "noaux_tc",
+    "use_cache": True,
+    "ep_size": 1,
+    "torch_dtype": "bfloat16",
+    "architectures": ["DeepseekV3ForCausalLM"],
+    "hidden_size": 7168,
+    "intermediate_size": 18432,
+    "moe_intermediate_size": 2048,
+    "n_shared_experts": 1,
+    "num_experts_per_tok": 8,
+    "rms_norm_eps": 1e-6,
+    "quantization_config": {
+        "activation_scheme": "dynamic",
+        "fmt": "e4m3",
+        "quant_method": "fp8",
+        "weight_block_size": [128, 128],
+    },
+    "auto_map": {"AutoConfig": "configuration_deepseek.DeepseekV3Config"},
+    "aux_loss_alpha": 0.001,
+    "pretraining_tp": 1,
+}
 
 # The figures of docs/k2.md in the form of the published files.
 PUBLISHED: dict[str, dict[str, Any]] = {
     "k2": {
-        **COMMON, "model_type": "kimi_k2", "vocab_size": 163840, "n_routed_experts": 384, "num_attention_heads": 64,
-        "num_key_value_heads": 64, "n_group": 1, "topk_group": 1, "first_k_dense_replace": 1,
-        "routed_scaling_factor": 2.827, "rope_theta": 50000.0, "max_position_embeddings": 131072,
-        "num_nextn_predict_layers": 0, "bos_token_id": 163584, "eos_token_id": 163585,
-        "rope_scaling": {"beta_fast": 1.0, "beta_slow": 1.0, "factor": 32.0, "mscale": 1.0, "mscale_all_dim": 1.0,
-                         "original_max_position_embeddings": 4096, "type": "yarn"},
+        **COMMON,
+        "model_type": "kimi_k2",
+        "vocab_size": 163840,
+        "n_routed_experts": 384,
+        "num_attention_heads": 64,
+        "num_key_value_heads": 64,
+        "n_group": 1,
+        "topk_group": 1,
+        "first_k_dense_replace": 1,
+        "routed_scaling_factor": 2.827,
+        "rope_theta": 50000.0,
+        "max_position_embeddings": 131072,
+        "num_nextn_predict_layers": 0,
+        "bos_token_id": 163584,
+        "eos_token_id": 163585,
+        "rope_scaling": {
+            "beta_fast": 1.0,
+            "beta_slow": 1.0,
+            "factor": 32.0,
+            "mscale": 1.0,
+            "mscale_all_dim": 1.0,
+            "original_max_position_embeddings": 4096,
+            "type": "yarn",
+        },
     },
     "deepseek_v3": {
-        **COMMON, "model_type": "deepseek_v3", "vocab_size": 129280, "n_routed_experts": 256, "num_attention_heads": 128,
-        "num_key_value_heads": 128, "n_group": 8, "topk_group": 4, "first_k_dense_replace": 3,
-        "routed_scaling_factor": 2.5, "rope_theta": 10000, "max_position_embeddings": 163840,
-        "num_nextn_predict_layers": 1, "bos_token_id": 0, "eos_token_id": 1,
-        "rope_scaling": {"beta_fast": 32, "beta_slow": 1, "factor": 40, "mscale": 1.0, "mscale_all_dim": 1.0,
-                         "original_max_position_embeddings": 4096, "type": "yarn"},
+        **COMMON,
+        "model_type": "deepseek_v3",
+        "vocab_size": 129280,
+        "n_routed_experts": 256,
+        "num_attention_heads": 128,
+        "num_key_value_heads": 128,
+        "n_group": 8,
+        "topk_group": 4,
+        "first_k_dense_replace": 3,
+        "routed_scaling_factor": 2.5,
+        "rope_theta": 10000,
+        "max_position_embeddings": 163840,
+        "num_nextn_predict_layers": 1,
+        "bos_token_id": 0,
+        "eos_token_id": 1,
+        "rope_scaling": {
+            "beta_fast": 32,
+            "beta_slow": 1,
+            "factor": 40,
+            "mscale": 1.0,
+            "mscale_all_dim": 1.0,
+            "original_max_position_embeddings": 4096,
+            "type": "yarn",
+        },
     },
     "moonlight_16b_a3b": {
-        **COMMON, "model_type": "deepseek_v3", "vocab_size": 163840, "hidden_size": 2048, "num_hidden_layers": 27,
-        "intermediate_size": 11264, "moe_intermediate_size": 1408, "n_routed_experts": 64, "num_experts_per_tok": 6,
-        "n_shared_experts": 2, "num_attention_heads": 16, "num_key_value_heads": 16, "q_lora_rank": None, "n_group": 1,
-        "topk_group": 1, "first_k_dense_replace": 1, "routed_scaling_factor": 2.446, "rope_theta": 50000.0,
-        "max_position_embeddings": 8192, "rms_norm_eps": 1e-5, "rope_scaling": None, "quantization_config": None,
-        "bos_token_id": 163584, "eos_token_id": 163585,
+        **COMMON,
+        "model_type": "deepseek_v3",
+        "vocab_size": 163840,
+        "hidden_size": 2048,
+        "num_hidden_layers": 27,
+        "intermediate_size": 11264,
+        "moe_intermediate_size": 1408,
+        "n_routed_experts": 64,
+        "num_experts_per_tok": 6,
+        "n_shared_experts": 2,
+        "num_attention_heads": 16,
+        "num_key_value_heads": 16,
+        "q_lora_rank": None,
+        "n_group": 1,
+        "topk_group": 1,
+        "first_k_dense_replace": 1,
+        "routed_scaling_factor": 2.446,
+        "rope_theta": 50000.0,
+        "max_position_embeddings": 8192,
+        "rms_norm_eps": 1e-5,
+        "rope_scaling": None,
+        "quantization_config": None,
+        "bos_token_id": 163584,
+        "eos_token_id": 163585,
     },
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("name", PUBLISHED)
@@ -63,7 +144,8 @@ def test_the_published_files_are_the_models_of_our_configs(name: str) -> None:
 
 @pytest.mark.parametrize("name", PUBLISHED)
 def test_there_and_back_keeps_every_field(name: str) -> None:
-    """hf -> ours -> hf keeps every field of the published file that describes the architecture or its tokens."""
+    """hf -> ours -> hf keeps every field of the published file that describes the architecture or
+    its tokens."""
     hf = PUBLISHED[name]
     back = to_hf_config(to_model_config(hf), "bfloat16", hf)
     dropped = {
@@ -127,10 +209,19 @@ def test_what_transformers_saves_is_read(name: str, spelling: str, tmp_path: Pat
 
 @pytest.mark.parametrize(
     ("field", "value"),
-    [("attention_bias", True), ("hidden_act", "gelu"), ("scoring_func", "softmax"), ("topk_method", "greedy"),
-     ("moe_layer_freq", 2), ("tie_word_embeddings", True), ("model_type", "llama"), ("num_key_value_heads", 8),
-     ("rope_interleave", False), ("attention_dropout", 0.1)],
-)  # fmt: skip
+    [
+        ("attention_bias", True),
+        ("hidden_act", "gelu"),
+        ("scoring_func", "softmax"),
+        ("topk_method", "greedy"),
+        ("moe_layer_freq", 2),
+        ("tie_word_embeddings", True),
+        ("model_type", "llama"),
+        ("num_key_value_heads", 8),
+        ("rope_interleave", False),
+        ("attention_dropout", 0.1),
+    ],
+)
 def test_a_feature_we_lack_is_an_error_that_names_its_field(field: str, value: object) -> None:
     with pytest.raises(ConfigError, match=field):
         to_model_config({**PUBLISHED["k2"], field: value})
@@ -138,10 +229,15 @@ def test_a_feature_we_lack_is_an_error_that_names_its_field(field: str, value: o
 
 @pytest.mark.parametrize(
     ("rope", "words"),
-    [({"type": "linear", "factor": 2.0}, "linear"), ({"rope_type": "dynamic", "factor": 2.0}, "dynamic"),
-     ({"attention_factor": 1.3}, "attention_factor"), ({"truncate": False}, "truncate"), ({"surprise": 1}, "surprise"),
-     ({"partial_rotary_factor": 0.5}, "partial_rotary_factor")],
-)  # fmt: skip
+    [
+        ({"type": "linear", "factor": 2.0}, "linear"),
+        ({"rope_type": "dynamic", "factor": 2.0}, "dynamic"),
+        ({"attention_factor": 1.3}, "attention_factor"),
+        ({"truncate": False}, "truncate"),
+        ({"surprise": 1}, "surprise"),
+        ({"partial_rotary_factor": 0.5}, "partial_rotary_factor"),
+    ],
+)
 @pytest.mark.parametrize("section", ["rope_scaling", "rope_parameters"])
 def test_a_rope_we_lack_is_an_error_that_names_its_key(section: str, rope: dict, words: str) -> None:
     hf = {**PUBLISHED["k2"], "rope_scaling": None}
@@ -211,8 +307,12 @@ def test_block_sizes_of_the_published_quantisation_and_refusal_of_others() -> No
     assert fp8_block_size(
         {"quantization_config": {"quant_method": "fp8", "weight_block_size": [64, 32]}}
     ) == (64, 32)
-    for bad in ({"quant_method": "compressed-tensors"}, {"quant_method": "fp8", "fmt": "e5m2"},
-                {"quant_method": "fp8", "weight_block_size": None}, {"quant_method": "fp8", "weight_block_size": [0, 1]}):  # fmt: skip
+    for bad in (
+        {"quant_method": "compressed-tensors"},
+        {"quant_method": "fp8", "fmt": "e5m2"},
+        {"quant_method": "fp8", "weight_block_size": None},
+        {"quant_method": "fp8", "weight_block_size": [0, 1]},
+    ):
         with pytest.raises(ConfigError, match="quantization_config"):
             fp8_block_size({"quantization_config": bad})
 

@@ -94,7 +94,8 @@ def test_tokens_and_generation_settings_come_through(write_hf, weights, model, t
 
 
 def training_checkpoint(directory: Path, model, dtype: str = "bfloat16") -> dict[str, Tensor]:
-    """What a run writes: FP32 masters (norms, embedding and head cut by rows over two ranks), momenta, the bias buffer."""
+    """What a run writes: FP32 masters (norms, embedding and head cut by rows over two ranks),
+    momenta, the bias buffer."""
     generator = torch.Generator().manual_seed(3)
     masters, parts = {}, [list[tuple[str, object]](), list[tuple[str, object]]()]
     for index, spec in enumerate(model_tensors(model)):
@@ -118,9 +119,14 @@ def training_checkpoint(directory: Path, model, dtype: str = "bfloat16") -> dict
 
 @pytest.mark.parametrize(
     ("computed", "asked", "expected"),
-    [("bfloat16", None, torch.bfloat16), ("float32", None, torch.float32), ("bfloat16", "float32", torch.float32),
-     ("float32", "bfloat16", torch.bfloat16), ("float64", "float64", torch.float64)],
-)  # fmt: skip
+    [
+        ("bfloat16", None, torch.bfloat16),
+        ("float32", None, torch.float32),
+        ("bfloat16", "float32", torch.float32),
+        ("float32", "bfloat16", torch.bfloat16),
+        ("float64", "float64", torch.float64),
+    ],
+)
 def test_masters_are_cast_to_the_runs_type_or_the_one_asked_for(
     model, tmp_path, computed, asked, expected
 ) -> None:

@@ -1,4 +1,5 @@
-"""Import checks everything before it copies, keeps every byte, and leaves nothing behind when it fails."""
+"""Import checks everything before it copies, keeps every byte, and leaves nothing behind when it
+fails."""
 
 from __future__ import annotations
 
@@ -54,7 +55,8 @@ def test_every_tensor_keeps_its_bytes_and_type(write_hf, weights, model, tmp_pat
 
 
 def test_block_fp8_becomes_the_bf16_it_stands_for(write_hf, weights, model, tmp_path) -> None:
-    """Blocks of 8 x 16 on matrices whose sides are no multiples of either; norms, gate and biases stay as they are."""
+    """Blocks of 8 x 16 on matrices whose sides are no multiples of either; norms, gate and biases
+    stay as they are."""
     block, generator = (8, 16), torch.Generator().manual_seed(1)
     tensors, expected = dict(weights), dict(weights)
     for name, tensor in weights.items():
@@ -92,8 +94,17 @@ def test_missing_extra_and_misshapen_tensors_are_all_named_and_counted(write_hf,
     tensors = {name: tensor for name, tensor in weights.items() if "experts.3." not in name}
     tensors["model.layers.0.self_attn.surprise.weight"] = torch.zeros(2)
     tensors["lm_head.weight"] = torch.zeros(37, 21)
-    text = refused(write_hf(tensors), tmp_path / "ck", "missing (6)", "experts.3.down_proj", "and 1 more", "extra (1)",
-                   "surprise", "misshapen (1)", "lm_head.weight is [37, 21], not [37, 20]")  # fmt: skip
+    text = refused(
+        write_hf(tensors),
+        tmp_path / "ck",
+        "missing (6)",
+        "experts.3.down_proj",
+        "and 1 more",
+        "extra (1)",
+        "surprise",
+        "misshapen (1)",
+        "lm_head.weight is [37, 21], not [37, 20]",
+    )
     assert len(text.splitlines()) < 8
 
 
@@ -115,8 +126,11 @@ def test_multi_token_prediction_layers_are_left_aside(write_hf, weights, tmp_pat
         for name, tensor in weights.items()
         if "layers.2." in name
     }
-    extra |= {"model.layers.3.eh_proj.weight": torch.zeros(20, 40), "model.layers.12.enorm.weight": torch.zeros(20),
-              "model.layers.0.self_attn.rotary_emb.inv_freq": torch.zeros(2)}  # fmt: skip
+    extra |= {
+        "model.layers.3.eh_proj.weight": torch.zeros(20, 40),
+        "model.layers.12.enorm.weight": torch.zeros(20),
+        "model.layers.0.self_attn.rotary_emb.inv_freq": torch.zeros(2),
+    }
     source = open_hf_model(write_hf({**weights, **extra}, 2))
     assert source.checked.skipped_layers == ("model.layers.12", "model.layers.3")
     checkpoint = open_checkpoint(import_model(source, tmp_path / "ck"))
@@ -185,7 +199,8 @@ def test_too_small_a_disk_is_said_before_anything_is_written(
 
 
 def test_a_disk_that_fills_while_writing_leaves_nothing(write_hf, weights, tmp_path) -> None:
-    """The kernel itself refuses the bytes: a limit on the size of files stands in for the full disk."""
+    """The kernel itself refuses the bytes: a limit on the size of files stands in for the full
+    disk."""
     source = open_hf_model(write_hf(weights))
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (8000, limits[1]))
@@ -232,7 +247,8 @@ def test_a_source_that_is_cut_while_it_is_copied_leaves_nothing(write_hf, weight
 
 
 def test_verify_finds_bytes_that_the_disk_changed(write_hf, weights, tmp_path) -> None:
-    """The last shard is complete when the callback sees the last tensor of it, so flip a byte of an earlier one."""
+    """The last shard is complete when the callback sees the last tensor of it, so flip a byte of an
+    earlier one."""
     seen = 0
 
     def corrupt(num_bytes: int) -> None:

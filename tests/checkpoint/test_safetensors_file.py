@@ -52,8 +52,13 @@ def random_tensor(shape: tuple[int, ...], dtype: torch.dtype, seed: int) -> Tens
 
 @st.composite
 def tensors(draw: st.DrawFn) -> dict[str, Tensor]:
-    names = draw(st.lists(st.text(min_size=1, max_size=12).filter(lambda name: name != "__metadata__"), max_size=6,
-                          unique=True))  # fmt: skip
+    names = draw(
+        st.lists(
+            st.text(min_size=1, max_size=12).filter(lambda name: name != "__metadata__"),
+            max_size=6,
+            unique=True,
+        )
+    )
     shapes = st.lists(st.integers(0, 5), max_size=4).map(tuple)
     return {
         name: random_tensor(draw(shapes), draw(st.sampled_from(COMMON)), draw(st.integers(0, 2**31)))
@@ -94,8 +99,12 @@ def test_we_read_what_the_library_writes(held: dict[str, Tensor]) -> None:
 
 def test_strided_views_and_parameters_are_written_as_their_values(tmp_path: Path) -> None:
     base = torch.arange(24.0).reshape(4, 6)
-    held = {"transposed": base.t(), "column": base[:, 2], "expanded": base[0].expand(3, 6),
-            "parameter": torch.nn.Parameter(base.clone())}  # fmt: skip
+    held = {
+        "transposed": base.t(),
+        "column": base[:, 2],
+        "expanded": base[0].expand(3, 6),
+        "parameter": torch.nn.Parameter(base.clone()),
+    }
     path = tmp_path / "a.safetensors"
     write_file(path, [(name, lazy(tensor)) for name, tensor in held.items()])
     for name, slot in read_header(path).items():
@@ -103,8 +112,12 @@ def test_strided_views_and_parameters_are_written_as_their_values(tmp_path: Path
 
 
 def test_every_tensor_starts_at_a_multiple_of_its_element_size(tmp_path: Path) -> None:
-    held = [("a", torch.ones(3, dtype=torch.uint8)), ("b", torch.ones(3, dtype=torch.bfloat16)),
-            ("c", torch.ones(3, dtype=torch.float64)), ("d", torch.ones(1))]  # fmt: skip
+    held = [
+        ("a", torch.ones(3, dtype=torch.uint8)),
+        ("b", torch.ones(3, dtype=torch.bfloat16)),
+        ("c", torch.ones(3, dtype=torch.float64)),
+        ("d", torch.ones(1)),
+    ]
     path = tmp_path / "a.safetensors"
     write_file(path, [(name, lazy(tensor)) for name, tensor in held])
     assert all(slot.offset % slot.dtype.itemsize == 0 for slot in read_header(path).values())

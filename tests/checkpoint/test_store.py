@@ -108,7 +108,8 @@ def test_rows_cut_over_any_writers_load_as_one_tensor_or_any_range(
 
 
 def test_nothing_written_depends_on_who_wrote_it(tmp_path: Path) -> None:
-    """The same tensors from one writer and from three give the same table of tensors and the same meta."""
+    """The same tensors from one writer and from three give the same table of tensors and the same
+    meta."""
     tensor = torch.arange(12.0).reshape(6, 2)
     write_checkpoint(tmp_path / "one", [("a", tensor), ("b", tensor)], {"step": 1})
     temporary = begin(tmp_path / "many")
@@ -140,8 +141,11 @@ def test_rows_missing_or_written_twice_are_never_committed(
 def test_pieces_that_disagree_about_their_tensor_are_never_committed(tmp_path: Path) -> None:
     temporary = begin(tmp_path / "c")
     pieces = [RowPiece(torch.zeros(2), 0, 4), RowPiece(torch.zeros(2, dtype=torch.float64), 2, 4)]
-    entries = [entry for rank, piece in enumerate(pieces)
-               for entry in write_shards(temporary, f"r{rank}", [("a", piece)])]  # fmt: skip
+    entries = [
+        entry
+        for rank, piece in enumerate(pieces)
+        for entry in write_shards(temporary, f"r{rank}", [("a", piece)])
+    ]
     with pytest.raises(ValueError, match="different types or shapes"):
         commit(temporary, tmp_path / "c", entries, {})
 
@@ -269,15 +273,18 @@ def test_at_most_one_shard_of_the_tensors_an_iterator_makes_is_alive(tmp_path: P
 
 
 def test_the_manifest_names_every_file_with_size_and_checksum(tmp_path: Path) -> None:
-    """What docs/huggingface.md promises to people without k2train: names and SHA-256 as sha256sum prints them."""
+    """What docs/huggingface.md promises to people without k2train: names and SHA-256 as sha256sum
+    prints them."""
     write_checkpoint(
         tmp_path / "c", [("a", torch.zeros(3)), ("b", torch.ones(2))], {"step": 3}, max_shard_bytes=12
     )
     manifest = json.loads((tmp_path / "c" / "manifest.json").read_text())
     files = {path.name for path in (tmp_path / "c").iterdir()} - {"manifest.json"}
     assert {shard["file"] for shard in manifest["shards"]} == files
-    assert all((tmp_path / "c" / s["file"]).stat().st_size == s["bytes"] and len(s["sha256"]) == 64
-               for s in manifest["shards"])  # fmt: skip
+    assert all(
+        (tmp_path / "c" / s["file"]).stat().st_size == s["bytes"] and len(s["sha256"]) == 64
+        for s in manifest["shards"]
+    )
     assert manifest["tensors"]["b"]["dtype"] == "F32"
     assert manifest["tensors"]["b"]["shape"] == [2]
 

@@ -53,8 +53,12 @@ def test_the_doctor_tells_what_start_up_depends_on(capsys: pytest.CaptureFixture
 
 def test_the_kernel_s_files_say_how_many_nodes_and_which_rdma_devices_there_are(tmp_path: Path) -> None:
     assert (numa_node_count(tmp_path), rdma_devices(tmp_path)) == (1, [])
-    for name in ("devices/system/node/node0", "devices/system/node/node1", "class/infiniband/mlx5_1",
-                 "class/infiniband/mlx5_0"):  # fmt: skip
+    for name in (
+        "devices/system/node/node0",
+        "devices/system/node/node1",
+        "class/infiniband/mlx5_1",
+        "class/infiniband/mlx5_0",
+    ):
         (tmp_path / name).mkdir(parents=True)
     (tmp_path / "devices/system/node/possible").write_text("0-1\n")
     assert (numa_node_count(tmp_path), rdma_devices(tmp_path)) == (2, ["mlx5_0", "mlx5_1"])

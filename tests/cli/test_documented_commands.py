@@ -17,9 +17,11 @@ ROOT = Path(__file__).parents[2]
 # Sweeps check their points themselves, and --help starts nothing.
 COMMANDS = [
     match.group(1)
-    for match in re.finditer(r"^    (?:torchrun \S+ -m )?k2train train ([^#\n]*)", (ROOT / "README.md").read_text(), re.MULTILINE)
+    for match in re.finditer(
+        r"^    (?:torchrun \S+ -m )?k2train train ([^#\n]*)", (ROOT / "README.md").read_text(), re.MULTILINE
+    )
     if not match.group(1).startswith(("-m ", "--help"))
-]  # fmt: skip
+]
 
 
 def test_the_readme_has_such_commands() -> None:
@@ -40,7 +42,10 @@ def test_the_torchrun_script_tells_a_mistake_on_a_machine_without_gpus(tmp_path:
     environment.pop("RANKS", None)
     done = subprocess.run(
         [ROOT / "launch" / "torchrun.sh", "experiment=laptop", "train.device=cpu", "train.stepz=1"],
-        capture_output=True, text=True, check=False, env=environment,
-    )  # fmt: skip
+        capture_output=True,
+        text=True,
+        check=False,
+        env=environment,
+    )
     assert done.returncode == 2, done.stderr
     assert "did you mean train.steps?" in done.stderr

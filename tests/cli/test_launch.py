@@ -1,4 +1,5 @@
-"""`world=processes` without a launcher: who starts the ranks, and what becomes of their exit statuses."""
+"""`world=processes` without a launcher: who starts the ranks, and what becomes of their exit
+statuses."""
 
 from __future__ import annotations
 
@@ -17,7 +18,8 @@ from k2train.config.compose import load_config
 
 
 def start(*seconds_and_status: tuple[float, int]) -> list[BaseProcess]:
-    """Processes that end after some seconds with a status; a negative one is the signal they end themselves by."""
+    """Processes that end after some seconds with a status; a negative one is the signal they end
+    themselves by."""
     context = multiprocessing.get_context("spawn")
     ranks = [context.Process(target=end_after, args=entry) for entry in seconds_and_status]
     for rank in ranks:

@@ -1,4 +1,5 @@
-"""`k2train report memory`: predicted and measured bytes agree for every name, and K2's policies leave next to nothing."""
+"""`k2train report memory`: predicted and measured bytes agree for every name, and K2's policies
+leave next to nothing."""
 
 from __future__ import annotations
 

@@ -27,8 +27,11 @@ from k2train.data.tokenizer import ByteTokenizer
 
 def build(output: Path, *inputs: Path, workers: int = 1, **options: object) -> BuildReport:
     config = DataBuildConfig(
-        input=tuple(map(str, inputs)), output=str(output), workers=workers, **options  # type: ignore[arg-type]
-    )  # fmt: skip
+        input=tuple(map(str, inputs)),
+        output=str(output),
+        workers=workers,
+        **options,  # type: ignore[arg-type]
+    )
     return build_dataset(config)
 
 
@@ -72,8 +75,14 @@ def mixed(tmp_path: Path) -> Path:
 def test_every_kind_of_file_is_read_in_the_order_of_its_path(tmp_path: Path, mixed: Path) -> None:
     report = build(tmp_path / "out", mixed)
     assert documents(tmp_path / "out") == [
-        *(f"jsonl {i} ü" for i in range(5)), "zipped", "first\nline\n", "second", "p0", "p2", "p3",
-    ]  # fmt: skip
+        *(f"jsonl {i} ü" for i in range(5)),
+        "zipped",
+        "first\nline\n",
+        "second",
+        "p0",
+        "p2",
+        "p3",
+    ]
     assert [(Path(bad.path).name, bad.line, bad.reason) for bad in report.bad_lines] == [
         ("c.jsonl.gz", 2, "'text' is null, not text"),
         ("e.txt", 2, "not UTF-8: byte 0xff; the document from line 1 is left out"),
@@ -130,14 +139,24 @@ def test_byte_ranges_read_every_line_once(
 @pytest.mark.parametrize(
     ("line", "reason"),
     [
-        (b"{bad}", "not JSON: Expecting property name"), (b'{"text": "cut', "not JSON: Unterminated string"),
-        (b"", "blank line"), (b"   \n", "blank line"), (b"[1]", "a list"), (b"null", "null"), (b"3", "a number"),
-        (b'{"body": "x"}', "no key 'text'"), (b'{"text": 3}', "a number"), (b'{"text": ["x"]}', "a list"),
-        (b'{"text": true}', "true or false"), (b'{"text": ""}', "is empty"), (b'{"text": "\\ud800"}', "surrogate"),
-        (b'{"text": "\xff"}', "not UTF-8: byte 0xff at byte 11"), (b"[" * 100_000, "not JSON"),
+        (b"{bad}", "not JSON: Expecting property name"),
+        (b'{"text": "cut', "not JSON: Unterminated string"),
+        (b"", "blank line"),
+        (b"   \n", "blank line"),
+        (b"[1]", "a list"),
+        (b"null", "null"),
+        (b"3", "a number"),
+        (b'{"body": "x"}', "no key 'text'"),
+        (b'{"text": 3}', "a number"),
+        (b'{"text": ["x"]}', "a list"),
+        (b'{"text": true}', "true or false"),
+        (b'{"text": ""}', "is empty"),
+        (b'{"text": "\\ud800"}', "surrogate"),
+        (b'{"text": "\xff"}', "not UTF-8: byte 0xff at byte 11"),
+        (b"[" * 100_000, "not JSON"),
         (b'{"text": ' + b"9" * 5000 + b"}", ""),
     ],
-)  # fmt: skip
+)
 def test_each_way_for_a_line_to_be_wrong_is_named(line: bytes, reason: str) -> None:
     text, found = parse_json_line(line, "text")
     assert text is None
@@ -238,8 +257,11 @@ def test_inputs_that_cannot_work_are_refused(tmp_path: Path) -> None:
 def test_outputs_that_cannot_work_are_refused(tmp_path: Path) -> None:
     good = write_jsonl(tmp_path / "good.jsonl", ["x"])
     (tmp_path / "file").write_text("")
-    for output, message in ((tmp_path, "is a directory"), (tmp_path / "x.bin", "names a file"),
-                            (tmp_path / "file" / "x", "cannot be written")):  # fmt: skip
+    for output, message in (
+        (tmp_path, "is a directory"),
+        (tmp_path / "x.bin", "names a file"),
+        (tmp_path / "file" / "x", "cannot be written"),
+    ):
         with pytest.raises(ConfigError, match=message):
             build(output, good)
 
@@ -253,8 +275,15 @@ def test_a_built_dataset_trains_only_with_its_tokenizer(tmp_path: Path) -> None:
     library.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     library.decoder = decoders.ByteLevel()
     texts = [f"word {i} and words again" for i in range(60)]
-    library.train_from_iterator(texts, trainers.BpeTrainer(vocab_size=350, special_tokens=["<|endoftext|>"],
-                                initial_alphabet=pre_tokenizers.ByteLevel.alphabet(), show_progress=False))  # fmt: skip
+    library.train_from_iterator(
+        texts,
+        trainers.BpeTrainer(
+            vocab_size=350,
+            special_tokens=["<|endoftext|>"],
+            initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+            show_progress=False,
+        ),
+    )
     library.save(str(tmp_path / "tokenizer.json"))
     tokenizer = TokenizerConfig("huggingface", str(tmp_path / "tokenizer.json"))
     build(tmp_path / "out", write_jsonl(tmp_path / "a.jsonl", texts), tokenizer=tokenizer, workers=2)

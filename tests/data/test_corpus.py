@@ -26,8 +26,15 @@ from .conftest import WriteDataset, numbered_documents
 SEQ_LEN = 32
 
 
-def open_corpus(tmp_path: Path, *prefixes: str, seed: int = 0, seq_len: int = SEQ_LEN, split: str = "80,15,5",
-                weights: tuple[float, ...] = (), vocab_size: int | None = None) -> Corpus:  # fmt: skip
+def open_corpus(
+    tmp_path: Path,
+    *prefixes: str,
+    seed: int = 0,
+    seq_len: int = SEQ_LEN,
+    split: str = "80,15,5",
+    weights: tuple[float, ...] = (),
+    vocab_size: int | None = None,
+) -> Corpus:
     blend = tuple(
         CorpusConfig(prefix, weight)
         for prefix, weight in zip(prefixes, weights or (1.0,) * len(prefixes), strict=True)
@@ -68,8 +75,8 @@ def test_reading_backwards_gives_the_same_samples(tmp_path: Path, write_dataset:
 def test_an_epoch_makes_every_token_a_target_once_and_epochs_are_shuffled_anew(
     tmp_path: Path, write_dataset: WriteDataset
 ) -> None:
-    """The stream of an epoch is every document once; its windows overlap by one token, and only the first token and a
-    rest shorter than a window are no targets."""
+    """The stream of an epoch is every document once; its windows overlap by one token, and only the
+    first token and a rest shorter than a window are no targets."""
     documents = numbered_documents(80)
     corpus = open_corpus(tmp_path, write_dataset("a", documents), split="1,0,0")
     tokens = sum(len(text) + 1 for text in documents)
@@ -90,7 +97,8 @@ def test_an_epoch_makes_every_token_a_target_once_and_epochs_are_shuffled_anew(
 def test_the_first_epoch_is_what_megatron_cores_own_builder_gives(
     tmp_path: Path, write_dataset: WriteDataset
 ) -> None:
-    """Oracle: BlendedMegatronDatasetBuilder with one epoch and the seed of that epoch, tokens and labels alike."""
+    """Oracle: BlendedMegatronDatasetBuilder with one epoch and the seed of that epoch, tokens and
+    labels alike."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         from megatron.core.datasets.blended_megatron_dataset_builder import BlendedMegatronDatasetBuilder
@@ -101,10 +109,18 @@ def test_the_first_epoch_is_what_megatron_cores_own_builder_gives(
     class Tokenizer:
         vocab_size, eod, unique_identifiers = 257, 256, {"tokenizer": "byte"}
 
-    config = GPTDatasetConfig(random_seed=epoch_seed(5, 0, 0), sequence_length=SEQ_LEN, blend=([prefix], None),
-                              split="80,20,0", path_to_cache=str(tmp_path / "oracle"), tokenizer=Tokenizer(),
-                              reset_position_ids=False, reset_attention_mask=False, eod_mask_loss=False,
-                              create_attention_mask=False)  # fmt: skip
+    config = GPTDatasetConfig(
+        random_seed=epoch_seed(5, 0, 0),
+        sequence_length=SEQ_LEN,
+        blend=([prefix], None),
+        split="80,20,0",
+        path_to_cache=str(tmp_path / "oracle"),
+        tokenizer=Tokenizer(),
+        reset_position_ids=False,
+        reset_attention_mask=False,
+        eod_mask_loss=False,
+        create_attention_mask=False,
+    )
     train = BlendedMegatronDatasetBuilder(GPTDataset, [None, None, None], lambda: True, config).build()[0]
     assert len(train) == corpus.num_samples("train")
     batch = corpus.batch("train", 0, len(train))
@@ -125,7 +141,8 @@ def test_seeds_change_the_training_order_and_nothing_else(
 
 
 def test_no_document_of_one_split_shows_in_another(tmp_path: Path, write_dataset: WriteDataset) -> None:
-    """Every word names its document, so the whole words of a split's samples say which documents it read."""
+    """Every word names its document, so the whole words of a split's samples say which documents it
+    read."""
     corpus = open_corpus(tmp_path, write_dataset("a", numbered_documents(100)), split="70,20,10")
     seen = {}
     for split in ("train", "valid", "test"):
@@ -136,7 +153,8 @@ def test_no_document_of_one_split_shows_in_another(tmp_path: Path, write_dataset
         seen[split] = {f"d{i}" for i in range(100) if f"d{i}".encode() in words}
     assert all(seen.values())
     assert seen["train"] <= {f"d{i}" for i in range(70)}
-    # a sample's last word may be cut, and a cut number is a smaller one, hence only the upper bounds of the others
+    # a sample's last word may be cut, and a cut number is a smaller one, hence only the upper
+    # bounds of the others
     assert {w for w in seen["valid"] if len(w) == 3} <= {f"d{i}" for i in range(100)} - {
         f"d{i}" for i in range(10, 70)
     }
@@ -155,8 +173,9 @@ def test_splits_are_disjoint_and_complete(num_documents: int, shares: list[float
 
 @pytest.mark.parametrize("weights", [(1.0, 1.0), (0.7, 0.3), (5.0, 3.0, 2.0), (1.0, 10.0, 100.0), (0.2,) * 5])
 def test_a_blend_keeps_its_shares_to_one_sample_at_every_length(weights: tuple[float, ...]) -> None:
-    """The corpus furthest behind is served first. Of two corpora neither strays from its due by more than one sample; of
-    more, megatron-core's rule looks at the due of the sample before and may fall behind by a little more."""
+    """The corpus furthest behind is served first. Of two corpora neither strays from its due by
+    more than one sample; of more, megatron-core's rule looks at the due of the sample before and
+    may fall behind by a little more."""
     blend = Blend(weights)
     corpora, _ = blend.locate(0, 3000)
     for corpus, weight in enumerate(weights):
@@ -186,7 +205,8 @@ def test_the_end_of_a_pass_is_where_the_first_corpus_would_repeat() -> None:
 def test_held_out_text_is_the_text_of_the_samples_evaluated(
     tmp_path: Path, write_dataset: WriteDataset
 ) -> None:
-    """Whole documents in order, so that a compressor sees what the documents hold and not torn windows."""
+    """Whole documents in order, so that a compressor sees what the documents hold and not torn
+    windows."""
     documents = numbered_documents(100)
     corpus = open_corpus(tmp_path, write_dataset("a", documents), split="50,50,0")
     for count in (1, 5, corpus.num_samples("valid")):
@@ -201,7 +221,8 @@ def test_held_out_text_is_the_text_of_the_samples_evaluated(
 def test_every_pass_over_held_out_text_is_whole_documents_end_to_end(
     tmp_path: Path, write_dataset: WriteDataset
 ) -> None:
-    """The last target of a window is the first input of the next, in the second pass too, which has another order."""
+    """The last target of a window is the first input of the next, in the second pass too, which has
+    another order."""
     corpus = open_corpus(tmp_path, write_dataset("a", numbered_documents(100)), split="50,50,0")
     count = corpus.num_samples("valid")
     passes = [corpus.batch("valid", start, count) for start in (0, count)]
@@ -258,7 +279,8 @@ def second_of_two_ranks(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 def test_a_rank_that_is_not_the_first_reads_without_communicating(
     tmp_path: Path, write_dataset: WriteDataset
 ) -> None:
-    """megatron-core's datasets write their indices on rank 0 alone and wait at barriers once a process group exists."""
+    """megatron-core's datasets write their indices on rank 0 alone and wait at barriers once a
+    process group exists."""
     prefix = write_dataset("a", numbered_documents(60))
     assert torch.distributed.get_rank() == 1
     first = open_corpus(tmp_path, prefix).batch("train", 0, 4)
@@ -267,9 +289,17 @@ def test_a_rank_that_is_not_the_first_reads_without_communicating(
 
 @pytest.mark.parametrize(
     ("split", "rule"),
-    [("a,b", "numbers"), ("0,0", "sums to zero"), ("0,1", "no training"), ("-5,1", "negative"), ("1,1,1,1", "at most three"),
-     ("", "numbers"), ("nan,1", "negative"), ("inf", "negative")],
-)  # fmt: skip
+    [
+        ("a,b", "numbers"),
+        ("0,0", "sums to zero"),
+        ("0,1", "no training"),
+        ("-5,1", "negative"),
+        ("1,1,1,1", "at most three"),
+        ("", "numbers"),
+        ("nan,1", "negative"),
+        ("inf", "negative"),
+    ],
+)
 def test_a_split_that_cannot_be_is_refused(split: str, rule: str) -> None:
     with pytest.raises(ConfigError, match=rule) as caught:
         parse_split(split)
@@ -348,7 +378,8 @@ def test_a_weight_too_small_to_be_kept_is_refused() -> None:
 
 
 def test_bits_per_byte_need_no_more_than_the_corpus(tmp_path: Path, write_dataset: WriteDataset) -> None:
-    """A uniform model over 257 ids costs log2(257) bits a token; the end-of-document tokens add bits but no bytes."""
+    """A uniform model over 257 ids costs log2(257) bits a token; the end-of-document tokens add
+    bits but no bytes."""
     corpus = open_corpus(tmp_path, write_dataset("a", numbered_documents(60)), split="50,50,0")
     targets = corpus.batch("valid", 0, corpus.num_samples("valid"))[:, 1:]
     ends = int((targets == 256).sum())

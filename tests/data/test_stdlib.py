@@ -22,8 +22,15 @@ def library(tmp_path: Path) -> Path:
     """A small library directory with everything that must be left out."""
     root = tmp_path / "lib"
     files = {f"module{i}.py": f"value = {i}\n" * 50 for i in range(30)}
-    files |= {"package/inner.py": "inner = 1\n", "test/test_a.py": "no", "package/tests/b.py": "no",
-              "site-packages/c.py": "no", "__pycache__/d.py": "no", "_sysconfigdata_x.py": "no", "e.txt": "no"}  # fmt: skip
+    files |= {
+        "package/inner.py": "inner = 1\n",
+        "test/test_a.py": "no",
+        "package/tests/b.py": "no",
+        "site-packages/c.py": "no",
+        "__pycache__/d.py": "no",
+        "_sysconfigdata_x.py": "no",
+        "e.txt": "no",
+    }
     for name, text in files.items():
         (root / name).parent.mkdir(parents=True, exist_ok=True)
         (root / name).write_text(text)
@@ -51,7 +58,8 @@ def test_a_change_of_the_library_makes_another_corpus(tmp_path: Path, library: P
 def test_two_that_build_it_at_once_do_not_disturb_each_other(
     tmp_path: Path, library: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The second starts and ends between the first one's last write and its rename, and is open while that happens."""
+    """The second starts and ends between the first one's last write and its rename, and is open
+    while that happens."""
     publish, opened = writer.publish, []
 
     def interleaved(staged: Path, target: Path, same: bool) -> None:
@@ -70,7 +78,8 @@ def test_two_that_build_it_at_once_do_not_disturb_each_other(
 
 
 def test_what_one_has_built_stays_readable_while_another_renames(tmp_path: Path, library: Path) -> None:
-    """The other is stopped at its last rename, by there being nothing to rename, so at the moment most is in motion."""
+    """The other is stopped at its last rename, by there being nothing to rename, so at the moment
+    most is in motion."""
     prefix = build_stdlib(tmp_path / "data", ByteTokenizer(), library)
     with pytest.raises(FileNotFoundError):
         writer.publish(tmp_path / "other", Path(f"{prefix}"), same=True)

@@ -37,8 +37,12 @@ def byte_level_file(tmp_path: Path) -> Path:
     tokenizer = tokenizers.Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
-    trainer = trainers.BpeTrainer(vocab_size=300, special_tokens=["<|endoftext|>"], show_progress=False,
-                                  initial_alphabet=pre_tokenizers.ByteLevel.alphabet())  # fmt: skip
+    trainer = trainers.BpeTrainer(
+        vocab_size=300,
+        special_tokens=["<|endoftext|>"],
+        show_progress=False,
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+    )
     tokenizer.train_from_iterator(TRAINING, trainer)
     tokenizer.save(str(tmp_path / "tokenizer.json"))
     return tmp_path / "tokenizer.json"
@@ -49,7 +53,9 @@ def metaspace_file(tmp_path: Path) -> Path:
     """The SentencePiece kind: spaces are a letter, unknown characters fall back to bytes."""
     bytes_ = [f"<0x{byte:02X}>" for byte in range(256)]
     pieces = ["<unk>", "</s>", *bytes_, *"▁abcdefghijklmnopqrstuvwxyz"]
-    tokenizer = tokenizers.Tokenizer(models.BPE({piece: i for i, piece in enumerate(pieces)}, [], unk_token="<unk>", byte_fallback=True))  # fmt: skip
+    tokenizer = tokenizers.Tokenizer(
+        models.BPE({piece: i for i, piece in enumerate(pieces)}, [], unk_token="<unk>", byte_fallback=True)
+    )
     tokenizer.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="never", split=False)
     tokenizer.decoder = decoders.Sequence(
         [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse()]
@@ -160,14 +166,24 @@ def test_a_pattern_of_ones_own_cuts_words_otherwise(ranks_file: Path) -> None:
 
 
 def test_the_pattern_cuts_as_kimis_does(ranks_file: Path) -> None:
-    """Han characters alone, three digits at most, contractions with their word, spaces with what follows."""
+    """Han characters alone, three digits at most, contractions with their word, spaces with what
+    follows."""
     import regex
 
     pattern = regex.compile(KIMI_PATTERN, flags=regex.VERSION1)
     text = "Hello world你好 I've 12345 HTTPServer  \n x"
     assert pattern.findall(text) == [
-        "Hello", " world", "你好", " I've", " ", "123", "45", " HTTPServer", "  \n", " x",
-    ]  # fmt: skip
+        "Hello",
+        " world",
+        "你好",
+        " I've",
+        " ",
+        "123",
+        "45",
+        " HTTPServer",
+        "  \n",
+        " x",
+    ]
 
 
 def test_eos_is_the_one_that_tokenizer_config_names(byte_level_file: Path, ranks_file: Path) -> None:
@@ -201,9 +217,14 @@ def test_a_megabyte_without_a_space_is_encoded(ranks_file: Path) -> None:
 
 @pytest.mark.parametrize(
     ("kind", "content", "rule"),
-    [("huggingface", "{}", "is not a tokenizer"), ("huggingface", None, "not found"), ("tiktoken", "AA== x\n", "rank file"),
-     ("tiktoken", "AA== 0\nAQ== 5\n", "ranks 0, 1, 2"), ("tiktoken", None, "neither a file nor an encoding")],
-)  # fmt: skip
+    [
+        ("huggingface", "{}", "is not a tokenizer"),
+        ("huggingface", None, "not found"),
+        ("tiktoken", "AA== x\n", "rank file"),
+        ("tiktoken", "AA== 0\nAQ== 5\n", "ranks 0, 1, 2"),
+        ("tiktoken", None, "neither a file nor an encoding"),
+    ],
+)
 def test_a_tokenizer_that_cannot_be_read_is_named(
     tmp_path: Path, kind: str, content: str | None, rule: str
 ) -> None:

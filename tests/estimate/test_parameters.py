@@ -7,11 +7,14 @@ from k2train.estimate.parameters import model_parameters
 from k2train.layout.tensors import model_tensors
 
 
-@pytest.mark.parametrize(("name", "total", "activated"), [
-    # docs/k2.md: computed from the released configs, both embeddings counted.
-    ("k2", 1026.4e9, 32.9e9),
-    ("deepseek_v3", 671.0e9, 37.6e9),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("name", "total", "activated"),
+    [
+        # docs/k2.md: computed from the released configs, both embeddings counted.
+        ("k2", 1026.4e9, 32.9e9),
+        ("deepseek_v3", 671.0e9, 37.6e9),
+    ],
+)
 def test_counts_equal_the_published_ones(name, total, activated):
     parameters = model_parameters(load_config([f"model={name}"]).model)
     assert parameters.total == pytest.approx(total, abs=0.05e9)

@@ -23,7 +23,8 @@ def make_layout(model, cluster):
     """make_layout(num_hidden_layers=..., **layout fields) -> Layout."""
 
     def make(num_hidden_layers=12, cluster=cluster, **fields):
-        return build_layout(LayoutConfig(**fields), cluster,
-                            dataclasses.replace(model, num_hidden_layers=num_hidden_layers))  # fmt: skip
+        return build_layout(
+            LayoutConfig(**fields), cluster, dataclasses.replace(model, num_hidden_layers=num_hidden_layers)
+        )
 
     return make

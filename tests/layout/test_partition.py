@@ -1,4 +1,5 @@
-"""Layers to virtual stages: every layer once, in order, and no cut is better where all cuts can be tried."""
+"""Layers to virtual stages: every layer once, in order, and no cut is better where all cuts can be
+tried."""
 
 import itertools
 
@@ -10,7 +11,8 @@ from k2train.layout.partition import PipelineWeights, balance, piece_loads, stag
 
 
 def all_cuts(num_layers, num_pieces):
-    """Every split of num_layers into num_pieces counts that leaves only the first and the last piece free to be empty."""
+    """Every split of num_layers into num_pieces counts that leaves only the first and the last
+    piece free to be empty."""
     for counts in itertools.product(range(num_layers + 1), repeat=num_pieces):
         if sum(counts) == num_layers and all(counts[1:-1]):
             yield counts

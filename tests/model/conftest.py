@@ -1,4 +1,5 @@
-"""Small models of the three families, and transformers' DeepseekV3 with the same weights: an oracle nobody here wrote."""
+"""Small models of the three families, and transformers' DeepseekV3 with the same weights: an oracle
+nobody here wrote."""
 
 from __future__ import annotations
 
@@ -11,32 +12,85 @@ from k2train.config.model import ModelConfig, YarnConfig
 from k2train.model.model import Model
 
 K2 = ModelConfig(
-    vocab_size=96, hidden_size=64, num_hidden_layers=3, first_k_dense_replace=1, intermediate_size=96,
-    moe_intermediate_size=32, n_routed_experts=16, num_experts_per_tok=4, n_shared_experts=1, num_attention_heads=4,
-    q_lora_rank=24, kv_lora_rank=20, qk_nope_head_dim=12, qk_rope_head_dim=16, v_head_dim=10,
-    routed_scaling_factor=2.827, rope_theta=50000.0,
-    rope_scaling=YarnConfig(factor=32.0, original_max_position_embeddings=4096, beta_fast=1.0, beta_slow=1.0,
-                            mscale=1.0, mscale_all_dim=1.0),
+    vocab_size=96,
+    hidden_size=64,
+    num_hidden_layers=3,
+    first_k_dense_replace=1,
+    intermediate_size=96,
+    moe_intermediate_size=32,
+    n_routed_experts=16,
+    num_experts_per_tok=4,
+    n_shared_experts=1,
+    num_attention_heads=4,
+    q_lora_rank=24,
+    kv_lora_rank=20,
+    qk_nope_head_dim=12,
+    qk_rope_head_dim=16,
+    v_head_dim=10,
+    routed_scaling_factor=2.827,
+    rope_theta=50000.0,
+    rope_scaling=YarnConfig(
+        factor=32.0,
+        original_max_position_embeddings=4096,
+        beta_fast=1.0,
+        beta_slow=1.0,
+        mscale=1.0,
+        mscale_all_dim=1.0,
+    ),
     max_position_embeddings=131072,
-)  # fmt: skip
+)
 DEEPSEEK_V3 = dataclasses.replace(
-    K2, num_hidden_layers=5, first_k_dense_replace=3, n_routed_experts=32, num_experts_per_tok=6, n_group=8,
-    topk_group=4, routed_scaling_factor=2.5, rope_theta=10000.0,
-    rope_scaling=YarnConfig(factor=40.0, original_max_position_embeddings=4096, beta_fast=32.0, beta_slow=1.0,
-                            mscale=1.0, mscale_all_dim=1.0),
-)  # fmt: skip
+    K2,
+    num_hidden_layers=5,
+    first_k_dense_replace=3,
+    n_routed_experts=32,
+    num_experts_per_tok=6,
+    n_group=8,
+    topk_group=4,
+    routed_scaling_factor=2.5,
+    rope_theta=10000.0,
+    rope_scaling=YarnConfig(
+        factor=40.0,
+        original_max_position_embeddings=4096,
+        beta_fast=32.0,
+        beta_slow=1.0,
+        mscale=1.0,
+        mscale_all_dim=1.0,
+    ),
+)
 MOONLIGHT = dataclasses.replace(
-    K2, q_lora_rank=None, n_shared_experts=2, num_experts_per_tok=3, routed_scaling_factor=2.446, rms_norm_eps=1e-5,
+    K2,
+    q_lora_rank=None,
+    n_shared_experts=2,
+    num_experts_per_tok=3,
+    routed_scaling_factor=2.446,
+    rms_norm_eps=1e-5,
     rope_scaling=None,
-)  # fmt: skip
+)
 # Nothing here is a multiple of 16 bytes, a power of two, or equal to its neighbour.
 ODD = dataclasses.replace(
-    K2, vocab_size=101, hidden_size=40, intermediate_size=54, moe_intermediate_size=13, n_routed_experts=7,
-    num_experts_per_tok=3, num_attention_heads=3, q_lora_rank=11, kv_lora_rank=9, qk_nope_head_dim=5,
-    qk_rope_head_dim=6, v_head_dim=7,
-    rope_scaling=YarnConfig(factor=4.0, original_max_position_embeddings=16, beta_fast=8.0, beta_slow=2.0,
-                            mscale=0.7, mscale_all_dim=0.4),
-)  # fmt: skip
+    K2,
+    vocab_size=101,
+    hidden_size=40,
+    intermediate_size=54,
+    moe_intermediate_size=13,
+    n_routed_experts=7,
+    num_experts_per_tok=3,
+    num_attention_heads=3,
+    q_lora_rank=11,
+    kv_lora_rank=9,
+    qk_nope_head_dim=5,
+    qk_rope_head_dim=6,
+    v_head_dim=7,
+    rope_scaling=YarnConfig(
+        factor=4.0,
+        original_max_position_embeddings=16,
+        beta_fast=8.0,
+        beta_slow=2.0,
+        mscale=0.7,
+        mscale_all_dim=0.4,
+    ),
+)
 FAMILIES = {"k2": K2, "deepseek_v3": DEEPSEEK_V3, "moonlight": MOONLIGHT, "odd": ODD}
 
 
@@ -71,7 +125,8 @@ def hf_config(config: ModelConfig, attention: str = "eager", experts: str = "eag
 
 
 def hf_view(tensors: dict[str, torch.Tensor], name: str) -> torch.Tensor:
-    """The tensor `name`, as on disk, inside transformers' in-memory state, where experts are fused."""
+    """The tensor `name`, as on disk, inside transformers' in-memory state, where experts are
+    fused."""
     if name in tensors:
         return tensors[name]
     prefix, rest = name.split(".experts.")

@@ -1,7 +1,8 @@
 """What several files of tests share, handed to tests as functions.
 
-Of FP8 storage: a loop over tiles, and the error bound. Of Triton kernels: running a file's tests under the interpreter, which
-has to be chosen before triton is imported, and compiling a kernel for a GPU that is not here.
+Of FP8 storage: a loop over tiles, and the error bound. Of Triton kernels: running a file's tests
+under the interpreter, which has to be chosen before triton is imported, and compiling a kernel for
+a GPU that is not here.
 """
 
 from __future__ import annotations
@@ -28,7 +29,8 @@ INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 
 
 def _looped(x_RW: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Codes (R, W) uint8 and scales (R, N) FP32 of finite rows: torch's own cast, one tile after the other."""
+    """Codes (R, W) uint8 and scales (R, N) FP32 of finite rows: torch's own cast, one tile after
+    the other."""
     codes_RW = torch.empty(x_RW.shape, dtype=torch.uint8)
     scales = []
     for row in range(x_RW.shape[0]):
@@ -49,12 +51,13 @@ def _spread(scales_RN: torch.Tensor, width: int) -> torch.Tensor:
 def _bound(x_RW: torch.Tensor, scales_RN: torch.Tensor) -> torch.Tensor:
     """The largest error of each element (R, W), float64.
 
-    E4M3 has 3 fraction bits: a number in [2^e, 2^(e+1)), e >= -6, is at most half of 2^(e-3) away from the nearest
-    code, which is 2^-4 of it at most. Below 2^-6 codes are 2^-9 apart, half of it 2^-10, times the scale. Three FP32
-    roundings (a float64's, the division's, the product's) move the value, at most 2 |x| or 2^-6 scales where it
-    matters, by 2^-24 of it each; 2^-18 of the bound covers them. The cast back to a dtype with machine epsilon eps
-    adds eps / 2 of the value, and below the dtype's normal numbers half its smallest subnormal (FP32's for float64,
-    whose product is FP32 too).
+    E4M3 has 3 fraction bits: a number in [2^e, 2^(e+1)), e >= -6, is at most half of 2^(e-3) away
+    from the nearest code, which is 2^-4 of it at most. Below 2^-6 codes are 2^-9 apart, half of it
+    2^-10, times the scale. Three FP32 roundings (a float64's, the division's, the product's) move
+    the value, at most 2 |x| or 2^-6 scales where it matters, by 2^-24 of it each; 2^-18 of the
+    bound covers them. The cast back to a dtype with machine epsilon eps adds eps / 2 of the value,
+    and below the dtype's normal numbers half its smallest subnormal (FP32's for float64, whose
+    product is FP32 too).
     """
     size_RW = x_RW.double().abs()
     steps_RW = _spread(scales_RN, x_RW.shape[1]).double() * 2.0**-10
@@ -79,7 +82,8 @@ def bound() -> Callable[[torch.Tensor, torch.Tensor], torch.Tensor]:
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Tests called interpreted are for the process that `_pass_under_the_interpreter` starts, and are all it runs."""
+    """Tests called interpreted are for the process that `_pass_under_the_interpreter` starts, and
+    are all it runs."""
     if INTERPRETED:
         return
     elsewhere = [item for item in items if item.name.startswith("test_interpreted")]
@@ -105,7 +109,8 @@ def _pass_under_the_interpreter(file: str, at_least: int) -> None:
 
 @dataclasses.dataclass(frozen=True)
 class Compiled:
-    """A kernel's machine code. registers: of a thread; spilled: bytes of a thread's stack; shared: bytes of a program."""
+    """A kernel's machine code. registers: of a thread; spilled: bytes of a thread's stack; shared:
+    bytes of a program."""
 
     ptx: str
     registers: int
@@ -136,7 +141,8 @@ def _compile_for_h100(
 
 
 def _resources(cubin: bytes) -> tuple[int, int]:
-    """Registers and stack bytes of a thread, as NVIDIA's own tool reads them from the machine code."""
+    """Registers and stack bytes of a thread, as NVIDIA's own tool reads them from the machine
+    code."""
     from triton.backends import nvidia
 
     tool = Path(nvidia.__path__[0]) / "bin" / "cuobjdump"
@@ -152,17 +158,20 @@ def _resources(cubin: bytes) -> tuple[int, int]:
 
 @pytest.fixture(scope="session")
 def pass_under_the_interpreter() -> Callable[[str, int], None]:
-    """Run the tests of a file that are called interpreted in a process with TRITON_INTERPRET=1; so many must pass."""
+    """Run the tests of a file that are called interpreted in a process with TRITON_INTERPRET=1; so
+    many must pass."""
     return _pass_under_the_interpreter
 
 
 @pytest.fixture(scope="session")
 def compile_for_h100() -> Callable[..., Any]:
-    """Compile a kernel for an H100 down to machine code, with triton's own assembler: no GPU is needed.
+    """Compile a kernel for an H100 down to machine code, with triton's own assembler: no GPU is
+    needed.
 
-    arguments: of a tensor or a float Triton's name of its type, of an integer its value. As in a launch, tensors begin
-    at multiples of 16 bytes, and an integer is known to be a multiple of 16 or to be 1 where it is: the binary is the
-    one that runs. constants: constexpr arguments; options: the launch's.
+    arguments: of a tensor or a float Triton's name of its type, of an integer its value. As in a
+    launch, tensors begin at multiples of 16 bytes, and an integer is known to be a multiple of 16
+    or to be 1 where it is: the binary is the one that runs. constants: constexpr arguments;
+    options: the launch's.
     """
     if INTERPRETED or importlib.util.find_spec("triton") is None:
         pytest.skip("needs triton's compiler")

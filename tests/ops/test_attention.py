@@ -47,7 +47,8 @@ def test_output_maxima_and_gradients_are_those_of_full_scores_for_any_tile(shape
 
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-5), (torch.bfloat16, 2**-8)])
 def test_output_is_that_of_torch_sdpa(dtype, tolerance):
-    """SDPA rounds the probabilities to bfloat16 before the second product, which costs up to half a unit of 2^-8."""
+    """SDPA rounds the probabilities to bfloat16 before the second product, which costs up to half a
+    unit of 2^-8."""
     q, k, v = inputs(2, 4, 150, 24, 24, dtype=dtype)
     out, maxima, _ = causal_attention(q, k, v, 0.25)
     expected = F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=0.25).transpose(1, 2)
@@ -57,7 +58,8 @@ def test_output_is_that_of_torch_sdpa(dtype, tolerance):
 
 
 def test_maxima_ignore_the_future_and_may_be_negative():
-    """Only the last query meets its large partner; every earlier product with that key lies in the future."""
+    """Only the last query meets its large partner; every earlier product with that key lies in the
+    future."""
     q, k = torch.ones(1, 1, 5, 2), -torch.ones(1, 1, 5, 2)
     k[0, 0, 4] = 100.0
     _, maxima, _ = causal_attention(q[:, :, :4], k[:, :, :4], k[:, :, :4], 1.0)
@@ -108,7 +110,8 @@ def test_no_more_than_a_tile_of_scores_is_ever_allocated(tile):
 
 
 def test_calls_of_any_shape_and_type_share_a_scratch_and_change_nothing():
-    """Forwards before backwards, as a layer's calls come, and shapes whose tiles differ in number, size and type."""
+    """Forwards before backwards, as a layer's calls come, and shapes whose tiles differ in number,
+    size and type."""
     scratch = AttentionScratch()
     shapes = [(3, 2, 70), (1, 4, 33), (3, 2, 70), (2, 2, 130)]
     calls = []

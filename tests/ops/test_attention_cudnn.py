@@ -1,4 +1,5 @@
-"""cuDNN's attention: what is asked of it and what is made of its answer, with a stand-in on the host; and on a GPU."""
+"""cuDNN's attention: what is asked of it and what is made of its answer, with a stand-in on the
+host; and on a GPU."""
 
 from __future__ import annotations
 
@@ -17,7 +18,8 @@ CUDNN = OpsBackend("cudnn")
 
 
 def inputs(length: int, widths: tuple[int, int], dtype: torch.dtype, device: str = "cpu"):
-    """q, k, v (B, H, S, features) that lie as (B, S, H, features), and the output's gradient (B, S, H, V)."""
+    """q, k, v (B, H, S, features) that lie as (B, S, H, features), and the output's gradient (B, S,
+    H, V)."""
     generator = torch.Generator().manual_seed(length)
     query, value = widths
     shapes = [(2, length, 3, width) for width in (query, query, value, value)]
@@ -116,8 +118,9 @@ def test_torch_says_that_no_tensor_of_the_host_is_for_cudnn():
 @pytest.mark.parametrize("widths", [(192, 128), (128, 128), (64, 32)])
 @pytest.mark.parametrize("length", [2, 65, 1000, 4096])
 def test_on_a_gpu_cudnn_equals_full_scores_in_float64(length, widths, exact_above):
-    """A few roundings to BF16 of the largest number of each. Largest logits: where above `exact_above` exact to FP32's
-    rounding of 192 products, else between the exact and the row's log-sum-exp."""
+    """A few roundings to BF16 of the largest number of each. Largest logits: where above
+    `exact_above` exact to FP32's rounding of 192 products, else between the exact and the row's
+    log-sum-exp."""
     q, k, v, dout = (t.detach().requires_grad_() for t in inputs(length, widths, torch.bfloat16, "cuda"))
     if not cudnn_takes(*(t.transpose(1, 2) for t in (q, k, v))):
         pytest.skip("this cuDNN does not take these widths")

@@ -1,4 +1,5 @@
-"""torch's FlexAttention with its largest scores, which nobody here wrote, beside the ways attention is computed here."""
+"""torch's FlexAttention with its largest scores, which nobody here wrote, beside the ways attention
+is computed here."""
 
 from __future__ import annotations
 
@@ -50,7 +51,8 @@ def test_the_output_is_flex_attentions(length):
 @needs_scores
 @pytest.mark.parametrize("length", [3, 40])
 def test_largest_logits_are_what_flex_attentions_log_sums_come_to_when_it_is_cold(length):
-    """lse(t x) / t lies between the largest x and ln(n) / t above it: 4e-6 for 40 numbers and t of a million."""
+    """lse(t x) / t lies between the largest x and ln(n) / t above it: 4e-6 for 40 numbers and t of
+    a million."""
     q, k, v = inputs(length, torch.float64)
     sharpness = 1e6
     _, aux = flex(q, k, v, SCALE * sharpness, return_aux=flex_attention.AuxRequest(lse=True))

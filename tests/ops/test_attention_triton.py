@@ -1,7 +1,9 @@
-"""The Triton kernels of attention against the reference in float64: under the interpreter everywhere, and on a GPU.
+"""The Triton kernels of attention against the reference in float64: under the interpreter
+everywhere, and on a GPU.
 
 Tests called interpreted run in a process of their own, which one test starts (conftest). The
-interpreter cannot multiply BF16, so there the types are FP16 and FP32, for which the kernels are the same.
+interpreter cannot multiply BF16, so there the types are FP16 and FP32, for which the kernels are
+the same.
 """
 
 from __future__ import annotations
@@ -18,9 +20,11 @@ from k2train.ops.backend import OpsBackend
 pytestmark = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="needs triton")
 needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 
-# Positions on both sides of a block's 32, 64 and 128; features in one power of two, in two, and in less than their sum.
+# Positions on both sides of a block's 32, 64 and 128; features in one power of two, in two, and in
+# less than their sum.
 LENGTHS = [1, 5, 33, 64, 130, 257]
-# Of a thread at K2's widths, outside the loops' products. Without them it would be half a block, or no load ahead.
+# Of a thread at K2's widths, outside the loops' products. Without them it would be half a block, or
+# no load ahead.
 SPILLED_BYTES = {"row_gradients": 24, "key_gradients": 72}
 WIDTHS = [(64, 32), (48, 32), (192, 128), (12, 8), (40, 24)]
 
@@ -35,7 +39,8 @@ def kernels():
 def inputs(
     length: int, widths: tuple[int, int], dtype: torch.dtype, device: str = "cpu"
 ) -> list[torch.Tensor]:
-    """q, k, v of 2 sequences and 3 heads, and the output's gradient. Values in a layout that is not contiguous."""
+    """q, k, v of 2 sequences and 3 heads, and the output's gradient. Values in a layout that is not
+    contiguous."""
     generator = torch.Generator().manual_seed(length)
     query, value = widths
     shapes = [(2, 3, length, query)] * 2 + [(2, length, 3, value)] * 2
@@ -44,7 +49,9 @@ def inputs(
 
 
 def check(attend, tensors: list[torch.Tensor], scale: float, largest: float = 1.0) -> None:
-    """Logits up to `largest` are rounded in FP32, and the exponential makes a relative error of it. Output, largest logits and gradients against float64: a few roundings of the type of the largest number of each, or of 1."""
+    """Logits up to `largest` are rounded in FP32, and the exponential makes a relative error of it.
+    Output, largest logits and gradients against float64: a few roundings of the type of the largest
+    number of each, or of 1."""
     *leaves, dout = tensors
     leaves = [t.detach().requires_grad_() for t in leaves]
     out, maxima = attend(*leaves, scale)[:2]
@@ -64,11 +71,18 @@ def test_the_kernels_pass_their_tests_under_the_interpreter(pass_under_the_inter
 
 @pytest.mark.parametrize(
     ("element", "widths", "heads", "length"),
-    [("bf16", (192, 128), 64, 4096), ("bf16", (192, 128), 3, 1001), ("fp16", (192, 128), 1, 1), ("bf16", (256, 256), 64, 4096),
-     ("bf16", (64, 32), 16, 4096), ("fp16", (12, 8), 3, 1001)],
-)  # fmt: skip
+    [
+        ("bf16", (192, 128), 64, 4096),
+        ("bf16", (192, 128), 3, 1001),
+        ("fp16", (192, 128), 1, 1),
+        ("bf16", (256, 256), 64, 4096),
+        ("bf16", (64, 32), 16, 4096),
+        ("fp16", (12, 8), 3, 1001),
+    ],
+)
 def test_the_kernels_compile_for_an_h100(element, widths, heads, length, compile_for_h100, kernels):
-    """As a launch of K2's sequences would, and of lengths and numbers of heads that are multiples of nothing, or 1."""
+    """As a launch of K2's sequences would, and of lengths and numbers of heads that are multiples
+    of nothing, or 1."""
     for name, (kernel, arguments, constants, options) in launches(
         kernels, element, widths, heads, length
     ).items():
@@ -99,18 +113,25 @@ def launches(kernels, element, widths, heads, length):
         ),
         "output_products": (
             programs.output_products,
-            {"out_ptr": f"*{element}", "dout_ptr": f"*{element}", "sums_ptr": "*fp32", "rows": heads * length,
-             "heads": heads, "length": length},
-            {"ROWS": kernels.ROWS, **kernels.value_features(widths[1])}, fusion,
+            {
+                "out_ptr": f"*{element}",
+                "dout_ptr": f"*{element}",
+                "sums_ptr": "*fp32",
+                "rows": heads * length,
+                "heads": heads,
+                "length": length,
+            },
+            {"ROWS": kernels.ROWS, **kernels.value_features(widths[1])},
+            fusion,
         ),
-        "row_gradients": tiled(
-            programs.row_gradients, {**backward, "dq_ptr": f"*{element}"}, of_rows
-        ),
+        "row_gradients": tiled(programs.row_gradients, {**backward, "dq_ptr": f"*{element}"}, of_rows),
         "key_gradients": tiled(
-            programs.key_gradients, {**backward, "dk_ptr": f"*{element}", "dv_ptr": f"*{element}"},
-            of_keys, EVEN=length % of_keys.rows == 0,
+            programs.key_gradients,
+            {**backward, "dk_ptr": f"*{element}", "dv_ptr": f"*{element}"},
+            of_keys,
+            EVEN=length % of_keys.rows == 0,
         ),
-    }  # fmt: skip
+    }
 
 
 def test_features_are_cut_into_two_powers_of_two_that_hold_them(kernels):

@@ -1,5 +1,5 @@
-"""Attention of K2's size with tensors that have no memory, as a rehearsal runs it: in a process of its own, since the
-stub that lets torch know a device must be loaded before torch."""
+"""Attention of K2's size with tensors that have no memory, as a rehearsal runs it: in a process of
+its own, since the stub that lets torch know a device must be loaded before torch."""
 
 from __future__ import annotations
 

@@ -1,4 +1,5 @@
-"""Products of BF16 values with FP32 results: their parts, the router that stands on them, and the additions on a GPU."""
+"""Products of BF16 values with FP32 results: their parts, the router that stands on them, and the
+additions on a GPU."""
 
 from __future__ import annotations
 
@@ -20,9 +21,11 @@ def fixed_seed():
 
 @pytest.fixture
 def products_here(monkeypatch):
-    """The CUDA products by FP32 ones of the same values, so that what is done with them can be tried without a GPU.
+    """The CUDA products by FP32 ones of the same values, so that what is done with them can be
+    tried without a GPU.
 
-    They refuse what the CUDA products refuse: factors that are not both BF16, sums that are not FP32.
+    They refuse what the CUDA products refuse: factors that are not both BF16, sums that are not
+    FP32.
     """
 
     def takes(x, other, result=torch.float32):
@@ -71,7 +74,8 @@ def test_not_finite_gradients_stay_not_finite():
 
 
 def test_the_routers_input_gradient_is_within_its_bound():
-    """Two parts leave out 2^-17 of each dy; 2 x 40 FP32 additions of at most the sum of magnitudes; one rounding to BF16."""
+    """Two parts leave out 2^-17 of each dy; 2 x 40 FP32 additions of at most the sum of magnitudes;
+    one rounding to BF16."""
     dy, weight = numbers(30, 40), torch.randn(40, 25).bfloat16()
     got = product_of_parts(dy, weight)
     expected = dy.double() @ weight.double()
@@ -83,7 +87,8 @@ def test_the_routers_input_gradient_is_within_its_bound():
 
 
 def test_a_router_of_bf16_products_has_scores_and_gradients_of_float64(products_here):
-    """FP32 additions are all that is lost of scores and weight gradient (40 and 3 x 30 of them); dx as above."""
+    """FP32 additions are all that is lost of scores and weight gradient (40 and 3 x 30 of them); dx
+    as above."""
     x, weight, dy = torch.randn(30, 40).bfloat16(), torch.randn(25, 40).bfloat16(), numbers(30, 25)
     sink, leaf = PlainGradients(), x.clone().requires_grad_()
     weight = torch.nn.Parameter(weight)
@@ -119,9 +124,11 @@ GPU_SHAPES = [(1300, 2048, 7168), (37, 129, 264), (4096, 64, 512), (1, 8, 8)]
 @pytest.mark.parametrize("in_place", [True, False])
 @pytest.mark.parametrize(("tokens", "outer", "inner"), GPU_SHAPES)
 def test_on_a_gpu_a_product_adds_to_its_own_sum(tokens, outer, inner, in_place, monkeypatch):
-    """out = self of addmm: against float64 (so many FP32 additions), and against the product by itself and an addition."""
+    """out = self of addmm: against float64 (so many FP32 additions), and against the product by
+    itself and an addition."""
     monkeypatch.setattr(bf16_products, "ADDS_IN_PLACE", in_place)
-    # Columns of a wider gradient, as a run of rows takes them, and a sum that lies inside a larger buffer.
+    # Columns of a wider gradient, as a run of rows takes them, and a sum that lies inside a larger
+    # buffer.
     dy = torch.randn(tokens, outer + 16, device="cuda").bfloat16()[:, 8 : 8 + outer]
     x = torch.randn(tokens, inner, device="cuda").bfloat16()
     flat = torch.randn(outer * inner + 20, device="cuda")

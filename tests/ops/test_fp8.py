@@ -1,4 +1,5 @@
-"""FP8 storage in stock operations: torch's own cast tile by tile, E4M3's error bound, and what is not finite."""
+"""FP8 storage in stock operations: torch's own cast tile by tile, E4M3's error bound, and what is
+not finite."""
 
 from __future__ import annotations
 
@@ -47,7 +48,8 @@ def test_codes_and_scales_are_those_of_a_loop_over_tiles_bit_for_bit(dtype, widt
 def test_no_element_errs_by_more_than_the_bound_of_its_tile(
     width, rows, dtype, exponents, zeros, seed, bound
 ):
-    """Magnitudes spread over 10^low to 10^high within one tile, cut to float16's range there; zeros stay zeros."""
+    """Magnitudes spread over 10^low to 10^high within one tile, cut to float16's range there; zeros
+    stay zeros."""
     generator = torch.Generator().manual_seed(seed)
     low, high = sorted(exponents)
     powers = low + (high - low) * torch.rand(rows, width, dtype=torch.float64, generator=generator)
@@ -76,7 +78,8 @@ def test_the_ends_of_every_dtype_come_back(dtype, bound):
 
 
 def test_a_small_number_among_ones_survives_where_a_cast_without_scale_loses_it():
-    """0.0009 is under half of E4M3's smallest step, 2^-10; with the scale 1/448 it is 0.4032, a normal code."""
+    """0.0009 is under half of E4M3's smallest step, 2^-10; with the scale 1/448 it is 0.4032, a
+    normal code."""
     x = torch.ones(1, 128)
     x[0, 5] = 0.0009
     assert x.to(torch.float8_e4m3fn).float()[0, 5] == 0
@@ -85,7 +88,8 @@ def test_a_small_number_among_ones_survives_where_a_cast_without_scale_loses_it(
 
 
 def test_an_outlier_costs_precision_in_its_own_tile_alone():
-    """Beside 2^20 the step is 2^-9 of 2^20 / 448, over 4, so a one vanishes; the tile next to it is exact."""
+    """Beside 2^20 the step is 2^-9 of 2^20 / 448, over 4, so a one vanishes; the tile next to it is
+    exact."""
     x = torch.ones(1, 256)
     x[0, 3] = 2.0**20
     back = dequantise(quantise(x))
@@ -157,8 +161,9 @@ def test_views_are_quantised_as_their_contiguous_copies():
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_storing_a_second_time_changes_nothing(dtype):
-    """A tile's largest number comes back exactly, 448 times the scale being off by 2^-24, so the scale is the same; the
-    others moved by eps / 2 <= 2^-8 of themselves from a code, and codes are 2^-4 apart. Away from subnormals."""
+    """A tile's largest number comes back exactly, 448 times the scale being off by 2^-24, so the
+    scale is the same; the others moved by eps / 2 <= 2^-8 of themselves from a code, and codes are
+    2^-4 apart. Away from subnormals."""
     first = quantise(normal(20, 300, dtype=dtype))
     second = quantise(dequantise(first))
     assert torch.equal(first.codes, second.codes)
@@ -188,7 +193,8 @@ def test_a_copy_of_codes_and_scales_is_the_same_tensor():
 @pytest.mark.parametrize("rows", range(4))
 @pytest.mark.parametrize("width", [*WIDTHS, 256, 384, 1000])
 def test_whatever_the_rows_and_the_width_the_tensor_comes_back_with_its_shape_and_strides(rows, width):
-    """No rows at all included: a rank may receive none, and a slice of no rows counts as contiguous with any strides."""
+    """No rows at all included: a rank may receive none, and a slice of no rows counts as contiguous
+    with any strides."""
     x = normal(rows, width, dtype=torch.bfloat16)
     stored = quantise(x)
     for tensor in (stored.codes, dequantise(stored)):

@@ -1,4 +1,5 @@
-"""The Triton kernels of FP8 storage against the reference: under the interpreter everywhere, and on a GPU.
+"""The Triton kernels of FP8 storage against the reference: under the interpreter everywhere, and on
+a GPU.
 
 Tests called interpreted run in a process of their own, which one test starts (conftest).
 """
@@ -44,7 +45,8 @@ def scaled_rows(rows: int, width: int, dtype: torch.dtype, device: str = "cpu") 
 
 
 def exact_rows(rows: int, width: int, dtype: torch.dtype) -> torch.Tensor:
-    """Numbers that E4M3 holds exactly, times a power of two for each row, 448 in every tile: no cast has to round."""
+    """Numbers that E4M3 holds exactly, times a power of two for each row, 448 in every tile: no
+    cast has to round."""
     codes = torch.randint(0, 256, (rows, width), generator=torch.Generator().manual_seed(width)).to(
         torch.uint8
     )
@@ -63,7 +65,8 @@ def test_the_kernels_pass_their_tests_under_the_interpreter(pass_under_the_inter
     [("bf16", 32768, 4096), ("bf16", 32768, 7168), ("fp16", 7, 33), ("fp32", 4096, 7168), ("fp64", 1, 1)],
 )
 def test_the_kernels_compile_for_an_h100(element, rows, width, compile_for_h100, kernels):
-    """As launches of what K2 stores would, without a spilled register; and of sizes that are multiples of nothing."""
+    """As launches of what K2 stores would, without a spilled register; and of sizes that are
+    multiples of nothing."""
     sizes = {"num_rows": rows, "width": width, "tiles": num_tiles(width)}
     stored = {"codes_ptr": "*u8", "scales_ptr": "*fp32", "x_ptr": f"*{element}", **sizes}
     shape = {"ROWS": kernels.ROWS, "TILE": TILE}
@@ -99,8 +102,9 @@ def test_interpreted_kernels_equal_the_reference_bit_for_bit_where_no_cast_round
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize(("rows", "width"), SHAPES)
 def test_interpreted_codes_differ_only_where_the_interpreters_cast_does(rows, width, dtype, kernels, spread):
-    """Its cast loses the carry of a fraction that rounds up to 2 (at 1 + 15/16 and above) and rounds ties and what is
-    below 2^-6 differently; all else, scales first, must be the reference's bits."""
+    """Its cast loses the carry of a fraction that rounds up to 2 (at 1 + 15/16 and above) and
+    rounds ties and what is below 2^-6 differently; all else, scales first, must be the reference's
+    bits."""
     x = scaled_rows(rows, width, dtype)
     stored = quantise_reference(x)
     codes, scales = kernels.quantise_rows(x)
@@ -116,7 +120,8 @@ def test_interpreted_codes_differ_only_where_the_interpreters_cast_does(rows, wi
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize(("rows", "width"), SHAPES)
 def test_interpreted_kernels_read_what_the_reference_wrote(rows, width, dtype, kernels):
-    """Exact but for BF16, which the interpreter truncates: one unit in the last place, eps of the value."""
+    """Exact but for BF16, which the interpreter truncates: one unit in the last place, eps of the
+    value."""
     stored = quantise_reference(scaled_rows(rows, width, dtype))
     back = kernels.dequantise_rows(stored.codes, stored.scales, dtype).double()
     expected = dequantise_reference(stored).double()

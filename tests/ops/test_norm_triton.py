@@ -1,4 +1,5 @@
-"""The Triton kernels of RMSNorm against the reference in float64: under the interpreter everywhere, and on a GPU.
+"""The Triton kernels of RMSNorm against the reference in float64: under the interpreter everywhere,
+and on a GPU.
 
 Tests called interpreted run in a process of their own, which one test starts (conftest).
 """
@@ -31,7 +32,8 @@ def kernels():
 def inputs(
     tokens: int, features: int, dtype: torch.dtype, gap: int = 0
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Rows of very different size with `gap` other features between them; weights about 1; the output's gradient."""
+    """Rows of very different size with `gap` other features between them; weights about 1; the
+    output's gradient."""
     generator = torch.Generator().manual_seed(tokens * features)
     x = torch.randn(tokens, features + gap, generator=generator) * torch.logspace(-2, 2, tokens)[:, None]
     weight = 1 + 0.3 * torch.randn(features, generator=generator)
@@ -49,8 +51,8 @@ def expected(
 
 
 def close(got: torch.Tensor, want: torch.Tensor) -> None:
-    """Two roundings to the type (the interpreter truncates to BF16, a whole unit in the last place each), relative to each
-    row's largest number, as a gradient's parts cancel."""
+    """Two roundings to the type (the interpreter truncates to BF16, a whole unit in the last place
+    each), relative to each row's largest number, as a gradient's parts cancel."""
     tolerance = 2.1 * torch.finfo(got.dtype).eps + 1e-5
     largest = want.abs().amax(-1, keepdim=True).clamp_min(1e-2)
     assert ((got.double() - want).abs() <= tolerance * largest).all()
@@ -62,11 +64,18 @@ def test_the_kernels_pass_their_tests_under_the_interpreter(pass_under_the_inter
 
 @pytest.mark.parametrize(
     ("element", "features", "tokens"),
-    [("bf16", 7168, 4096), ("bf16", 1536, 4096), ("bf16", 512, 4096), ("fp32", 8192, 4096), ("bf16", 96, 7), ("fp32", 33, 1)],
-)  # fmt: skip
+    [
+        ("bf16", 7168, 4096),
+        ("bf16", 1536, 4096),
+        ("bf16", 512, 4096),
+        ("fp32", 8192, 4096),
+        ("bf16", 96, 7),
+        ("fp32", 33, 1),
+    ],
+)
 def test_the_kernels_compile_for_an_h100(element, features, tokens, compile_for_h100, kernels):
-    """As launches of K2's hidden size and latents would, without a spilled register, and of sizes that are multiples of
-    nothing."""
+    """As launches of K2's hidden size and latents would, without a spilled register, and of sizes
+    that are multiples of nothing."""
     options = kernels.options(features)
     block = {"BLOCK": options.pop("BLOCK")}
     common = {"x_ptr": f"*{element}", "rstd_ptr": "*fp32", "stride": features, "features": features}
@@ -85,7 +94,8 @@ def test_the_kernels_compile_for_an_h100(element, features, tokens, compile_for_
     ):
         compiled = compile_for_h100(kernel, arguments, block, **options)
         assert compiled.spilled == 0
-        # The backward at 8192 features, the largest, leaves a multiprocessor's 65536 registers to one program.
+        # The backward at 8192 features, the largest, leaves a multiprocessor's 65536 registers to
+        # one program.
         assert compiled.registers * 32 * options["num_warps"] <= 65536
 
 

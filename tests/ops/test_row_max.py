@@ -1,4 +1,5 @@
-"""The heads' largest logits beside a log-sum-exp: Triton's early exit and stock operations against all scores in float64.
+"""The heads' largest logits beside a log-sum-exp: Triton's early exit and stock operations against
+all scores in float64.
 
 Tests called interpreted run in a process of their own, which one test starts (conftest).
 """
@@ -49,7 +50,8 @@ def test_the_kernels_pass_their_tests_under_the_interpreter(pass_under_the_inter
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("length", LENGTHS[:-1])
 def test_stock_operations_find_the_largest_logit_of_every_head(length, dtype):
-    """BF16 inputs are exact in float64, and FP32 sums of 48 products are within 48 roundings of the terms' size."""
+    """BF16 inputs are exact in float64, and FP32 sums of 48 products are within 48 roundings of the
+    terms' size."""
     q, k = inputs(length, 48, dtype)
     want = causal_attention_reference(q.double(), k.double(), k.double(), 0.3)[1]
     got = stock_largest_logits(q, k, 0.3)
@@ -88,8 +90,9 @@ def test_interpreted_heads_whose_log_sums_are_small_report_an_upper_bound_and_th
 @needs_triton
 @pytest.mark.parametrize("above", [99.5, 100.0])
 def test_interpreted_heads_with_a_large_log_sum_and_no_large_logit_report_an_upper_bound(above, kernels):
-    """Rows of the first block have logits of 95 and log sums of 100.5, those of the second 98.5 each: the first block is
-    looked into and holds nothing above 99.5, the second is skipped and must count all the same."""
+    """Rows of the first block have logits of 95 and log sums of 100.5, those of the second 98.5
+    each: the first block is looked into and holds nothing above 99.5, the second is skipped and
+    must count all the same."""
     q, k = torch.zeros(1, 1, 256, 16), torch.zeros(1, 1, 256, 16)
     q[..., 0], k[..., 0] = 1.0, 95.0
     k[:, :, 200, 0] = 98.5
@@ -102,7 +105,8 @@ def test_interpreted_heads_with_a_large_log_sum_and_no_large_logit_report_an_upp
 
 @needs_triton
 def test_interpreted_blocks_that_cannot_hold_the_maximum_are_not_computed(kernels):
-    """Log sums that lie: if the kernels looked where they say that nothing is, they would find more."""
+    """Log sums that lie: if the kernels looked where they say that nothing is, they would find
+    more."""
     q, k = inputs(700, 16, batch=1, heads=1)
     logits = scores(q, k, 0.3)
     lse = torch.full((1, 1, 700), -50.0)

@@ -1,4 +1,5 @@
-"""The Triton kernels of SwiGLU against the reference in float64: under the interpreter everywhere, and on a GPU.
+"""The Triton kernels of SwiGLU against the reference in float64: under the interpreter everywhere,
+and on a GPU.
 
 Tests called interpreted run in a process of their own, which one test starts (conftest).
 """
@@ -51,8 +52,8 @@ def expected(
 
 
 def close(got: torch.Tensor, want: torch.Tensor, terms: int = 1) -> None:
-    """One rounding to the type (the interpreter truncates to BF16, a whole unit in the last place), FP32's on the way; a sum
-    of so many terms."""
+    """One rounding to the type (the interpreter truncates to BF16, a whole unit in the last place),
+    FP32's on the way; a sum of so many terms."""
     tolerance = torch.finfo(got.dtype).eps + 1e-5
     torch.testing.assert_close(got.double(), want, rtol=tolerance, atol=tolerance * terms)
 
@@ -66,7 +67,8 @@ def test_the_kernels_pass_their_tests_under_the_interpreter(pass_under_the_inter
     [("bf16", True, 32768, 2048), ("bf16", False, 4096, 18432), ("fp16", True, 7, 33), ("fp32", False, 1, 1)],
 )
 def test_the_kernels_compile_for_an_h100(element, weighted, rows, width, compile_for_h100, kernels):
-    """As launches of K2's experts and of its dense layer would, without a spilled register; and of other sizes."""
+    """As launches of K2's experts and of its dense layer would, without a spilled register; and of
+    other sizes."""
     tensors = {"gate_up_ptr": f"*{element}", "w_ptr": "*fp32" if weighted else f"*{element}"}
     sizes = {"num_rows": rows, "width": width}
     constants = {"WEIGHTED": weighted, "ROWS": kernels.ROWS, "COLUMNS": kernels.COLUMNS}

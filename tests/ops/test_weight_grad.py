@@ -178,8 +178,9 @@ def test_experts_whose_rows_the_host_knows_ask_the_device_for_nothing():
 
 @pytest.mark.parametrize("sink_type", [PlainGradients, CutGradients])
 def test_many_microbatches_of_bfloat16_experts_sum_as_in_float64(sink_type):
-    """Factors are BF16 in both, so products are exact; 100 x 9 FP32 additions lose at most 900 x 2^-24 of the sum of
-    magnitudes. One rounding of a microbatch to BF16 alone would lose up to 2^-8 of it."""
+    """Factors are BF16 in both, so products are exact; 100 x 9 FP32 additions lose at most 900 x
+    2^-24 of the sum of magnitudes. One rounding of a microbatch to BF16 alone would lose up to 2^-8
+    of it."""
     weight, sink = parameter(2, 4, 8, dtype=torch.bfloat16), sink_type()
     offsets = torch.tensor([4, 9], dtype=torch.int32)
     expected, magnitude = torch.zeros(2, 2, 4, 8, dtype=torch.float64)
@@ -195,8 +196,9 @@ def test_many_microbatches_of_bfloat16_experts_sum_as_in_float64(sink_type):
 
 
 def test_many_microbatches_of_a_bfloat16_norm_sum_as_in_float64():
-    """The weight's gradient of every microbatch reaches the sum in FP32. Inputs are BF16 in both; each of 16 terms of a
-    microbatch has four FP32 roundings (x, rstd, the two products), and there are 50 x 16 additions of them."""
+    """The weight's gradient of every microbatch reaches the sum in FP32. Inputs are BF16 in both;
+    each of 16 terms of a microbatch has four FP32 roundings (x, rstd, the two products), and there
+    are 50 x 16 additions of them."""
     weight, sink = parameter(24, dtype=torch.bfloat16), PlainGradients()
     wide = weight.detach().double().requires_grad_()
     magnitude = torch.zeros(24, dtype=torch.float64)
@@ -227,7 +229,8 @@ def test_rows_of_equal_tokens_are_added_up_before_they_reach_the_sum(tokens, wid
 
 
 def test_an_embedding_adds_each_row_once_in_the_order_of_the_tokens():
-    """0.1 three times and 2^24 once: (2^24 + 0.1) + ... would lose every 0.1, their sum first does not."""
+    """0.1 three times and 2^24 once: (2^24 + 0.1) + ... would lose every 0.1, their sum first does
+    not."""
     weight, cut = parameter(3, 1, dtype=torch.float32), CutGradients()
     cut.buffer(weight).fill_(2.0**24)
     tokens, dx = torch.tensor([1, 0, 1, 1, 1]), torch.full((5, 1), 0.6)

@@ -17,10 +17,15 @@ PEAK = 2e-4
 
 
 def test_k2s_recipe() -> None:
-    """500 steps of warm-up, 10T tokens at 2e-4, cosine to 2e-5 over 5.5T, linear to 7e-6 over 0.4T; 67M-token steps."""
+    """500 steps of warm-up, 10T tokens at 2e-4, cosine to 2e-5 over 5.5T, linear to 7e-6 over 0.4T;
+    67M-token steps."""
     tokens = 16384 * 4096
-    phases = [LrPhase("linear", PEAK, steps=500), LrPhase("constant", PEAK, tokens=10e12),
-              LrPhase("cosine", 2e-5, tokens=5.5e12), LrPhase("linear", 7e-6, tokens=0.4e12)]  # fmt: skip
+    phases = [
+        LrPhase("linear", PEAK, steps=500),
+        LrPhase("constant", PEAK, tokens=10e12),
+        LrPhase("cosine", 2e-5, tokens=5.5e12),
+        LrPhase("linear", 7e-6, tokens=0.4e12),
+    ]
     at = LrSchedule(phases, total_steps=1, tokens_per_step=tokens).at
     constant, cosine = 500 + 10e12 / tokens, 5.5e12 / tokens
     assert at(0) == pytest.approx(PEAK / 500)
@@ -52,18 +57,26 @@ lengths = st.one_of(
     st.floats(0, 1).map(lambda x: {"fraction": x}),
 )
 phase_lists = st.lists(
-    st.builds(lambda kind, to, length: LrPhase(kind, to, **length),
-              st.sampled_from(["linear", "cosine"]), st.floats(1e-6, 1), lengths), min_size=1, max_size=5
-)  # fmt: skip
+    st.builds(
+        lambda kind, to, length: LrPhase(kind, to, **length),
+        st.sampled_from(["linear", "cosine"]),
+        st.floats(1e-6, 1),
+        lengths,
+    ),
+    min_size=1,
+    max_size=5,
+)
 
 
 def lengths_in_steps(phases: list[LrPhase], total: int, tokens_per_step: int) -> list[float]:
     return [
-        phase.steps if phase.steps is not None
-        else phase.tokens / tokens_per_step if phase.tokens is not None
+        phase.steps
+        if phase.steps is not None
+        else phase.tokens / tokens_per_step
+        if phase.tokens is not None
         else (phase.fraction or 0) * total
         for phase in phases
-    ]  # fmt: skip
+    ]
 
 
 @settings(deadline=None)
@@ -71,7 +84,8 @@ def lengths_in_steps(phases: list[LrPhase], total: int, tokens_per_step: int) ->
 def test_no_step_moves_further_than_its_phases_allow(
     phases: list[LrPhase], total: int, tokens_per_step: int
 ) -> None:
-    """Linear and cosine phases are continuous: inside one, a step moves at most pi/2 of span / length."""
+    """Linear and cosine phases are continuous: inside one, a step moves at most pi/2 of span /
+    length."""
     schedule = LrSchedule(phases, total, tokens_per_step)
     lengths = lengths_in_steps(phases, total, tokens_per_step)
     assume(all(length >= 1 for length in lengths))

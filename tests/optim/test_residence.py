@@ -1,7 +1,9 @@
-"""States in host memory: every batch through three slots, in the right order however late a copy is made.
+"""States in host memory: every batch through three slots, in the right order however late a copy is
+made.
 
-On the simulated device a copy is made when somebody waits for it, or for a copy behind it, and perhaps before:
-whoever reads or fills memory without waiting finds the wrong values in it for some seed.
+On the simulated device a copy is made when somebody waits for it, or for a copy behind it, and
+perhaps before: whoever reads or fills memory without waiting finds the wrong values in it for some
+seed.
 """
 
 from __future__ import annotations
@@ -19,7 +21,8 @@ LIKE = torch.zeros(0, dtype=torch.float32)
 
 @pytest.fixture(params=[None, *range(6)], ids=lambda seed: "at once" if seed is None else f"seed {seed}")
 def device(request):
-    """A CPU, and simulated devices whose computation happens at once and whose copies lag behind."""
+    """A CPU, and simulated devices whose computation happens at once and whose copies lag
+    behind."""
     return CpuDevice() if request.param is None else SimulatedDevice(request.param, eager_compute=True)
 
 
@@ -49,7 +52,8 @@ def test_every_batch_is_changed_in_the_states_and_no_other(device, num_batches: 
 
 @pytest.mark.parametrize("num_batches", [1, 2, 4])
 def test_what_is_uploaded_is_what_was_just_streamed(device, num_batches: int) -> None:
-    """In pieces of a slot, nothing awaited in between; one batch comes back to the device by a slot it was not in."""
+    """In pieces of a slot, nothing awaited in between; one batch comes back to the device by a slot
+    it was not in."""
     residence = OnHost(device, LIKE, 6, 0)
     values = torch.arange(6.0 * num_batches)
     state = residence.new_state(len(values))
@@ -73,7 +77,8 @@ def test_gradients_come_to_the_host_whole_and_in_pieces(device, num_elements: in
 
 
 def test_streams_and_uploads_take_turns_with_the_same_slots(device) -> None:
-    """A step streams two buckets, then uploads both: each slot is filled again before its last store was waited for."""
+    """A step streams two buckets, then uploads both: each slot is filled again before its last
+    store was waited for."""
     residence = OnHost(device, LIKE, 4, 0)
     states = [residence.new_state(10), residence.new_state(7)]
     for step in range(3):

@@ -1,4 +1,5 @@
-"""Channels between stages: made without a deadlock, separate for each direction, and sent tensors released in time."""
+"""Channels between stages: made without a deadlock, separate for each direction, and sent tensors
+released in time."""
 
 from __future__ import annotations
 
@@ -49,7 +50,8 @@ def test_every_pair_of_neighbours_has_its_round_and_no_round_names_a_stage_twice
 def test_each_rank_makes_channels_to_its_neighbours_only_and_they_carry_messages(
     backend: Backend, kind: str, pp: int
 ) -> None:
-    """Stages of a line without a way round have one neighbour at its ends, and still make as many groups."""
+    """Stages of a line without a way round have one neighbour at its ends, and still make as many
+    groups."""
     messages = plan_messages(build_schedule(ScheduleSpec.preset(kind, pp, 4)))
 
     def fn(world: World) -> list[int]:
@@ -60,7 +62,8 @@ def test_each_rank_makes_channels_to_its_neighbours_only_and_they_carry_messages
         assert channels.outgoing.keys() == channels.incoming.keys()
         received = {stage: torch.zeros(3) for stage in channels.incoming}
         works = [channels.incoming[stage].start_recv(t) for stage, t in received.items()]
-        # What goes to a stage waits in no queue behind what comes from it: all receives are posted first.
+        # What goes to a stage waits in no queue behind what comes from it: all receives are posted
+        # first.
         works += [
             channels.outgoing[stage].start_send(torch.full((3,), 10.0 * world.rank + stage))
             for stage in channels.outgoing
@@ -180,7 +183,8 @@ def alive(refs: list[StorageWeakRef]) -> int:
 def test_no_more_than_max_sends_sent_tensors_are_alive_however_many_are_sent(
     backend: Backend, num_messages: int
 ) -> None:
-    """The receiver posts every receive late, so that nothing leaves by itself; gloo never says that a send is done."""
+    """The receiver posts every receive late, so that nothing leaves by itself; gloo never says that
+    a send is done."""
     messages = k2_messages(2)
 
     def fn(world: World) -> int:

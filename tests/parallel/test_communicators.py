@@ -92,7 +92,8 @@ def test_reduce_scatter_leaves_every_rank_its_part_of_the_sum(backend: Backend, 
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("size", SIZES)
 def test_bucket_collectives_work_in_place(backend: Backend, size: int) -> None:
-    """The output of a reduce-scatter may be the rank's own part of the input, and the input of an all-gather likewise."""
+    """The output of a reduce-scatter may be the rank's own part of the input, and the input of an
+    all-gather likewise."""
 
     def check(group: Communicator, world: World) -> None:
         for splits in ([2] * size, [1 + rank for rank in range(size)], [0] * (size - 1) + [4]):
@@ -124,8 +125,12 @@ def test_all_to_all_transposes_uneven_parts_with_zeros(backend: Backend, size: i
                     for peer in range(size)
                 ]
                 out = torch.zeros(int(counts[:, world.rank].sum()), 2).to(dtype)
-                group.all_to_all(out, torch.cat([t.float() for t in sent]).to(dtype),
-                                 counts[:, world.rank].tolist(), counts[world.rank].tolist())  # fmt: skip
+                group.all_to_all(
+                    out,
+                    torch.cat([t.float() for t in sent]).to(dtype),
+                    counts[:, world.rank].tolist(),
+                    counts[world.rank].tolist(),
+                )
                 assert same(out, torch.cat([t.float() for t in got]).to(dtype))
 
     each(check, backend, size)

@@ -33,10 +33,15 @@ def test_a_rank_that_comes_later_than_a_collective_may_take_still_joins():
         port = free.getsockname()[1]
     launched = {**os.environ, "WORLD_SIZE": "2", "MASTER_ADDR": "localhost", "MASTER_PORT": str(port)}
     ranks = [
-        subprocess.Popen([sys.executable, "-c", LATE_BY_RANK], stdout=subprocess.PIPE, stderr=subprocess.PIPE,
-                         text=True, env={**launched, "RANK": str(rank)})
+        subprocess.Popen(
+            [sys.executable, "-c", LATE_BY_RANK],
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+            env={**launched, "RANK": str(rank)},
+        )
         for rank in range(2)
-    ]  # fmt: skip
+    ]
     for process in ranks:
         out, err = process.communicate(timeout=110)
         assert (process.returncode, out.strip()) == (0, "2"), err
@@ -54,8 +59,14 @@ def test_a_rank_whose_others_never_come_says_so_and_what_to_do(
     with socket.socket() as free:
         free.bind(("localhost", 0))
         port = free.getsockname()[1]
-    launched = {"RANK": "1", "WORLD_SIZE": "2", "LOCAL_RANK": "1", "LOCAL_WORLD_SIZE": "2",
-                "MASTER_ADDR": "localhost", "MASTER_PORT": str(port)}  # fmt: skip
+    launched = {
+        "RANK": "1",
+        "WORLD_SIZE": "2",
+        "LOCAL_RANK": "1",
+        "LOCAL_WORLD_SIZE": "2",
+        "MASTER_ADDR": "localhost",
+        "MASTER_PORT": str(port),
+    }
     for name, value in launched.items():
         monkeypatch.setenv(name, value)
     monkeypatch.setattr(processes, "JOIN_SECONDS", 1.0)

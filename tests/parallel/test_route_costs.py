@@ -1,4 +1,5 @@
-"""What a MoE layer's exchange costs beside bytes: messages, host waits, operations; bounded, as docs/schedule.md lists."""
+"""What a MoE layer's exchange costs beside bytes: messages, host waits, operations; bounded, as
+docs/schedule.md lists."""
 
 from __future__ import annotations
 
@@ -28,7 +29,8 @@ DISPATCHES = {"per_expert": (None, 1), "per_rank": (RANKS, 1), "per_node": (2, 4
 
 
 class Counts(collections.Counter[str]):
-    """What one rank did. paused: inside a collective, where the last rank to come does the work of all."""
+    """What one rank did. paused: inside a collective, where the last rank to come does the work of
+    all."""
 
     paused = False
 
@@ -139,7 +141,8 @@ def counts_of_a_layer(dispatch: str) -> dict[str, collections.Counter[str]]:
 def test_features_and_weights_travel_in_one_all_to_all_for_every_hop_and_part(
     dispatch: str, messages: int
 ) -> None:
-    """Two hops of four parts make 8. A message for each tensor made 48 a layer of per_node where now 32 do."""
+    """Two hops of four parts make 8. A message for each tensor made 48 a layer of per_node where
+    now 32 do."""
     found = counts_of_a_layer(dispatch)
     moves = ["dispatch", "combine", "combine backward", "dispatch backward"]
     assert [found[move]["all_to_all"] for move in moves] == [messages] * 4

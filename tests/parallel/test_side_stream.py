@@ -18,7 +18,8 @@ def test_results_are_right_though_inputs_are_freed_and_their_memory_is_used_agai
     side = SideStream(streams)
     pending = []
     for index in range(8):
-        # Written by the main stream just before, freed just after, and asked for again by the next round.
+        # Written by the main stream just before, freed just after, and asked for again by the next
+        # round.
         x = torch.full((1024, 1024), float(index), device=device)
         factor = torch.full((1024, 1), 2.0, device=device)
 

@@ -20,8 +20,13 @@ def small(*words):
 @pytest.mark.parametrize(("pp", "edp", "ep"), list(itertools.product(range(1, 5), range(1, 4), range(1, 5))))
 def test_every_small_grid_can_be_planned(pp, edp, ep):
     tokens = 128 * edp * ep * 12
-    config = small(f"layout.pp={pp}", f"layout.edp={edp}", f"layout.ep={ep}", f"train.global_batch_tokens={tokens}",
-                   f"layout.vpp={min(2, 10 // pp)}")  # fmt: skip
+    config = small(
+        f"layout.pp={pp}",
+        f"layout.edp={edp}",
+        f"layout.ep={ep}",
+        f"train.global_batch_tokens={tokens}",
+        f"layout.vpp={min(2, 10 // pp)}",
+    )
     plan = build_plan(config)
     assert plan.assembly.schedule.num_microbatches == 12
     assert plan.step_seconds > plan.simulation.makespan_seconds > 0
@@ -50,7 +55,8 @@ def test_dualpipe_holds_every_parameter_twice_and_others_once():
     )
     assert double.assembly.copies == 2
     assert sum(s.parameters for s in double.memory) == 2 * sum(s.parameters for s in single.memory)
-    # The states of both copies' replicas are dealt out over twice the ranks, so in all they are as many.
+    # The states of both copies' replicas are dealt out over twice the ranks, so in all they are as
+    # many.
     assert sum(s.optimizer_mean_bytes for s in double.states) == pytest.approx(
         sum(s.optimizer_mean_bytes for s in single.states)
     )
@@ -62,14 +68,17 @@ def test_offload_actions_appear_with_the_first_offloaded_name():
         assert ("OFFLOAD" in text) == bool(expected)
 
 
-@pytest.mark.parametrize(("words", "field"), [
-    (["layout.pp=11"], "layout.pp"),
-    (["layout.pp=4", "layout.vpp=3"], "layout.vpp"),
-    (["layout.nodes=3", "layout.pp=4", "layout.ep=4"], "layout.nodes"),
-    (["layout.edp=7"], "train.global_batch_tokens"),
-    (["activations.expert_input=recompute"], "activations.expert_input"),
-    (["schedule=dualpipe", "layout.pp=3"], "layout.pp"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("words", "field"),
+    [
+        (["layout.pp=11"], "layout.pp"),
+        (["layout.pp=4", "layout.vpp=3"], "layout.vpp"),
+        (["layout.nodes=3", "layout.pp=4", "layout.ep=4"], "layout.nodes"),
+        (["layout.edp=7"], "train.global_batch_tokens"),
+        (["activations.expert_input=recompute"], "activations.expert_input"),
+        (["schedule=dualpipe", "layout.pp=3"], "layout.pp"),
+    ],
+)
 def test_what_cannot_be_planned_is_refused_before_the_long_work(words, field):
     with pytest.raises(ConfigError) as caught:
         check_layout(small(*words))

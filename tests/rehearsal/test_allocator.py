@@ -1,4 +1,5 @@
-"""The replayed caching allocator, against what torch's own source says it does with the same requests."""
+"""The replayed caching allocator, against what torch's own source says it does with the same
+requests."""
 
 from __future__ import annotations
 
@@ -18,9 +19,15 @@ def gone(serial):
 
 @pytest.mark.parametrize(
     ("num_bytes", "segment"),
-    [(1, 2 * MIB), (MIB, 2 * MIB), (MIB + 1, 20 * MIB), (10 * MIB - 512, 20 * MIB), (10 * MIB, 10 * MIB),
-     (31 * MIB, 32 * MIB)],
-)  # fmt: skip
+    [
+        (1, 2 * MIB),
+        (MIB, 2 * MIB),
+        (MIB + 1, 20 * MIB),
+        (10 * MIB - 512, 20 * MIB),
+        (10 * MIB, 10 * MIB),
+        (31 * MIB, 32 * MIB),
+    ],
+)
 def test_a_first_request_takes_a_segment_of_the_drivers_sizes(num_bytes, segment):
     assert replay([made(0, num_bytes)], expandable=False).reserved == segment
 

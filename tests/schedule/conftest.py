@@ -76,5 +76,6 @@ def specs() -> Callable[..., Iterator[ScheduleSpec]]:
 
 @pytest.fixture(scope="session")
 def moe_costs() -> Callable[..., Costs]:
-    """`moe_costs(num_virtual_stages, layers=1, ...)`: costs with all-to-alls that fit under compute."""
+    """`moe_costs(num_virtual_stages, layers=1, ...)`: costs with all-to-alls that fit under
+    compute."""
     return _moe_costs

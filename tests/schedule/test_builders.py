@@ -1,4 +1,5 @@
-"""Every schedule that can be built is valid, holds no more than its formula, and survives its text form."""
+"""Every schedule that can be built is valid, holds no more than its formula, and survives its text
+form."""
 
 from __future__ import annotations
 
@@ -32,7 +33,8 @@ Specs = Callable[..., Iterator[ScheduleSpec]]
 def test_every_schedule_of_the_grid_is_valid_within_its_bound_and_round_trips(
     kind: str, specs: Specs
 ) -> None:
-    """All pp to 8, vpp to 4, microbatches to 24. Fewer than pp microbatches may need less than the formula, never more."""
+    """All pp to 8, vpp to 4, microbatches to 24. Fewer than pp microbatches may need less than the
+    formula, never more."""
     built = 0
     for spec in specs(kind, offload=kind != "interleaved_1f1b"):
         schedule = build_schedule(spec)

@@ -1,4 +1,5 @@
-"""Which schedules complete under which form of channels, and how the cycle is told where one does not."""
+"""Which schedules complete under which form of channels, and how the cycle is told where one does
+not."""
 
 from __future__ import annotations
 
@@ -29,7 +30,8 @@ ALL = range(2, 17)
 
 
 def microbatches(pp: int) -> list[int]:
-    """Below, at and just above the stages, whole groups of as many, one more and one fewer, and the most."""
+    """Below, at and just above the stages, whole groups of as many, one more and one fewer, and the
+    most."""
     return sorted({1, 2, 3, pp - 1, pp, pp + 1, 2 * pp - 1, 2 * pp, 2 * pp + 1, 64} - {0})
 
 
@@ -51,8 +53,9 @@ def completes(schedule: Schedule, form: ChannelForm, max_sends: int | None = Non
 @pytest.mark.parametrize("stages", [FEW, pytest.param(ALL, marks=pytest.mark.slow)], ids=["few", "all"])
 @pytest.mark.parametrize("kind", TRAINED)
 def test_every_trained_schedule_completes_over_ordered_pairs(kind: str, stages: Iterable[int]) -> None:
-    """Also where a SEND waits as soon as as many messages are under way to one stage as the run itself had at once,
-    and that number depends on the pipeline alone: at most two a stage, and one but for interleaved orders."""
+    """Also where a SEND waits as soon as as many messages are under way to one stage as the run
+    itself had at once, and that number depends on the pipeline alone: at most two a stage, and one
+    but for interleaved orders."""
     for schedule in schedules(kind, stages):
         most = max(check_progress(schedule))
         assert completes(schedule, ChannelForm.ORDERED_PAIR, max_sends=most)
@@ -83,7 +86,8 @@ def test_k2s_step_has_one_message_under_way_to_each_stage() -> None:
 def test_with_one_virtual_stage_both_weaker_forms_stand_still_at_every_size(
     kind: str, form: ChannelForm
 ) -> None:
-    """A stage posts the receive of a gradient before its last forwards are sent, and both share a queue."""
+    """A stage posts the receive of a gradient before its last forwards are sent, and both share a
+    queue."""
     for schedule in schedules(kind, (2, 3, 5, 16)):
         assert not completes(schedule, form)
 
@@ -102,8 +106,8 @@ def test_k2_stands_still_in_both_weaker_forms_but_for_one_tiny_size(
 
 
 def test_interleaved_1f1b_needs_ordered_pairs_at_some_sizes_only() -> None:
-    """With whole groups of an even number of stages from four up, and more than one group, both directions happen to
-    agree on their order; with one virtual stage they never do."""
+    """With whole groups of an even number of stages from four up, and more than one group, both
+    directions happen to agree on their order; with one virtual stage they never do."""
     form = ChannelForm.UNORDERED_PAIR
     for pp in (4, 8):
         for count in (2 * pp, 64):
@@ -125,7 +129,8 @@ def test_evaluations_forwards_complete_over_ordered_pairs_with_one_message_under
 def test_evaluations_forwards_share_a_queue_with_what_comes_round_where_two_stages_are_both_neighbours() -> (
     None
 ):
-    """Of two stages each is the other's next and previous one, so two directions meet there and nowhere else."""
+    """Of two stages each is the other's next and previous one, so two directions meet there and
+    nowhere else."""
     for pp in range(2, 9):
         schedule = forward_only(build_schedule(ScheduleSpec.preset("k2", pp, 2, 2)), 2 * pp)
         assert completes(schedule, ChannelForm.UNORDERED_PAIR) == (pp > 2)

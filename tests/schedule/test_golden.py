@@ -1,6 +1,7 @@
 """A dozen schedules as text, so that a change of order shows as a diff.
 
-Write them anew with `python tests/schedule/test_golden.py`, look at the diff, and commit it with the reason.
+Write them anew with `python tests/schedule/test_golden.py`, look at the diff, and commit it with
+the reason.
 """
 
 from __future__ import annotations

@@ -26,7 +26,8 @@ def phases(*words):
 
 
 def test_a_layers_pair_is_the_reports_figure_7():
-    """The route's two steps, of which one does nothing, leave the order of everything else as it is there."""
+    """The route's two steps, of which one does nothing, leave the order of everything else as it is
+    there."""
     forward = phases(
         "attention 3 compute", "route 1 ep", "dispatch 2 ep", "experts 5 compute", "combine 2 ep"
     )

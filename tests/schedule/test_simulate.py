@@ -1,4 +1,5 @@
-"""The simulator against formulas, against an independent longest path, and against arithmetic one can do by hand."""
+"""The simulator against formulas, against an independent longest path, and against arithmetic one
+can do by hand."""
 
 from __future__ import annotations
 
@@ -41,7 +42,8 @@ def _makespan(spec: ScheduleSpec, costs: Costs) -> float:
 
 @pytest.mark.parametrize("kind", ["interleaved_1f1b", "k2"])
 def test_the_makespan_of_the_published_example_is_237(kind: str) -> None:
-    """F = 1, B = 2, no communication, 16 stages x 2, 32 microbatches: 192 of work and a bubble of 45."""
+    """F = 1, B = 2, no communication, 16 stages x 2, 32 microbatches: 192 of work and a bubble of
+    45."""
     simulation = simulate(build_schedule(ScheduleSpec.preset(kind, 16, 32, 2)), uniform_costs(32, 1, 2, 0))
     assert simulation.makespan_seconds == 237
     assert [stage.busy_seconds for stage in simulation.stages] == [192] * 16
@@ -65,7 +67,8 @@ def test_the_makespan_of_the_published_example_is_237(kind: str) -> None:
     ],
 )
 def test_makespans_are_those_of_the_closed_formulas(kind: str, switches: dict, specs: Specs) -> None:
-    """pp to 8, vpp to 4, microbatches a multiple of pp and not. Binary fractions, so that sums are exact."""
+    """pp to 8, vpp to 4, microbatches a multiple of pp and not. Binary fractions, so that sums are
+    exact."""
     checked = 0
     for spec in specs(kind, range(1, 25, 5), **switches):
         split = spec.split_weight_grad or kind == "zb_h1"
@@ -88,7 +91,8 @@ def test_makespans_are_those_of_the_closed_formulas(kind: str, switches: dict, s
 
 
 def test_interleaved_makespans_equal_the_formula_for_multiples_of_pp() -> None:
-    """vpp M (F + B) + (pp - 1)(F + B), paired or not, up to 16 stages (Narayanan et al.; K2 report, 2.4.2)."""
+    """vpp M (F + B) + (pp - 1)(F + B), paired or not, up to 16 stages (Narayanan et al.; K2 report,
+    2.4.2)."""
     for kind in ("interleaved_1f1b", "k2"):
         for pp in (1, 2, 4, 7, 16):
             for vpp in (2, 3):
@@ -117,7 +121,8 @@ def _random_costs(num_virtual_stages: int, seed: int) -> Costs:
 
 
 def _longest_path(schedule: Schedule, costs: Costs) -> float:
-    """The makespan as a longest path: a graph of compute actions and messages, no streams and no clock."""
+    """The makespan as a longest path: a graph of compute actions and messages, no streams and no
+    clock."""
     after: dict[object, list[object]] = defaultdict(list)
     seconds: dict[object, float] = {}
     for stage, line in enumerate(schedule.stages):
@@ -195,7 +200,8 @@ def _finish_times(after: dict[object, list[object]], seconds: dict[object, float
     "kind", ["gpipe", "1f1b", "interleaved_1f1b", "k2", "zb_h1", "dualpipe", "dualpipe_v"]
 )
 def test_uneven_costs_and_slow_hops_take_the_longest_path(kind: str, specs: Specs) -> None:
-    """Every virtual stage with other seconds, every hop with other seconds, against a graph that knows no streams."""
+    """Every virtual stage with other seconds, every hop with other seconds, against a graph that
+    knows no streams."""
     for seed, spec in enumerate(specs(kind, range(3, 17, 5), offload=False)):
         if spec.pp > 5 or spec.vpp > 3:
             continue
@@ -217,7 +223,8 @@ def test_busy_time_and_waits_add_up_to_the_makespan(moe_costs: MakeCosts, specs:
 def test_a_pair_of_layers_hides_every_all_to_all_but_the_tail_and_k2_exposes_none_when_full(
     moe_costs: MakeCosts,
 ) -> None:
-    """K2's steady phase: no wait at all on evenly loaded stages; unpaired, every all-to-all stands in the way."""
+    """K2's steady phase: no wait at all on evenly loaded stages; unpaired, every all-to-all stands
+    in the way."""
     for vpp, layers in ((2, 2), (4, 1)):
         costs = moe_costs(8 * vpp, layers)
         k2 = simulate(build_schedule(ScheduleSpec.preset("k2", 8, 40, vpp)), costs)
@@ -231,7 +238,8 @@ def test_a_pair_of_layers_hides_every_all_to_all_but_the_tail_and_k2_exposes_non
 
 
 def test_splitting_the_weight_gradient_is_what_hides_pipeline_traffic(moe_costs: MakeCosts) -> None:
-    """The same pairs with a weight gradient too short to hide a hop: each steady slot then shows the rest of it."""
+    """The same pairs with a weight gradient too short to hide a hop: each steady slot then shows
+    the rest of it."""
     spec = ScheduleSpec.preset("k2", 4, 32, 2, offload=False)
     hidden = simulate(build_schedule(spec), moe_costs(8, weight_grad=1.0, hop=1.0))
     shown = simulate(build_schedule(spec), moe_costs(8, weight_grad=0.5, hop=2.0))
@@ -298,8 +306,8 @@ def test_memory_over_time_by_hand() -> None:
 
 
 def test_a_backward_whose_all_to_all_starts_early_takes_its_memory_when_the_step_before_has_ended() -> None:
-    """GPipe, F0 F1 I0 W0 I1 W1: I1's combine runs under W0, and W0's queue of 20 is free before I1's 5 are taken, as the
-    allocator sees the order of issue."""
+    """GPipe, F0 F1 I0 W0 I1 W1: I1's combine runs under W0, and W0's queue of 20 is free before
+    I1's 5 are taken, as the allocator sees the order of issue."""
     one = VirtualStageCosts(
         (Phase("f", Stream.COMPUTE, 2),),
         (Phase("c", Stream.EP, 1), Phase("b", Stream.COMPUTE, 2)),
@@ -326,7 +334,8 @@ def test_nothing_is_left_in_memory_and_peaks_are_those_of_the_chunks_in_flight(s
 
 
 def _peak(line: tuple) -> int:
-    """Chunks between F and I or B by walking the list, independently of the validator. Pairs run F, then I."""
+    """Chunks between F and I or B by walking the list, independently of the validator. Pairs run F,
+    then I."""
     level = peak = 0
     for step in line:
         for action in parts(step):
@@ -407,8 +416,9 @@ def test_costs_are_finite_and_not_negative(value: float) -> None:
 
 
 def test_pipeline_traffic_costs_k2_the_same_however_long_the_step(moe_costs: MakeCosts) -> None:
-    """One stage is slower than the others. It never waits for a message when the pipeline is full, so what messages cost the
-    step is paid in warm-up and cool-down alone and does not grow with the microbatches."""
+    """One stage is slower than the others. It never waits for a message when the pipeline is full,
+    so what messages cost the step is paid in warm-up and cool-down alone and does not grow with the
+    microbatches."""
     even = moe_costs(8).virtual_stages
     slow = moe_costs(1, experts=6.0, attention=3.5).virtual_stages[0]
     costs = Costs((*even[:2], slow, *even[3:6], slow, even[7]))  # both virtual stages of stage 2
@@ -444,8 +454,8 @@ def test_costs_without_a_kind_of_traffic_lack_its_seconds_only(moe_costs: MakeCo
 
 
 def test_the_first_all_to_all_of_a_backward_runs_under_the_step_before_it() -> None:
-    """One stage, GPipe with two microbatches, by hand: F0 F1 I0 W0 I1 W1. I0's combine runs under F1, I1's under W0, and
-    neither starts before the step it runs under."""
+    """One stage, GPipe with two microbatches, by hand: F0 F1 I0 W0 I1 W1. I0's combine runs under
+    F1, I1's under W0, and neither starts before the step it runs under."""
     one = VirtualStageCosts(
         (Phase("f", Stream.COMPUTE, 2),),
         (Phase("combine", Stream.EP, 1), Phase("b", Stream.COMPUTE, 2)),

@@ -1,7 +1,8 @@
 """Orders against torch.distributed.pipelining, which nobody here wrote.
 
-Only torch's computed lists are read; no process group is made. torch pads its lists with empty slots, which are left out, and
-numbers virtual stages as we do. Where an order differs, makespan and in-flight memory under our simulator are compared.
+Only torch's computed lists are read; no process group is made. torch pads its lists with empty
+slots, which are left out, and numbers virtual stages as we do. Where an order differs, makespan and
+in-flight memory under our simulator are compared.
 """
 
 from __future__ import annotations
@@ -68,8 +69,8 @@ def _ours(kind: str, pp: int, vpp: int, num_microbatches: int, **switches: bool)
 
 @pytest.mark.parametrize("pp", [1, 2, 3, 4, 8])
 def test_gpipe_and_1f1b_are_torchs(pp: int) -> None:
-    """torch 2.13 lists the last stage's 1F1B forwards one microbatch too high (it counts up before the first), so on that
-    stage the kinds are compared; its own run does not use that list."""
+    """torch 2.13 lists the last stage's 1F1B forwards one microbatch too high (it counts up before
+    the first), so on that stage the kinds are compared; its own run does not use that list."""
     for num_microbatches in (pp, pp + 1, 2 * pp + 1, 4 * pp):
         gpipe = _torch_order(torch_schedules.ScheduleGPipe, pp, 1, num_microbatches)
         assert [list(line) for line in _ours("gpipe", pp, 1, num_microbatches).stages] == gpipe
@@ -112,7 +113,8 @@ def _makespan(schedule: Schedule) -> float:
 
 @pytest.mark.parametrize("pp", [1, 2, 3, 4, 8])
 def test_dualpipe_v_is_torchs(pp: int) -> None:
-    """torch runs a pair's full backward; ours is its input gradient and, right behind the pair, its weight gradient."""
+    """torch runs a pair's full backward; ours is its input gradient and, right behind the pair, its
+    weight gradient."""
     for num_microbatches in (2 * pp, 2 * pp + 1, 4 * pp):
         torchs = _torch_order(torch_schedules.ScheduleDualPipeV, pp, 2, num_microbatches)
         assert [list(line) for line in _ours("dualpipe_v", pp, 1, num_microbatches).stages] == torchs
@@ -120,7 +122,8 @@ def test_dualpipe_v_is_torchs(pp: int) -> None:
 
 @pytest.mark.parametrize("pp", [2, 4, 8])
 def test_zb_h1_takes_the_time_of_torchs_zero_bubble_and_no_more_memory(pp: int) -> None:
-    """torch's zero-bubble order with one virtual stage warms up by two microbatches a stage, ZB-H1 by one."""
+    """torch's zero-bubble order with one virtual stage warms up by two microbatches a stage, ZB-H1
+    by one."""
     for num_microbatches in (2 * pp, 3 * pp):
         ours = _ours("zb_h1", pp, 1, num_microbatches)
         lines = _torch_order(torch_schedules.ScheduleInterleavedZeroBubble, pp, 1, num_microbatches)
@@ -130,13 +133,17 @@ def test_zb_h1_takes_the_time_of_torchs_zero_bubble_and_no_more_memory(pp: int) 
 
 
 def test_k2_beats_torchs_interleaved_zero_bubble_in_weight_queue_at_its_price_in_time() -> None:
-    """K2 runs each weight gradient in its own slot, so one is queued where zero-bubble queues up to pp; the bubble it
-    leaves is larger by (pp - 1)(W - max(0, I - W))."""
+    """K2 runs each weight gradient in its own slot, so one is queued where zero-bubble queues up to
+    pp; the bubble it leaves is larger by (pp - 1)(W - max(0, I - W))."""
     pp, vpp, num_microbatches = 8, 2, 24
     ours = build_schedule(ScheduleSpec.preset("k2", pp, num_microbatches, vpp, offload=False))
     lines = _torch_order(torch_schedules.ScheduleInterleavedZeroBubble, pp, vpp, num_microbatches)
-    torchs = insert_p2p(replace(compute_order(ScheduleSpec.preset("k2", pp, num_microbatches, vpp)),
-                                stages=tuple(map(tuple, lines))))  # fmt: skip
+    torchs = insert_p2p(
+        replace(
+            compute_order(ScheduleSpec.preset("k2", pp, num_microbatches, vpp)),
+            stages=tuple(map(tuple, lines)),
+        )
+    )
     costs = uniform_costs(pp * vpp, 1, 1, 1)
     assert max(validate(ours).peak_weight_queue) == 1
     assert max(validate(torchs).peak_weight_queue) == pp

@@ -96,7 +96,8 @@ def test_a_backward_before_its_forward_is_a_wait_for_oneself() -> None:
 
 
 def test_receives_in_another_order_than_the_sends_are_refused() -> None:
-    """With two stages the next and the previous one are one peer, so activations and gradients share a channel."""
+    """With two stages the next and the previous one are one peer, so activations and gradients
+    share a channel."""
     schedule = _k2()
     swapped = _edit(schedule, 0, _move("RECV_F2.1", "RECV_F2.0"))
     with pytest.raises(ScheduleError) as error:

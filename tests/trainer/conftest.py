@@ -39,7 +39,8 @@ def corpus_prefix(tmp_path_factory: pytest.TempPathFactory) -> str:
 
 @pytest.fixture
 def words(corpus_prefix: str, tmp_path: Path) -> list[str]:
-    """Overrides of a 6-step run in tmp_path/run, with clipping, QK-Clip and an evaluation in the middle."""
+    """Overrides of a 6-step run in tmp_path/run, with clipping, QK-Clip and an evaluation in the
+    middle."""
     return [
         *(f"model.{key}={value}" for key, value in TINY_MODEL.items()),
         f"data.blend=[{{prefix: {corpus_prefix}}}]",

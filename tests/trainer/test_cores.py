@@ -1,4 +1,5 @@
-"""Cores of a node's processes: shared evenly, neighbours in number on different cores, beside the process's GPU."""
+"""Cores of a node's processes: shared evenly, neighbours in number on different cores, beside the
+process's GPU."""
 
 from __future__ import annotations
 
@@ -31,7 +32,8 @@ linux = pytest.mark.skipif(sys.platform != "linux", reason="binding is for Linux
 
 
 def make_sysfs(root: Path, cores_per_node: int, gpu_nodes: Iterable[int]) -> list[str]:
-    """A machine of two NUMA nodes, two CPUs a core, numbered as x86 does: all first threads, then all second ones.
+    """A machine of two NUMA nodes, two CPUs a core, numbered as x86 does: all first threads, then
+    all second ones.
 
     Returns the GPUs' PCI addresses, in the order of `gpu_nodes`.
     """
@@ -97,7 +99,8 @@ def test_a_gpu_without_a_known_node_has_none(tmp_path: Path) -> None:
 def test_ranks_get_the_cores_that_torchrun_would_bind_them_to(
     gpu_nodes: tuple[int, ...], cores_per_node: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The oracle is `torchrun --numa-binding=exclusive`, reading the same files; all counts divide evenly here."""
+    """The oracle is `torchrun --numa-binding=exclusive`, reading the same files; all counts divide
+    evenly here."""
     binding = pytest.importorskip("torch.numa.binding")
     addresses = make_sysfs(tmp_path, cores_per_node, gpu_nodes)
     cpus = set(range(4 * cores_per_node))

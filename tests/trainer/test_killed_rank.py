@@ -1,4 +1,5 @@
-"""A run of four processes that loses a rank ends by itself, says what it lost, and can go on afterwards.
+"""A run of four processes that loses a rank ends by itself, says what it lost, and can go on
+afterwards.
 
 Started by torchrun, and by `k2train train` itself.
 """
@@ -33,7 +34,8 @@ LAYOUT = ["layout.pp=2", "layout.ep=2", "layout.vpp=1", "world=processes", "trai
 
 
 class Run:
-    """The launching process and its ranks. Output goes to a file, so that nobody waits for us to read it."""
+    """The launching process and its ranks. Output goes to a file, so that nobody waits for us to
+    read it."""
 
     def __init__(self, launcher: str, words: list[str], directory: Path) -> None:
         self.log = directory / "log"
@@ -41,8 +43,9 @@ class Run:
         self.ranks: list[int] = []
         command = [sys.executable, *LAUNCHERS[launcher], "-m", "k2train", "train", *words, *LAYOUT]
         self.output = self.log.open("w")
-        self.process = subprocess.Popen(command, stdout=self.output, stderr=subprocess.STDOUT,
-                                        env={**os.environ, "OMP_NUM_THREADS": "1"})  # fmt: skip
+        self.process = subprocess.Popen(
+            command, stdout=self.output, stderr=subprocess.STDOUT, env={**os.environ, "OMP_NUM_THREADS": "1"}
+        )
 
     @property
     def text(self) -> str:
@@ -97,8 +100,14 @@ def wait_until(condition: Callable[[], bool]) -> None:
 
 @pytest.fixture
 def long_words(words: list[str]) -> list[str]:
-    return [*words, "train.steps=100000", "train.eval_every_steps=0", "train.checkpoint_every_steps=3",
-            "train.keep_checkpoints=2", f"train.timeout_seconds={TIMEOUT_SECONDS}"]  # fmt: skip
+    return [
+        *words,
+        "train.steps=100000",
+        "train.eval_every_steps=0",
+        "train.checkpoint_every_steps=3",
+        "train.keep_checkpoints=2",
+        f"train.timeout_seconds={TIMEOUT_SECONDS}",
+    ]
 
 
 @pytest.fixture(params=LAUNCHERS)
@@ -146,7 +155,8 @@ def test_ranks_that_wait_for_a_stopped_one_run_into_the_timeout_and_say_where(
     stopped = run.ranks[1]
     os.kill(stopped, signal.SIGSTOP)
     wait_until(lambda: "k2train train: rank " in run.text)
-    # The launcher waits for the stopped rank to obey its SIGTERM, half a minute; that patience is not ours to test.
+    # The launcher waits for the stopped rank to obey its SIGTERM, half a minute; that patience is
+    # not ours to test.
     os.kill(stopped, signal.SIGKILL)
     assert run.end() != 0
     assert run.left() == []
