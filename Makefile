@@ -69,8 +69,9 @@ docs: $(VENV)/.docs ## build the documentation site into build/docs/site; a warn
 	@NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet --config-file build/docs/mkdocs.yml
 	@echo build/docs/site/index.html
 
-pictures: $(VENV)/.run ## draw the pictures of README.md and docs/schedule.md again
+pictures: $(VENV)/.run ## draw the pictures of README.md and docs/ again
 	@$(BIN)/python -m k2train.schedule.figures docs/pictures
+	@$(BIN)/python tools/rooms.py docs/pictures/rooms.svg
 
 wheel: $(VENV)/.dev ## build the wheel into dist/
 	@$(BIN)/python -m build --wheel --no-isolation --outdir dist .

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from tools import site_pages
+from tools import rooms, site_pages
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -61,3 +61,8 @@ def test_a_link_to_a_module_becomes_a_link_to_its_room(
     )
     monkeypatch.setattr(site_pages, "DOCS", tmp_path)
     assert site_pages.relinked(page) == "[optimizer](reference/optim.md), env"
+
+
+def test_the_picture_of_the_rooms_is_drawn_from_the_contract() -> None:
+    """A room that came or went asks for `make pictures`."""
+    assert (ROOT / "docs" / "pictures" / "rooms.svg").read_text() == rooms.picture()
