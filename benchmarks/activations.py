@@ -42,9 +42,10 @@ from k2train.model.saved import KeepEverything
 from k2train.ops.dtypes import DTYPES
 from k2train.ops.weight_grad import PlainGradients
 from k2train.runtime.executor import run_actions
+from k2train.runtime.routes import build_routes
 from k2train.runtime.stage import PipelineStage, StepInputs
 from k2train.schedule import Schedule, Step
-from k2train.trainer.build import build_layouts, build_routes
+from k2train.trainer.build import build_program
 
 BASE = "none"
 PRESETS = (BASE, "recompute", "recompute_fp8", "recompute_offload", "offload", "k2")
@@ -84,7 +85,7 @@ class Side:
         batch: torch.Tensor,
     ) -> None:
         self.config, self.batch, self.gradients = config, batch, gradients
-        self.schedule: Schedule = build_layouts(config)[1]
+        self.schedule: Schedule = build_program(config).schedule
         device = build_device(batch.device, timed=True)
         self.engine = OffloadEngine(device, HostArena(device), timed=True)
         self.store = ActivationStore(config.activations, self.engine)
@@ -186,7 +187,7 @@ def build_sides(options: argparse.Namespace) -> dict[str, Side]:
     ]
     configs = {preset: load_config([*words, f"activations={preset}"]) for preset in PRESETS}
     base = configs[BASE]
-    layout, _ = build_layouts(base)
+    layout = build_program(base).layout
     models, gradients = build_models(base, layout, device), PlainGradients()
     generator = torch.Generator().manual_seed(base.train.seed)
     size = (base.train.global_batch_tokens // base.train.seq_len, base.train.seq_len + 1)

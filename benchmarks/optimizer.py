@@ -177,7 +177,7 @@ def build(config: ModelConfig, optim: OptimConfig, device: torch.device) -> Opti
     model = build_model(config, whole_model(config), torch.float32, device)
     model.initialise(seed=0)
     catalogue = {spec.name: spec for spec in model_tensors(config)}
-    pieces = [[piece for piece in model.pieces() if piece.trained]]
+    pieces = {0: [piece for piece in model.pieces() if piece.trained]}
 
     def run_rank(world: World) -> Optimizer:
         alone = world.group("world", [0])

@@ -52,10 +52,10 @@ from k2train.parallel.communicator import World
 from k2train.parallel.pipeline import PipelineTransport
 from k2train.parallel.testing import run_distributed_test
 from k2train.runtime.executor import run_actions
+from k2train.runtime.routes import build_routes
 from k2train.runtime.stage import PipelineStage, StepInputs, Transport
 from k2train.schedule import Schedule, ScheduleSpec, build_schedule, validate
 from k2train.schedule.messages import plan_messages
-from k2train.trainer.build import build_routes
 
 PP, VPP = 4, 2
 TINY_HIDDEN = 8

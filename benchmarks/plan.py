@@ -19,9 +19,9 @@ from rich.table import Table
 
 from k2train.config.compose import load_config
 from k2train.config.schema import Config
-from k2train.planner.assemble import assemble
 from k2train.planner.memory import all_stage_states, stage_memories
 from k2train.planner.plan import build_plan
+from k2train.program import Program, compile_program
 from k2train.schedule.simulate import simulate
 from k2train.schedule.validate import validate
 
@@ -65,15 +65,22 @@ def cases(quick: bool) -> list[tuple[str, list[str]]]:
 
 def measure(config: Config, repeats: int) -> list[str]:
     """A row: the parts one by one, then the whole as `k2train plan` runs it."""
-    build, assembly = best(lambda: assemble(config), repeats)
-    prove, _ = best(lambda: validate(assembly.schedule), repeats)
-    run, simulation = best(lambda: simulate(assembly.schedule, assembly.costs), repeats)
-    states = all_stage_states(config, assembly)
-    memory, _ = best(lambda: stage_memories(config, assembly, simulation, states), repeats)
+    build, program = best(lambda: priced(config), repeats)
+    prove, _ = best(lambda: validate(program.schedule), repeats)
+    run, simulation = best(lambda: simulate(program.schedule, program.costs), repeats)
+    states = all_stage_states(program)
+    memory, _ = best(lambda: stage_memories(program, simulation, states), repeats)
     whole, _ = best(lambda: build_plan(config), repeats)
-    actions = sum(map(len, assembly.schedule.stages))
+    actions = sum(map(len, program.schedule.stages))
     numbers = [f"{value:.2f}" for value in (build, prove, run, memory, whole, whole / actions * 1e6)]
-    return [str(assembly.schedule.num_microbatches), f"{actions:,}", *numbers]
+    return [str(program.schedule.num_microbatches), f"{actions:,}", *numbers]
+
+
+def priced(config: Config) -> Program:
+    """The program and its costs."""
+    program = compile_program(config)
+    _ = program.costs
+    return program
 
 
 def best(call: Callable[[], Any], repeats: int) -> tuple[float, Any]:

@@ -1,6 +1,7 @@
 """Every call from the sections into k2train's operations, model and trainer, in one place.
 
-What a section measures and how is its own affair; what the program's parts are called and take is written here.
+What a section measures and how is its own affair; what the program's parts are called and take is
+written here.
 """
 
 from __future__ import annotations
@@ -34,10 +35,11 @@ from k2train.ops.kernels import gpu_kernels
 from k2train.ops.weight_grad import AtOnce, PlainGradients, WeightGradQueue, add_product_into
 from k2train.parallel.groups import build_groups
 from k2train.runtime.executor import run_actions
+from k2train.runtime.routes import build_routes
 from k2train.runtime.stage import PipelineStage, StepInputs
 from k2train.trainer.activations import build_activations, host_traffic
 from k2train.trainer.batch import read_batch
-from k2train.trainer.build import Run, build_layouts, build_routes, build_run
+from k2train.trainer.build import Run, build_program, build_run
 from k2train.trainer.step import StepMetrics, train_step
 from k2train.trainer.worlds import run_world
 from k2train.update_rules.rules.muon import newton_schulz
@@ -57,7 +59,8 @@ def attention(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """The program's attention: output (B, S, H, V), largest logit of each head.
 
-    The program makes queries, keys and values in the order that cuDNN wants; here they are turned, in its time.
+    The program makes queries, keys and values in the order that cuDNN wants; here they are turned,
+    in its time.
     """
     if taken.heads_inside:
         q, k, v = (t.transpose(1, 2).contiguous().transpose(1, 2) for t in (q, k, v))
@@ -73,7 +76,8 @@ def attention_reference(
 
 
 def attention_kernels(device: torch.device) -> ModuleType | None:
-    """The module of our Triton attention; None where it cannot run. On a CPU it is interpreted (see `child`)."""
+    """The module of our Triton attention; None where it cannot run. On a CPU it is interpreted (see
+    `child`)."""
     if device.type == "cpu":
         found = importlib.util.find_spec("triton") is not None
         return importlib.import_module("k2train.ops.attention_triton") if found else None
@@ -93,7 +97,8 @@ def kernel_attention(kernels: ModuleType) -> Attend:
 
 @contextlib.contextmanager
 def other_blocks(kernels: ModuleType, name: str, **changes: int) -> Iterator[None]:
-    """The kernels with other block sizes, read when they are launched; the program's own come back afterwards.
+    """The kernels with other block sizes, read when they are launched; the program's own come back
+    afterwards.
 
     name: of a module's Blocks, or of its function from widths to Blocks.
     """
@@ -112,7 +117,8 @@ def other_blocks(kernels: ModuleType, name: str, **changes: int) -> Iterator[Non
 def grouped(
     x_MI: torch.Tensor, weight_LOI: torch.Tensor, ends_L: torch.Tensor, gradients: PlainGradients
 ) -> torch.Tensor:
-    """The experts' product; its weight gradient goes into an FP32 buffer of `gradients`, as in training."""
+    """The experts' product; its weight gradient goes into an FP32 buffer of `gradients`, as in
+    training."""
     return grouped_linear(x_MI, weight_LOI, ends_L, AtOnce(gradients))
 
 
@@ -125,8 +131,9 @@ def add_weight_gradient(buffer_OI: torch.Tensor, dy_TO: torch.Tensor, x_TI: torc
     add_product_into(buffer_OI, dy_TO, x_TI)
 
 
-def head_loss(hidden_TD: torch.Tensor, weight_VD: torch.Tensor, targets_T: torch.Tensor,
-              buffer_VD: torch.Tensor) -> torch.Tensor:  # fmt: skip
+def head_loss(
+    hidden_TD: torch.Tensor, weight_VD: torch.Tensor, targets_T: torch.Tensor, buffer_VD: torch.Tensor
+) -> torch.Tensor:
     """Chunked loss, with the weight's gradient added into `buffer_VD`."""
     return linear_cross_entropy(
         hidden_TD, weight_VD, targets_T, 1 / targets_T.numel(), functools.partial(add_product_into, buffer_VD)
@@ -160,9 +167,13 @@ class Layer:
 
     def context(self, saved: Any, queue: WeightGradQueue) -> MicrobatchContext:
         return MicrobatchContext(
-            num_sequences=self.config.train.microbatch_size, gradients=self.gradients, weight_grads=queue,
-            statistics=Statistics(), balance_loss_scale=1.0, saved=KeepEverything() if saved is None else saved,
-        )  # fmt: skip
+            num_sequences=self.config.train.microbatch_size,
+            gradients=self.gradients,
+            weight_grads=queue,
+            statistics=Statistics(),
+            balance_loss_scale=1.0,
+            saved=KeepEverything() if saved is None else saved,
+        )
 
     def drain(self, queue: WeightGradQueue) -> None:
         """The weight gradients that the backward has put off."""
@@ -170,8 +181,7 @@ class Layer:
 
     def store(self) -> Any:
         """An activation store for the config's policies; None where everything is kept."""
-        layout, schedule = build_layouts(self.config)
-        return build_activations(self.config, layout, 0, schedule.stages[0], build_device(self.device))
+        return build_activations(build_program(self.config), 0, build_device(self.device))
 
 
 def new_queue() -> WeightGradQueue:
@@ -192,12 +202,19 @@ def forward_phase(phase: Phase, inputs: Tensors, context: MicrobatchContext) -> 
     return phase.forward(inputs, context)
 
 
-def _part(config: Config, layers: tuple[int, ...], embedding: bool, head: bool, device: torch.device,
-          dtype: torch.dtype) -> Model:  # fmt: skip
+def _part(
+    config: Config,
+    layers: tuple[int, ...],
+    embedding: bool,
+    head: bool,
+    device: torch.device,
+    dtype: torch.dtype,
+) -> Model:
     part = ModelPart(layers, embedding, head, tuple(range(config.model.n_routed_experts)))
     model = build_model(config.model, part, dtype, device, backend=backend(config, device))
     for piece in model.pieces():
-        # The model's own initial values come from the host, one weight after another, which takes too long here.
+        # The model's own initial values come from the host, one weight after another, which takes
+        # too long here.
         if piece.trained and piece.tensor.dim() == 1:
             piece.tensor.fill_(1.0)
         elif piece.trained:
@@ -209,18 +226,26 @@ def _part(config: Config, layers: tuple[int, ...], embedding: bool, head: bool, 
 
 
 class ScheduledPass:
-    """One pass over a config's action list on one rank: forwards, backwards, weight gradients, offload and reload."""
+    """One pass over a config's action list on one rank: forwards, backwards, weight gradients,
+    offload and reload."""
 
-    def __init__(self, config: Config, device: torch.device, dtype: torch.dtype, gradients: PlainGradients,
-                 models: dict[int, Model] | None = None) -> None:  # fmt: skip
-        layout, self.schedule = build_layouts(config)
-        pieces = enumerate(layout.virtual_stages)
+    def __init__(
+        self,
+        config: Config,
+        device: torch.device,
+        dtype: torch.dtype,
+        gradients: PlainGradients,
+        models: dict[int, Model] | None = None,
+    ) -> None:
+        program = build_program(config)
+        self.schedule = program.schedule
+        pieces = enumerate(program.layout.virtual_stages)
         self.models = models or {
             index: _part(config, tuple(piece.layers), piece.embedding, piece.head, device, dtype)
             for index, piece in pieces
         }
         self.config, self.device = config, device
-        self.store = build_activations(config, layout, 0, self.schedule.stages[0], build_device(device))
+        self.store = build_activations(program, 0, build_device(device))
         self.stage = PipelineStage(
             self.models, build_routes(self.schedule, 0), None, gradients, build_device(device)
         )
@@ -246,10 +271,14 @@ class ScheduledPass:
             store = self.store
             saved: SavedActivations = KeepEverything() if store is None else store.microbatch()
             return MicrobatchContext(
-                num_sequences=train.microbatch_size, gradients=self.gradients, weight_grads=self.stage.queue,
-                key=(virtual_stage, microbatch), statistics=found, saved=saved,
+                num_sequences=train.microbatch_size,
+                gradients=self.gradients,
+                weight_grads=self.stage.queue,
+                key=(virtual_stage, microbatch),
+                statistics=found,
+                saved=saved,
                 loss=CrossEntropy(microbatches[microbatch][:, 1:], 1 / train.global_batch_tokens),
-            )  # fmt: skip
+            )
 
         return StepInputs(
             lambda m: microbatches[m][:, :-1],
@@ -263,7 +292,8 @@ class ScheduledPass:
 
 
 class TextCorpus:
-    """The standard library's sources on this machine as bytes, in the place of a run's corpus: no dataset is built."""
+    """The standard library's sources on this machine as bytes, in the place of a run's corpus: no
+    dataset is built."""
 
     def __init__(self, seq_len: int, num_tokens: int) -> None:
         files = sorted(Path(sysconfig.get_path("stdlib")).glob("*.py"))
@@ -271,23 +301,29 @@ class TextCorpus:
         self._tokens, self._seq_len = torch.frombuffer(bytearray(text), dtype=torch.uint8).long(), seq_len
 
     def batch(self, split: str, start: int, count: int) -> torch.Tensor:
-        """Windows start .. start + count, again from the front where the text ends: (count, seq_len + 1)."""
+        """Windows start .. start + count, again from the front where the text ends: (count, seq_len
+        + 1)."""
         places = len(self._tokens) // (self._seq_len + 1)
         windows = self._tokens[: places * (self._seq_len + 1)].view(places, self._seq_len + 1)
         return windows[torch.arange(start, start + count) % places]
 
 
-def train_steps(config: Config, device: torch.device, before_steps: Callable[[Run], None],
-                after_step: Callable[[StepMetrics], None]) -> None:  # fmt: skip
+def train_steps(
+    config: Config,
+    device: torch.device,
+    before_steps: Callable[[Run], None],
+    after_step: Callable[[StepMetrics], None],
+) -> None:
     """Build a run of one rank and take its steps with the trainer's own `train_step`."""
-    layout, schedule = build_layouts(config)
+    program = build_program(config)
+    layout = program.layout
     corpus: Any = TextCorpus(
         config.train.seq_len, config.train.steps * config.train.global_batch_tokens + 2**20
     )
 
     def run_rank(world: Any) -> None:
         groups = build_groups(layout.grid, world, layout.relay_ranks)
-        run = build_run(config, layout, schedule, corpus, groups, build_device(world.device))
+        run = build_run(program, corpus, groups, build_device(world.device))
         before_steps(run)
         for index in range(config.train.steps):
             after_step(train_step(run, read_batch(run, index)))

@@ -59,8 +59,8 @@ def launch(main: RankMain, config: Config, words: list[str]) -> int:
     from k2train.trainer.loop import prepare
 
     ready = prepare(config)
-    check_start(ready.config, ready.layout)
-    num_ranks = ready.layout.world
+    check_start(ready.program.config, ready.program.layout)
+    num_ranks = ready.program.layout.world
     # Kept here, where it outlives every rank, and on a port that is taken from the start.
     store = TCPStore("localhost", 0, is_master=True, wait_for_workers=False)
     context: ForkServerContext | SpawnContext = multiprocessing.get_context("forkserver")
@@ -114,7 +114,8 @@ def _stop_when_left_alone() -> None:
 
 @contextlib.contextmanager
 def passing_signals_to(ranks: Sequence[BaseProcess]) -> Iterator[None]:
-    """Within this context SIGTERM and SIGINT go to every rank that runs, and do nothing else here."""
+    """Within this context SIGTERM and SIGINT go to every rank that runs, and do nothing else
+    here."""
 
     def pass_on(number: int, frame: FrameType | None) -> None:
         _signal(ranks, number)

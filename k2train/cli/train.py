@@ -48,11 +48,11 @@ def check(config: Config) -> int:
     from k2train.trainer.loop import prepare
 
     prepared = prepare(config)
-    layout = prepared.layout
-    check_start(prepared.config, layout)
+    layout = prepared.program.layout
+    check_start(prepared.program.config, layout)
     print(
         f"{layout.world} rank(s) on {prepared.device.type} as {prepared.kind}: pp {layout.pp} x edp {layout.edp} x ep {layout.ep}, "
-        f"{prepared.schedule.num_microbatches} microbatches a pipeline"
+        f"{prepared.program.schedule.num_microbatches} microbatches a pipeline"
     )
     return 0
 

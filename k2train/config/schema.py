@@ -56,7 +56,7 @@ class Config:
     def __post_init__(self) -> None:
         check_sequence(self)
         check_batch(self)
-        check_experts_fit(self)
+        check_experts_fit(self.model, self.layout.ep)
 
 
 def check_batch(config: Config) -> None:
@@ -91,10 +91,10 @@ def batch_error(train: TrainConfig, ranks: int) -> ConfigError:
     return ConfigError("train.global_batch_tokens", train.global_batch_tokens, rule, remedy)
 
 
-def check_experts_fit(config: Config) -> None:
-    """Every expert-parallel rank holds the same number of whole experts."""
-    experts, ep = config.model.n_routed_experts, config.layout.ep
-    if config.model.num_moe_layers and experts % ep:
+def check_experts_fit(model: ModelConfig, ep: int) -> None:
+    """Every expert-parallel rank holds the same number of whole experts. Raises ConfigError."""
+    experts = model.n_routed_experts
+    if model.num_moe_layers and experts % ep:
         divisors = [n for n in range(1, experts + 1) if experts % n == 0]
         close = sorted(divisors, key=lambda n: abs(n - ep))[:2]
         raise ConfigError(

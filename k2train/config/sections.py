@@ -94,13 +94,18 @@ class ScheduleConfig:
 
     def __post_init__(self) -> None:
         check_ranges("schedule", self)
-        if self.pair_forward_backward and not self.split_weight_grad:
-            raise ConfigError(
-                "schedule.pair_forward_backward",
-                True,
-                "a pair runs the input gradient only",
-                "set schedule.split_weight_grad=true as well",
-            )
+        check_pairs_are_split(self.pair_forward_backward, self.split_weight_grad)
+
+
+def check_pairs_are_split(pair_forward_backward: bool, split_weight_grad: bool) -> None:
+    """A pair has no room for the weight gradient, so it must be split off. Raises ConfigError."""
+    if pair_forward_backward and not split_weight_grad:
+        raise ConfigError(
+            "schedule.pair_forward_backward",
+            True,
+            "a pair runs the input gradient only",
+            "set schedule.split_weight_grad=true as well",
+        )
 
 
 @dataclasses.dataclass(frozen=True)

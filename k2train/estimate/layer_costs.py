@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import Literal
 
 from k2train.config.sections import ActivationsConfig
 from k2train.estimate.activations import SavedTensor, saved_tensors
@@ -24,20 +23,11 @@ from k2train.estimate.layer_ops import (
     mlp_phase,
 )
 from k2train.estimate.work import Machine, Op, accumulation_bytes
+from k2train.schedule.costs import Phase, Stream
 
-StreamName = Literal["compute", "ep"]
 LOGITS_CHUNK_ELEMENTS = 2**28
 """Logits that exist at once, 1638 tokens of K2's vocabulary. With an eighth of it K2's head would take two and a half times
 as long, reading and writing its FP32 gradient sum for every 204 tokens."""
-
-
-@dataclass(frozen=True)
-class TimedPhase:
-    """A piece of a forward or a backward on one stream."""
-
-    name: str
-    stream: StreamName
-    seconds: float
 
 
 @dataclass(frozen=True)
@@ -52,31 +42,31 @@ class Exchange:
     """The dispatch's backward: rows' gradients and weights' to their tokens."""
     combine_back: float
     """The combine's backward: tokens' gradients to the rows."""
-    stream: StreamName = "ep"
+    stream: Stream = Stream.EP
     """Of the moves; the route's wait is beside the main stream in any case."""
 
     @property
-    def forward(self) -> tuple[list[TimedPhase], list[TimedPhase]]:
+    def forward(self) -> tuple[list[Phase], list[Phase]]:
         """Before and after the experts."""
-        before = [TimedPhase("route", "ep", self.route), self._phase("dispatch", self.dispatch)]
+        before = [Phase("route", Stream.EP, self.route), self._phase("dispatch", self.dispatch)]
         return before, [self._phase("combine", self.combine)]
 
     @property
-    def backward(self) -> tuple[list[TimedPhase], list[TimedPhase]]:
+    def backward(self) -> tuple[list[Phase], list[Phase]]:
         """Before and after the experts; the route's step does nothing, it keeps the halves of a pair in time."""
-        after = [self._phase("dispatch", self.dispatch_back), TimedPhase("route", "ep", 0.0)]
+        after = [self._phase("dispatch", self.dispatch_back), Phase("route", Stream.EP, 0.0)]
         return [self._phase("combine", self.combine_back)], after
 
-    def _phase(self, name: str, seconds: float) -> TimedPhase:
-        return TimedPhase(name, self.stream, seconds)
+    def _phase(self, name: str, seconds: float) -> Phase:
+        return Phase(name, self.stream, seconds)
 
 
 @dataclass(frozen=True)
 class LayerCosts:
     """One layer, or one end of the model, for one microbatch on one rank."""
 
-    forward: tuple[TimedPhase, ...]
-    backward_input: tuple[TimedPhase, ...]
+    forward: tuple[Phase, ...]
+    backward_input: tuple[Phase, ...]
     weight_grad_seconds: float
     saved: tuple[SavedTensor, ...]
     forward_transient_bytes: int
@@ -127,7 +117,7 @@ def embedding(w: Workload, machine: Machine) -> LayerCosts:
     summed = w.tokens * min(w.model.hidden_size, EMBEDDING_COLUMNS) * accumulation_bytes(w.dtype)
     further = (embedding_grad_kernels(w) - 1) * machine.cluster.kernel_latency_seconds
     return LayerCosts(
-        (TimedPhase("embedding", "compute", machine.forward(embedding_ops(w))),),
+        (Phase("embedding", Stream.COMPUTE, machine.forward(embedding_ops(w))),),
         (),
         machine.seconds(0.0, embedding_grad_bytes(w), "elementwise") + further,
         (),
@@ -160,8 +150,8 @@ def head(w: Workload, machine: Machine, num_owners: int = 1) -> LayerCosts:
     )
     both_gradients = machine.backward_input([logits]) + machine.weight_grad([logits])
     return LayerCosts(
-        (TimedPhase("head", "compute", machine.forward([norm, logits, loss]) + both_gradients),),
-        (TimedPhase("head", "compute", machine.backward_input([norm])),),
+        (Phase("head", Stream.COMPUTE, machine.forward([norm, logits, loss]) + both_gradients),),
+        (Phase("head", Stream.COMPUTE, machine.backward_input([norm])),),
         machine.weight_grad([norm]),
         kept,
         # A chunk's logits, their wide copy and its softmax; torch casts before it, but for FP16.
@@ -185,23 +175,21 @@ def _phases(w: Workload, moe: bool) -> list[tuple[str, list[Op]]]:
     return [("attention", attention_phase(w, moe=True)), ("experts", experts_phase(w))]
 
 
-def _around_experts(
-    phases: Sequence[TimedPhase], before: Sequence[TimedPhase], after: Sequence[TimedPhase]
-) -> list[TimedPhase]:
+def _around_experts(phases: Sequence[Phase], before: Sequence[Phase], after: Sequence[Phase]) -> list[Phase]:
     """What the ranks exchange before and after the experts."""
-    placed: list[TimedPhase] = []
+    placed: list[Phase] = []
     for phase in phases:
         placed += [*before, phase, *after] if phase.name == "experts" else [phase]
     return placed
 
 
-def _forward(machine: Machine, name: str, ops: Sequence[Op], saved: Sequence[SavedTensor]) -> TimedPhase:
-    return TimedPhase(name, "compute", machine.forward(ops) + _casts(machine, ops, saved))
+def _forward(machine: Machine, name: str, ops: Sequence[Op], saved: Sequence[SavedTensor]) -> Phase:
+    return Phase(name, Stream.COMPUTE, machine.forward(ops) + _casts(machine, ops, saved))
 
 
-def _backward(machine: Machine, name: str, ops: Sequence[Op], saved: Sequence[SavedTensor]) -> TimedPhase:
+def _backward(machine: Machine, name: str, ops: Sequence[Op], saved: Sequence[SavedTensor]) -> Phase:
     rebuilt = machine.forward(_recomputed(ops, saved)) + _casts(machine, ops, saved)
-    return TimedPhase(name, "compute", machine.backward_input(ops) + rebuilt)
+    return Phase(name, Stream.COMPUTE, machine.backward_input(ops) + rebuilt)
 
 
 def _recomputed(ops: Iterable[Op], saved: Iterable[SavedTensor]) -> list[Op]:

@@ -1,6 +1,7 @@
-"""Seconds and bytes of a virtual stage: its layers one after another, and what it sends and copies.
+"""Costs of a virtual stage: its layers one after another, and what it sends and copies.
 
-The result speaks of phases, seconds and bytes only; whoever has a schedule turns it into that room's costs.
+The result is what the simulator takes (`schedule.costs`), seconds and bytes of one microbatch on
+one rank. A piece without layers passes its input on in no time.
 """
 
 from __future__ import annotations
@@ -11,12 +12,11 @@ from dataclasses import dataclass
 from k2train.config.model import ModelConfig
 from k2train.config.ops import DEFAULT_OPS, OpsConfig
 from k2train.config.sections import ActivationsConfig, ClusterConfig, TrainConfig
-from k2train.estimate.activations import SavedTensor, check_policies
+from k2train.estimate.activations import check_policies
 from k2train.estimate.exchange import combine_seconds, dispatch_seconds, route_seconds
 from k2train.estimate.layer_costs import (
     Exchange,
     LayerCosts,
-    TimedPhase,
     embedding,
     head,
     put_off_transient,
@@ -26,30 +26,10 @@ from k2train.estimate.layer_ops import Workload, workload
 from k2train.estimate.traffic import Network, message_seconds
 from k2train.estimate.work import Machine
 from k2train.layout.layout import Layout, VirtualStage
+from k2train.schedule.costs import Phase, Stream, VirtualStageCosts
 
-
-@dataclass(frozen=True)
-class VirtualStageEstimate:
-    """One microbatch on one virtual stage, on one rank."""
-
-    forward: tuple[TimedPhase, ...]
-    backward_input: tuple[TimedPhase, ...]
-    weight_grad_seconds: float
-    message_seconds: float
-    """Its output on the way to the next stage; the gradient on the way back takes as long."""
-    offload_bytes: int
-    offload_seconds: float
-    device_bytes: int
-    """Activations that stay on the device between forward and backward."""
-    saved: tuple[SavedTensor, ...]
-    """Of all its layers."""
-    forward_transient_bytes: int
-    backward_transient_bytes: int
-    put_off_transient_bytes: int
-    """The same where weight gradients are put off: what waits of layers that are done is there as well."""
-    weight_queue_bytes: int
-    forward_flops: float
-    recompute_flops: float
+PASS_ON = (Phase("pass on", Stream.COMPUTE, 0.0),)
+"""The phases of a piece that has none."""
 
 
 @dataclass(frozen=True)
@@ -64,29 +44,39 @@ class Estimator:
     moe: LayerCosts
     head: LayerCosts
 
-    def virtual_stage(self, piece: VirtualStage) -> VirtualStageEstimate:
-        """The estimate of one piece of the model."""
+    def virtual_stage(self, piece: VirtualStage, put_off: bool = False) -> VirtualStageCosts:
+        """The costs of one piece of the model. put_off: whether weight gradients are."""
         parts = self._parts(piece)
-        saved = tuple(tensor for part in parts for tensor in part.saved)
+        saved = [tensor for part in parts for tensor in part.saved]
         offload_bytes = sum(tensor.host_bytes for tensor in saved)
-        return VirtualStageEstimate(
-            forward=tuple(phase for part in parts for phase in part.forward),
-            backward_input=tuple(phase for part in reversed(parts) for phase in part.backward_input),
+        copy_seconds = self.network.host_copy(offload_bytes)
+        return VirtualStageCosts(
+            forward=tuple(phase for part in parts for phase in part.forward) or PASS_ON,
+            backward_input=tuple(phase for part in reversed(parts) for phase in part.backward_input)
+            or PASS_ON,
             weight_grad_seconds=sum(part.weight_grad_seconds for part in parts),
-            message_seconds=self.message_seconds,
+            send_forward_seconds=self.message_seconds,
+            send_backward_seconds=self.message_seconds,
+            offload_seconds=copy_seconds,
+            reload_seconds=copy_seconds,
             offload_bytes=offload_bytes,
-            offload_seconds=self.network.host_copy(offload_bytes),
-            device_bytes=sum(tensor.device_bytes for tensor in saved),
-            saved=saved,
+            activation_bytes=sum(tensor.device_bytes for tensor in saved),
             forward_transient_bytes=max((part.forward_transient_bytes for part in parts), default=0),
-            backward_transient_bytes=max((part.backward_transient_bytes for part in parts), default=0),
-            put_off_transient_bytes=put_off_transient(
+            backward_transient_bytes=put_off_transient(
                 (part.put_off_transient_bytes, part.left_bytes) for part in parts
-            ),
+            )
+            if put_off
+            else max((part.backward_transient_bytes for part in parts), default=0),
             weight_queue_bytes=sum(part.weight_queue_bytes for part in parts),
-            forward_flops=sum(part.forward_flops for part in parts),
-            recompute_flops=sum(part.recompute_flops for part in parts),
         )
+
+    def forward_flops(self, piece: VirtualStage) -> float:
+        """FLOPs of one microbatch forward, without recomputation."""
+        return sum(part.forward_flops for part in self._parts(piece))
+
+    def recompute_flops(self, piece: VirtualStage) -> float:
+        """FLOPs that one microbatch's backward spends on what was not kept."""
+        return sum(part.recompute_flops for part in self._parts(piece))
 
     def layer(self, layer: int) -> LayerCosts:
         """The costs of one transformer layer."""
@@ -106,7 +96,8 @@ def build_estimator(
     cluster: ClusterConfig,
     ops: OpsConfig = DEFAULT_OPS,
 ) -> Estimator:
-    """Cost the layers of a model. Raises ConfigError for activation policies that cannot be carried out."""
+    """Cost the layers of a model. Raises ConfigError for activation policies that cannot be carried
+    out."""
     check_policies(policies)
     w = workload(model, train, layout.ep, layout.relay_ranks, ops, layout.dispatch == "deepep")
     machine = Machine(cluster, train.dtype)
@@ -116,7 +107,7 @@ def build_estimator(
         combine=combine_seconds(w, layout, cluster, weights=False),
         dispatch_back=combine_seconds(w, layout, cluster, weights=True),
         combine_back=dispatch_seconds(w, layout, cluster, weights=False),
-        stream="ep" if layout.ep > 1 else "compute",
+        stream=Stream.EP if layout.ep > 1 else Stream.COMPUTE,
     )
     dense, moe = (transformer_layer(w, policies, machine, exchange, moe) for moe in (False, True))
     return Estimator(

@@ -42,7 +42,7 @@ class Layout:
     virtual_stages: tuple[VirtualStage, ...]
     """The pieces of the model, in its order."""
     placement: tuple[int, ...]
-    """The stage (pp_rank) of every virtual stage."""
+    """The stage (pp_rank) of every virtual stage, from `layout.placement`; the schedule has the same."""
     n_routed_experts: int
     dispatch: DispatchKind = "per_expert"
     dispatch_parts: int = 1

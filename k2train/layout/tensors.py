@@ -91,6 +91,22 @@ def layer_tensors(
         yield from _mlp_tensors(f"{prefix}.mlp.shared_experts", model.hidden_size, width, layer)
 
 
+def part_tensors(
+    model: ModelConfig, layers: Iterable[int], embedding: bool, head: bool, experts: Iterable[int]
+) -> Iterator[TensorSpec]:
+    """The tensors of one virtual stage. experts: the routed experts held of every layer.
+
+    The whole model's catalogue has 70,000 entries for K2, too many to list on 256 ranks.
+    """
+    held = tuple(experts)
+    if embedding:
+        yield from embedding_tensors(model)
+    for layer in layers:
+        yield from layer_tensors(model, layer, held)
+    if head:
+        yield from head_tensors(model)
+
+
 def _attention_tensors(model: ModelConfig, layer: int, prefix: str) -> Iterator[TensorSpec]:
     hidden, heads = model.hidden_size, model.num_attention_heads
     queries = heads * model.qk_head_dim

@@ -34,25 +34,25 @@ def build_optimizer(
     config: OptimConfig,
     model: ModelConfig,
     catalogue: Mapping[str, TensorSpec],
-    pieces: Sequence[Sequence[Piece]],
+    pieces: Mapping[int, Sequence[Piece]],
     groups: Groups,
     device: Device,
 ) -> Optimizer:
     """The optimizer of one rank, its masters read from the parameters as they are now.
 
-    catalogue: the model's tensors by name. pieces: those of each of the rank's virtual stages (one
-    rank: one list). device: of the parameters. Every rank that holds the same pieces computes the
-    same ownership, without communication.
+    catalogue: the model's tensors by name. pieces: by virtual stage, those that live on this rank,
+    in the order of the model. device: of the parameters. Every rank that holds the same pieces
+    computes the same ownership, without communication.
     Raises ConfigError where a rule for matrices or QK-Clip was asked for and finds nothing on this
     rank to act on, for an optim.name that is none, and for an optim.host_adam that cannot be.
     """
-    tensors = [catalogue[piece.name] for of_stage in pieces for piece in of_stage]
-    check_host_adam(config, dtype_of(pieces))
+    check_host_adam(config, dtype_of(pieces.values()))
     rules = build_rules(config)
     owners: dict[Replication, int] = {"dp": groups.dp.size, "edp": groups.edp.size}
     plans = plan_buckets(pieces, catalogue, rules, owners)
     groups_of: dict[Replication, Communicator] = {"dp": groups.dp, "edp": groups.edp}
     buckets = [Bucket(plan, groups_of[plan.replication], device.torch_device) for plan in plans]
+    tensors = [catalogue[piece.name] for of_stage in pieces.values() for piece in of_stage]
     qk_clip = QkClipper(model, tensors, config.tau, like=buckets[0].flat)
     check_touches(config, rules, plans, qk_clip)
     residence = build_residence(config.states, buckets, device)

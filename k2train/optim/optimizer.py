@@ -158,7 +158,7 @@ class Optimizer:
 
     @torch.no_grad()
     def finish_gather(self, virtual_stage: int | None = None) -> None:
-        """Wait for updated parameters, of one virtual stage (counted on this rank) or of all.
+        """Wait for updated parameters, of one virtual stage or of all.
 
         Does nothing where nothing runs.
         """

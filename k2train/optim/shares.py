@@ -105,14 +105,14 @@ class _Tensor:
 
 
 def plan_buckets(
-    pieces: Sequence[Sequence[Piece]],
+    pieces: Mapping[int, Sequence[Piece]],
     catalogue: Mapping[str, TensorSpec],
     rules: Rules,
     num_owners: Mapping[Replication, int],
 ) -> list[BucketPlan]:
     """The buckets of one rank, the same on every rank that holds the same pieces.
 
-    pieces: those of each of the rank's virtual stages. catalogue: the model's tensors by name.
+    pieces: by virtual stage, those that live on the rank. catalogue: the model's tensors by name.
     num_owners: ranks that share out the states of a tensor. Buckets come by virtual stage, dense
     before experts. Tensors that are not trained are left out.
     """
@@ -128,9 +128,9 @@ def plan_buckets(
 
 
 def _trained(
-    pieces: Sequence[Sequence[Piece]], catalogue: Mapping[str, TensorSpec], rules: Rules
+    pieces: Mapping[int, Sequence[Piece]], catalogue: Mapping[str, TensorSpec], rules: Rules
 ) -> Iterator[_Tensor]:
-    for virtual_stage, of_stage in enumerate(pieces):
+    for virtual_stage, of_stage in pieces.items():
         for piece in of_stage:
             spec = catalogue[piece.name]
             if not spec.trained:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Callable
 
 import torch
 
@@ -34,18 +35,26 @@ class Groups:
 
 
 def build_groups(
-    grid: RankGrid, world: World, relay_ranks: int | None = None, messages: Messages | None = None
+    grid: RankGrid,
+    world: World,
+    relay_ranks: int | None = None,
+    messages: Messages | None = None,
+    agree: Callable[[Communicator], None] | None = None,
 ) -> Groups:
     """One rank's groups, each used once. Every rank of the world must call it.
 
     relay_ranks: `Layout.relay_ranks`; None where every expert is sent its own copy. messages: what the schedules ask of
-    the channels between stages; None where no messages are sent. Groups of equal ranks are still separate, so that one
+    the channels between stages; None where no messages are sent. agree: called with the group of all
+    ranks before another one is made, to raise where ranks would make different ones. Groups of equal ranks are still separate, so that one
     axis's traffic does not queue behind another's. Raises ConfigError where the schedules need more than the world
     provides.
     """
     assert grid.world == world.size, f"the layout has {grid.world} ranks, the world {world.size}"
+    everybody = world.group("world", range(world.size))
+    if agree is not None:
+        agree(everybody)
     groups = Groups(
-        world=world.group("world", range(world.size)),
+        world=everybody,
         pp=world.group("pp", grid.group("pp", world.rank)),
         ep=world.group("ep", grid.group("ep", world.rank)),
         edp=world.group("edp", grid.group("edp", world.rank)),

@@ -15,8 +15,8 @@ from typing import Literal
 from k2train.config.compose import load_config
 from k2train.config.errors import ConfigError
 from k2train.config.schema import Config
-from k2train.planner.memory import MICROBATCHES_PER_STAGE
 from k2train.planner.plan import Plan, build_plan
+from k2train.program.program import MICROBATCHES_PER_STAGE
 
 EXPOSED_WORTH_A_NOTE = 0.005
 """Share of the steady phase."""
@@ -109,8 +109,8 @@ def _with_activations(config: Config, name: str) -> _Change:
 
 def _shorter(config: Config, plan: Plan) -> Config:
     """A global batch just long enough for the step to reach its peaks."""
-    layout = plan.assembly.layout
-    num = min(plan.assembly.schedule.num_microbatches, MICROBATCHES_PER_STAGE * layout.pp)
+    layout = plan.program.layout
+    num = min(plan.program.schedule.num_microbatches, MICROBATCHES_PER_STAGE * layout.pp)
     tokens = config.train.seq_len * config.train.microbatch_size * layout.dp * num
     return dataclasses.replace(config, train=dataclasses.replace(config.train, global_batch_tokens=tokens))
 

@@ -28,7 +28,7 @@ def plan_document(plan: Plan, advice: Advice | None = None, schedule_text: bool 
         "advice": None if advice is None else dataclasses.asdict(advice),
         "layout": layout_document(plan),
         "parameters": {"total": parameters.total, "activated": parameters.activated},
-        "attention": plan.assembly.estimator.workload.attention,
+        "attention": plan.program.estimator.workload.attention,
         "step_seconds": plan.step_seconds,
         "pipeline_seconds": plan.simulation.makespan_seconds,
         "tokens_per_second": plan.tokens_per_second,
@@ -58,13 +58,13 @@ def plan_document(plan: Plan, advice: Advice | None = None, schedule_text: bool 
         "config": to_dict(plan.config),
     }
     if schedule_text:
-        document["schedule"] = plan.assembly.schedule.to_text()
+        document["schedule"] = plan.program.schedule.to_text()
     return document
 
 
 def layout_document(plan: Plan) -> dict[str, Any]:
     """Degrees and what every virtual stage holds."""
-    layout, schedule = plan.assembly.layout, plan.assembly.schedule
+    layout, schedule = plan.program.layout, plan.program.schedule
     return {
         "world": layout.world,
         "nodes": layout.num_nodes,
@@ -85,7 +85,7 @@ def layout_document(plan: Plan) -> dict[str, Any]:
                 "embedding": piece.embedding,
                 "head": piece.head,
             }
-            for index, piece in enumerate(plan.assembly.pieces)
+            for index, piece in enumerate(plan.program.pieces)
         ],
     }
 
@@ -128,7 +128,7 @@ def _memory(stage: StageMemory) -> dict[str, Any]:
 
 def _activations(plan: Plan) -> list[dict[str, Any]]:
     """Bytes for a token and layer of every name, once for each kind of layer that has it."""
-    estimator, model = plan.assembly.estimator, plan.config.model
+    estimator, model = plan.program.estimator, plan.config.model
     tokens = estimator.workload.tokens
     kinds = [("moe", estimator.moe)] if model.num_moe_layers else []
     kinds += [("dense", estimator.dense)] if model.first_k_dense_replace else []

@@ -13,19 +13,13 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from k2train.config.schema import Config
 from k2train.estimate.states import StageStates, stage_states
 from k2train.layout.layout import Layout
-from k2train.planner.assemble import Assembly, schedule_spec
-from k2train.schedule.builders import build_schedule
+from k2train.program import Program
 from k2train.schedule.costs import Costs
+from k2train.schedule.program import Schedule
 from k2train.schedule.simulate import simulate
 from k2train.schedule.simulation import Simulation
-
-MICROBATCHES_PER_STAGE = 8
-"""A step with so many microbatches for each stage has usually reached its peaks; if not, the whole
-step is used.
-"""
 
 
 @dataclass(frozen=True)
@@ -73,25 +67,26 @@ class StageMemory:
         return self.node <= self.host_capacity
 
 
-def all_stage_states(config: Config, assembly: Assembly) -> tuple[StageStates, ...]:
+def all_stage_states(program: Program) -> tuple[StageStates, ...]:
     """Parameters, gradients and optimizer states of every stage."""
-    layout, copies = assembly.layout, assembly.copies
+    config, layout, copies = program.config, program.layout, program.parameter_copies
     owners = (layout.dp * copies, layout.edp * copies)
     return tuple(
         stage_states(
-            assembly.pieces_of(stage), config.model, config.optim, config.train.dtype, layout.ep, owners
+            program.pieces_of(stage), config.model, config.optim, config.train.dtype, layout.ep, owners
         )
         for stage in range(layout.pp)
     )
 
 
 def stage_memories(
-    config: Config, assembly: Assembly, simulation: Simulation, states: Sequence[StageStates]
+    program: Program, simulation: Simulation, states: Sequence[StageStates]
 ) -> tuple[StageMemory, ...]:
-    """The memory of every stage. simulation: of the assembly's schedule and costs."""
-    cluster, layout = config.cluster, assembly.layout
+    """The memory of every stage. simulation: of the program's schedule and costs."""
+    config = program.config
+    cluster, layout = config.cluster, program.layout
     on_host = config.optim.states == "host"
-    kinds = peak_by_kind(*_short_enough(config, assembly, simulation))
+    kinds = peak_by_kind(_short_enough(program, simulation), program.costs)
     hosted = simulation.peak_host_bytes
     per_rank = [
         hosted[stage] + (of_stage.optimizer_bytes if on_host else 0) for stage, of_stage in enumerate(states)
@@ -130,22 +125,20 @@ def fullest_node(layout: Layout, stage: int, bytes_per_rank: Sequence[int]) -> i
     )
 
 
-def _short_enough(config: Config, assembly: Assembly, simulation: Simulation) -> tuple[Assembly, Simulation]:
+def _short_enough(program: Program, simulation: Simulation) -> Simulation:
     """A step of few microbatches with the same peaks, where there is one: the steady phase repeats
-    itself.
-    """
-    enough = MICROBATCHES_PER_STAGE * assembly.layout.pp
-    if assembly.schedule.num_microbatches <= enough:
-        return assembly, simulation
-    short = dataclasses.replace(assembly, schedule=build_schedule(schedule_spec(config, enough)))
-    brief = simulate(short.schedule, short.costs)
-    return (short, brief) if brief.peak_bytes == simulation.peak_bytes else (assembly, simulation)
+    itself."""
+    if program.short_schedule is program.schedule:
+        return simulation
+    brief = simulate(program.short_schedule, program.costs)
+    return brief if brief.peak_bytes == simulation.peak_bytes else simulation
 
 
-def peak_by_kind(assembly: Assembly, simulation: Simulation) -> list[tuple[int, int, int]]:
-    """(activations, transient, weight queue) of every stage when it is fullest."""
-    activations = _rerun(assembly, "offload_bytes", "activation_bytes")
-    queue = _rerun(assembly, "weight_queue_bytes")
+def peak_by_kind(simulation: Simulation, costs: Costs) -> list[tuple[int, int, int]]:
+    """(activations, transient, weight queue) of every stage when it is fullest. costs: those
+    simulated."""
+    activations = _rerun(simulation.schedule, costs, "offload_bytes", "activation_bytes")
+    queue = _rerun(simulation.schedule, costs, "weight_queue_bytes")
     kinds = []
     for stage, (times, level) in enumerate(simulation.memory):
         if not len(level):
@@ -166,11 +159,11 @@ _BYTES = (
 )
 
 
-def _rerun(assembly: Assembly, *kept: str) -> Simulation:
+def _rerun(schedule: Schedule, costs: Costs, *kept: str) -> Simulation:
     """The same step with every kind of bytes but those `kept` set to zero."""
     zeros = dict.fromkeys(set(_BYTES) - set(kept), 0)
-    costs = tuple(dataclasses.replace(cost, **zeros) for cost in assembly.costs.virtual_stages)  # type: ignore[arg-type]
-    return simulate(assembly.schedule, Costs(costs))
+    changed = tuple(dataclasses.replace(cost, **zeros) for cost in costs.virtual_stages)  # type: ignore[arg-type]
+    return simulate(schedule, Costs(changed))
 
 
 def level_at(curve: tuple[np.ndarray, np.ndarray], moment: float) -> int:

@@ -15,25 +15,27 @@ from k2train.config.schema import Config
 from k2train.estimate.states import StageStates
 from k2train.estimate.step import UpdateSeconds, model_flops_utilisation, step_flops, update_seconds
 from k2train.estimate.work import Machine
-from k2train.planner.assemble import Assembly, assemble
 from k2train.planner.memory import StageMemory, all_stage_states, stage_memories
+from k2train.program import Program, compile_program
 from k2train.schedule.errors import told_as_config
 from k2train.schedule.simulate import simulate
 from k2train.schedule.simulation import Simulation, StageTimes
-from k2train.schedule.validate import validate
 
 
 @dataclass(frozen=True)
 class Plan:
     """The answer to one config."""
 
-    config: Config
-    assembly: Assembly
+    program: Program
     simulation: Simulation
     states: tuple[StageStates, ...]
     memory: tuple[StageMemory, ...]
     updates: tuple[UpdateSeconds, ...]
     """The end of the step, for every stage."""
+
+    @property
+    def config(self) -> Config:
+        return self.program.config
 
     @property
     def step_seconds(self) -> float:
@@ -54,7 +56,7 @@ class Plan:
         train, cluster = self.config.train, self.config.cluster
         flops = step_flops(self.config.model, train.seq_len, train.global_batch_tokens)
         peak = cluster.matmul_flops_per_second
-        return model_flops_utilisation(flops, self.step_seconds, self.assembly.layout.world, peak)
+        return model_flops_utilisation(flops, self.step_seconds, self.program.layout.world, peak)
 
     @property
     def busiest_stage(self) -> int:
@@ -93,29 +95,35 @@ def _communication(stage: StageTimes) -> float:
 
 
 def build_plan(config: Config, record: bool = False, check: bool = True) -> Plan:
-    """Plan one config.
+    """Plan one config: compile it and plan the program. The arguments are those of
+    `plan_program`."""
+    check_dispatch(config)
+    return plan_program(compile_program(config), record, check)
+
+
+def plan_program(program: Program, record: bool = False, check: bool = True) -> Plan:
+    """Plan one program.
 
     record: keep what timelines and traces need. check: prove the schedule first, which for a long
     step takes as long as the simulation. Raises ConfigError, also for a schedule that cannot run.
     """
-    check_dispatch(config)
-    assembly = assemble(config)
-    simulation = _proved(config, assembly, record, check)
-    states = all_stage_states(config, assembly)
-    memory = stage_memories(config, assembly, simulation, states)
+    simulation = _simulated(program, record, check)
+    states = all_stage_states(program)
+    memory = stage_memories(program, simulation, states)
+    config = program.config
     machine = Machine(config.cluster, config.train.dtype)
     updates = tuple(
-        update_seconds(of_stage, assembly.layout, config.optim, machine, assembly.copies)
+        update_seconds(of_stage, program.layout, config.optim, machine, program.parameter_copies)
         for of_stage in states
     )
-    return Plan(config, assembly, simulation, states, memory, updates)
+    return Plan(program, simulation, states, memory, updates)
 
 
-def _proved(config: Config, assembly: Assembly, record: bool, check: bool) -> Simulation:
-    with told_as_config(config.schedule):
-        if check:
-            validate(assembly.schedule)
-        return simulate(assembly.schedule, assembly.costs, record)
+def _simulated(program: Program, record: bool, check: bool) -> Simulation:
+    if check:
+        _ = program.report
+    with told_as_config(program.config.schedule):
+        return simulate(program.schedule, program.costs, record)
 
 
 def check_dispatch(config: Config) -> None:

@@ -12,15 +12,14 @@ from k2train.config.compose import load_config
 from k2train.config.errors import ConfigError
 from k2train.config.schema import Config
 from k2train.estimate.parameters import model_parameters
-from k2train.planner.assemble import check_layout
 from k2train.planner.plan import Plan, build_plan
 from k2train.planner.text import count, fixed, gigabytes
+from k2train.program import check_program
+from k2train.schedule.spec import INTERLEAVED
 from k2train.telemetry.tables import broken_heading, new_table
 
 SWEEP_NOTE = "M: microbatches. EP, PP, PCIe, DP: exposed seconds of the busiest stage. GPU and node: memory of the fullest.\n"
 _MAY_MOVE = {"params": "parameters", "GPUs": "GPUs", "M": "microbatches", "PCIe_s": "s of PCIe exposed"}
-INTERLEAVED = ("k2", "interleaved_1f1b")
-"""Schedules that take layout.vpp; the others fix their virtual stages themselves."""
 
 
 @dataclass(frozen=True)
@@ -50,8 +49,8 @@ def summarise(plan: Plan, labels: Mapping[str, str]) -> Row:
     waits = plan.busiest.waits
     return Row(
         labels,
-        plan.assembly.layout.world,
-        plan.assembly.schedule.num_microbatches,
+        plan.program.layout.world,
+        plan.program.schedule.num_microbatches,
         plan.step_seconds,
         plan.tokens_per_second,
         plan.mfu,
@@ -96,7 +95,7 @@ def _checked(config: Config | ConfigError) -> Config | ConfigError:
     if isinstance(config, ConfigError):
         return config
     try:
-        check_layout(config)
+        check_program(config)
     except ConfigError as error:
         return error
     return config

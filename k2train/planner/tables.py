@@ -48,10 +48,10 @@ def plan_tables(plan: Plan, advice: Advice | None, note: str | None = None) -> l
 
 def layout_table(plan: Plan) -> Table:
     """Who is where."""
-    config, layout, schedule = plan.config, plan.assembly.layout, plan.assembly.schedule
+    config, layout, schedule = plan.config, plan.program.layout, plan.program.schedule
     parameters = model_parameters(config.model)
     moe = f"; {layout.num_local_experts} of {config.model.n_routed_experts} experts on a rank"
-    virtual = layout.vpp * plan.assembly.copies
+    virtual = layout.vpp * plan.program.parameter_copies
     return fact_table(
         f"Layout: {config.name} on {config.cluster.name}",
         [
@@ -81,7 +81,7 @@ def layout_table(plan: Plan) -> Table:
 
 
 def _attention(plan: Plan) -> str:
-    workload, config = plan.assembly.estimator.workload, plan.config
+    workload, config = plan.program.estimator.workload, plan.config
     return attention_words(workload.attention, exact_above(config.ops, config.optim.tau))
 
 
@@ -130,7 +130,7 @@ def device_table(plan: Plan) -> Table:
             memory.device,
         ]
         free = gigabytes(room) if room >= 0 else f"-{gigabytes(-room)} !"
-        held = pieces(plan.assembly.pieces_of(memory.stage))
+        held = pieces(plan.program.pieces_of(memory.stage))
         table.add_row(
             ranges(stages), held, *map(gigabytes, numbers), free, style=None if room >= 0 else "red"
         )
@@ -167,7 +167,7 @@ def _grouped(
     groups: list[tuple[list[int], StageMemory]] = []
     previous: object = None
     for memory in memories:
-        current = key(memory, pieces(plan.assembly.pieces_of(memory.stage)))
+        current = key(memory, pieces(plan.program.pieces_of(memory.stage)))
         if groups and current == previous:
             groups[-1][0].append(memory.stage)
         else:
@@ -178,7 +178,7 @@ def _grouped(
 
 def activation_table(plan: Plan) -> Table:
     """Bytes of every named activation, for a token and layer."""
-    estimator, model = plan.assembly.estimator, plan.config.model
+    estimator, model = plan.program.estimator, plan.config.model
     tokens = estimator.workload.tokens
     table = new_table(
         "Activations between forward and backward, bytes for a token and layer",
@@ -209,9 +209,9 @@ def _per_token(saved: Sequence[SavedTensor], tokens: int) -> list[str]:
 
 def step_table(plan: Plan) -> Table:
     """The step as a whole."""
-    world = plan.assembly.layout.world
-    recomputed = sum(e.recompute_flops for e in plan.assembly.estimates)
-    forward = sum(e.forward_flops for e in plan.assembly.estimates)
+    world, estimator = plan.program.layout.world, plan.program.estimator
+    recomputed = sum(map(estimator.recompute_flops, plan.program.pieces))
+    forward = sum(map(estimator.forward_flops, plan.program.pieces))
     return fact_table(
         "Step",
         [

@@ -19,7 +19,7 @@ def rehearsal_document(rehearsal: Rehearsal) -> dict[str, Any]:
         "name": rehearsal.config.name,
         "stage": rehearsal.stage,
         "rank": rehearsal.rank,
-        "microbatches": rehearsal.plan.assembly.schedule.num_microbatches,
+        "microbatches": rehearsal.plan.program.schedule.num_microbatches,
         "memory": [dataclasses.asdict(row) for row in summary.memory_beside(rehearsal)],
         "pipeline_peak": _peak(rehearsal.pipeline_peak),
         "update_peak": _peak(rehearsal.update_peak),

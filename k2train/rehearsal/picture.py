@@ -35,12 +35,12 @@ def render_memory(rehearsal: Rehearsal, path: str) -> None:
 
 def planned_levels(rehearsal: Rehearsal) -> tuple[list[int], list[int]]:
     """The number of each compute step in the stage's list, and the most bytes that are planned during it."""
-    assembly, stage = rehearsal.plan.assembly, rehearsal.stage
-    simulation = simulate(assembly.schedule, assembly.costs, record=True)
+    program, stage = rehearsal.plan.program, rehearsal.stage
+    simulation = simulate(program.schedule, program.costs, record=True)
     records = simulation.compute_records[stage]
     times, level = simulation.memory[stage]
     states = rehearsal.plan.memory[stage].states
-    numbers = [n for n, step in enumerate(assembly.schedule.stages[stage]) if computes(step)]
+    numbers = [n for n, step in enumerate(program.schedule.stages[stage]) if computes(step)]
     planned = []
     for record in records:
         start, end = record.start + record.layout.compute_start, record.start + record.layout.compute_end

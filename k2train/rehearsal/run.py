@@ -1,8 +1,9 @@
-"""The rehearsal: build one rank as the trainer does, take one step as the trainer does, and keep what was seen.
+"""The rehearsal: build one rank as the trainer does, take one step as the trainer does, and keep
+what was seen.
 
-Everything that decides something is the program's own: layout, schedule, model, dispatcher, store, queue, optimizer. Put
-in its place are the device, the communicators, the corpus and the numbers the host would read. Weights are not
-initialised, because there is nothing to write them into.
+Everything that decides something is the program's own: layout, schedule, model, dispatcher, store,
+queue, optimizer. Put in its place are the device, the communicators, the corpus and the numbers the
+host would read. Weights are not initialised, because there is nothing to write them into.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ from k2train.config.schema import Config
 from k2train.data.corpus import Corpus
 from k2train.device.rehearsed import RehearsedDevice
 from k2train.parallel.groups import build_groups
-from k2train.planner.plan import Plan, build_plan
+from k2train.planner.plan import Plan, plan_program
 from k2train.rehearsal.accounts import Auditor
 from k2train.rehearsal.numbers import Numbers
 from k2train.rehearsal.observer import Living, Observer, Peak
@@ -28,9 +29,8 @@ from k2train.rehearsal.world import Counts, RehearsedWorld
 from k2train.runtime.recorder import Message
 from k2train.runtime.stage import PipelineStage
 from k2train.schedule.actions import Pair, Step
-from k2train.schedule.messages import plan_messages
 from k2train.trainer.batch import read_batch
-from k2train.trainer.build import Run, build_layouts, build_run
+from k2train.trainer.build import Run, build_program, build_run
 from k2train.trainer.dry_run import dry_run
 from k2train.trainer.garbage import GarbageControl
 from k2train.trainer.step import train_step
@@ -63,7 +63,8 @@ class Rehearsal:
 
 
 class Recording:
-    """Implements runtime.recorder.Watcher: tells the observer of every step, and keeps the peak of the action list."""
+    """Implements runtime.recorder.Watcher: tells the observer of every step, and keeps the peak of
+    the action list."""
 
     def __init__(self, observer: Observer, auditor: Auditor, say: Say) -> None:
         self._observer, self._auditor, self._say = observer, auditor, say
@@ -107,14 +108,15 @@ class NoCorpus:
 
 
 def rehearse(config: Config, say: Say = lambda phase: None) -> Rehearsal:
-    """Take one step of one rank. config.rehearse says which. Raises ConfigError for what the trainer would refuse.
+    """Take one step of one rank. config.rehearse says which. Raises ConfigError for what the
+    trainer would refuse.
 
     say: is told what begins.
     """
     section = config.rehearse
     say("plan")
-    layout, schedule = build_layouts(config)
-    plan = build_plan(config, check=False)
+    program = build_program(config)
+    layout, plan = program.layout, plan_program(program, check=False)
     rank = section.stage * layout.dp + section.data_rank
     numbers = Numbers(config, layout, rank % layout.ep, section.skew)
     device = RehearsedDevice(DEVICE, numbers.answer)
@@ -124,9 +126,9 @@ def rehearse(config: Config, say: Say = lambda phase: None) -> Rehearsal:
     say(f"build rank {rank} of {layout.world}")
     with FakeTensorMode(allow_non_fake_inputs=True), observer, observer.at("states"), GarbageControl():
         world = RehearsedWorld(rank, layout.world, DEVICE, counts)
-        groups = build_groups(layout.grid, world, layout.relay_ranks, plan_messages(schedule))
+        groups = build_groups(layout.grid, world, layout.relay_ranks, program.messages)
         corpus = cast(Corpus, NoCorpus(config.train.seq_len))
-        run = build_run(config, layout, schedule, corpus, groups, device, initialise=False)
+        run = build_run(program, corpus, groups, device, initialise=False)
         run = watched_run(run, observer)
         say("dry run")
         with observer.at("dry run"):
@@ -137,17 +139,27 @@ def rehearse(config: Config, say: Say = lambda phase: None) -> Rehearsal:
         counts.clear()
         auditor = Auditor(run, observer, AUDIT_INTERVAL)
         recording = Recording(observer, auditor, say)
-        say(f"action list of {len(schedule.stages[section.stage]):,} actions")
+        say(f"action list of {len(program.schedule.stages[section.stage]):,} actions")
         with observer.at("update"):
             train_step(run, read_batch(run, 0), recording)
             run.optimizer.finish_gather()
         left = tuple(living for living in observer.alive if living.birth.serial >= start)
     return Rehearsal(
-        config, plan, section.stage, rank, observer, counts, auditor, states, recording.pipeline_peak, observer.peak, left,
+        config,
+        plan,
+        section.stage,
+        rank,
+        observer,
+        counts,
+        auditor,
+        states,
+        recording.pipeline_peak,
+        observer.peak,
+        left,
         build_seconds=built - started,
         step_seconds=recording.pipeline_ended - built,
         update_seconds=time.perf_counter() - recording.pipeline_ended,
-    )  # fmt: skip
+    )
 
 
 def watched_run(run: Run, observer: Observer) -> Run:

@@ -18,6 +18,7 @@ from k2train.rehearsal.allocator import Reserved, replay
 from k2train.rehearsal.observer import Living, Peak
 from k2train.rehearsal.operations import HOST_COPY, Work
 from k2train.rehearsal.run import Rehearsal, kind_of_place
+from k2train.schedule.costs import Stream
 
 FP32_SLOWDOWN = 15.0
 """Matrix rate of BF16 over that of FP32 without TF32 on Hopper: 989 over 67 TFLOP/s (H100 data sheet)."""
@@ -122,13 +123,15 @@ def seconds_beside(rehearsal: Rehearsal) -> list[Beside]:
 
 def planned_seconds(rehearsal: Rehearsal) -> dict[str, float]:
     """The plan's compute seconds of this stage's action list."""
-    assembly = rehearsal.plan.assembly
-    estimates = [assembly.estimates[index] for index in assembly.schedule.virtual_stages_of(rehearsal.stage)]
-    count = assembly.schedule.num_microbatches
+    program = rehearsal.plan.program
+    here = program.schedule.virtual_stages_of(rehearsal.stage)
+    costs = [program.costs.virtual_stages[index] for index in here]
+    count = program.schedule.num_microbatches
     return {
-        "F": count * sum(p.seconds for e in estimates for p in e.forward if p.stream == "compute"),
-        "I": count * sum(p.seconds for e in estimates for p in e.backward_input if p.stream == "compute"),
-        "W": count * sum(e.weight_grad_seconds for e in estimates),
+        "F": count * sum(p.seconds for cost in costs for p in cost.forward if p.stream is Stream.COMPUTE),
+        "I": count
+        * sum(p.seconds for cost in costs for p in cost.backward_input if p.stream is Stream.COMPUTE),
+        "W": count * sum(cost.weight_grad_seconds for cost in costs),
     }
 
 

@@ -34,10 +34,10 @@ def rehearsal_tables(rehearsal: Rehearsal) -> list[RenderableType]:
 
 def heading(rehearsal: Rehearsal) -> str:
     """What was rehearsed, and how long that took."""
-    config, schedule = rehearsal.config, rehearsal.plan.assembly.schedule
+    config, schedule = rehearsal.config, rehearsal.plan.program.schedule
     return (
         f"{config.name}: one step of rank {rehearsal.rank} (stage {rehearsal.stage}) of "
-        f"{rehearsal.plan.assembly.layout.world}, {schedule.num_microbatches} microbatches, without a device.\n"
+        f"{rehearsal.plan.program.layout.world}, {schedule.num_microbatches} microbatches, without a device.\n"
         f"Rehearsed in {rehearsal.build_seconds + rehearsal.step_seconds + rehearsal.update_seconds:.0f} s "
         f"(build {rehearsal.build_seconds:.0f}, action list {rehearsal.step_seconds:.0f}, "
         f"update {rehearsal.update_seconds:.0f}).\n"
@@ -46,7 +46,7 @@ def heading(rehearsal: Rehearsal) -> str:
 
 def place_of_peak(rehearsal: Rehearsal) -> str:
     peak = rehearsal.pipeline_peak
-    step = rehearsal.plan.assembly.schedule.stages[rehearsal.stage][peak.number]
+    step = rehearsal.plan.program.schedule.stages[rehearsal.stage][peak.number]
     return f"{step} ({peak.place})"
 
 

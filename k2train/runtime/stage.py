@@ -26,6 +26,7 @@ from k2train.model.phase import Phase
 from k2train.ops.weight_grad import GradientSink, Key, WeightGradQueue
 from k2train.runtime.pace import Pace
 from k2train.runtime.passes import alternate, backward_steps, finish, forward_steps
+from k2train.runtime.routes import Route
 from k2train.schedule.overlap import pair_order
 
 
@@ -58,28 +59,6 @@ class Transport(Protocol):
     def abandon(self) -> None:
         """Let go of what an interrupted step has sent, without waiting for it."""
         ...
-
-
-@dataclasses.dataclass(frozen=True)
-class Route:
-    """Where a virtual stage's outputs go and its inputs come from.
-
-    previous and next are virtual stages (None at the ends); the stages are the pipeline ranks they live on.
-    """
-
-    stage: int
-    previous: int | None
-    next: int | None
-    previous_stage: int
-    next_stage: int
-
-    @property
-    def next_is_here(self) -> bool:
-        return self.next is not None and self.next_stage == self.stage
-
-    @property
-    def previous_is_here(self) -> bool:
-        return self.previous is not None and self.previous_stage == self.stage
 
 
 @dataclasses.dataclass(frozen=True)

@@ -1,6 +1,7 @@
 """Published orders built for comparison: ZB-H1, DualPipe and DualPipeV.
 
-They are here so that `plan` can put them beside K2's schedule at equal cost. Their orders already split weight gradients
+They are here so that `plan` can put them beside K2's schedule at equal cost; ZB-H1 and DualPipeV can
+be trained too. Their orders already split weight gradients
 off and pair forwards with backwards, so only communication and offload are inserted by passes.
 
 DualPipe sends half of the microbatches down the stages and half up, each direction through its own copy of the
@@ -17,6 +18,7 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Sequence
 
+from k2train.layout.placement import folded
 from k2train.schedule.actions import Action, Kind, Pair, Step
 from k2train.schedule.program import Schedule
 
@@ -53,7 +55,7 @@ def dualpipe(pp: int, num_microbatches: int) -> Schedule:
         near = lanes if stage < pp // 2 else lanes[::-1]
         lines.append(_TwoLanes(near).line(min(stage, pp - 1 - stage), pp // 2, half))
     chains = (tuple(range(pp)), tuple(range(pp, 2 * pp)))
-    return Schedule("dualpipe", num_microbatches, _folded(pp), chains, tuple(lines))
+    return Schedule("dualpipe", num_microbatches, folded(pp), chains, tuple(lines))
 
 
 def dualpipe_v(pp: int, num_microbatches: int) -> Schedule:
@@ -62,11 +64,7 @@ def dualpipe_v(pp: int, num_microbatches: int) -> Schedule:
         _TwoLanes(((stage, 0), (2 * pp - 1 - stage, 0))).line(stage, pp, num_microbatches)
         for stage in range(pp)
     ]
-    return Schedule("dualpipe_v", num_microbatches, _folded(pp), (tuple(range(2 * pp)),), tuple(lines))
-
-
-def _folded(pp: int) -> tuple[int, ...]:
-    return tuple(range(pp)) + tuple(range(pp - 1, -1, -1))
+    return Schedule("dualpipe_v", num_microbatches, folded(pp), (tuple(range(2 * pp)),), tuple(lines))
 
 
 class _TwoLanes:

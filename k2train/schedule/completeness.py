@@ -16,16 +16,24 @@ from k2train.schedule.program import Schedule
 _SHOWN = 4
 """Actions an error lists before it says how many more there are."""
 
+_FORWARD = (Kind.F, Kind.SEND_F, Kind.RECV_F)
+
 _Table = dict[Kind, np.ndarray]
 """Flags by kind, each (virtual stages, microbatches)."""
 
 
-def check_complete(schedule: Schedule) -> bool:
-    """Raise ScheduleError unless the actions are exactly those the step needs. Returns whether it has messages."""
+def check_complete(schedule: Schedule, backward: bool = True) -> bool:
+    """Raise ScheduleError unless the actions are exactly those the step needs. Returns whether it has messages.
+
+    backward: False for evaluation's lists, which need forwards and their messages and nothing else.
+    """
     _check_frame(schedule)
     seen = _collect(schedule)
     has_messages = any(seen[kind].any() for kind in MESSAGES)
     needed = _needed(schedule, seen, has_messages)
+    if not backward:
+        nothing = np.zeros_like(needed[Kind.F])
+        needed = {kind: flags if kind in _FORWARD else nothing for kind, flags in needed.items()}
     missing, surplus = _difference(needed, seen), _difference(seen, needed)
     lines = [f"missing: {_listed(missing)}"] if missing else []
     lines += [f"not needed: {_listed(surplus)}"] if surplus else []

@@ -1,4 +1,4 @@
-"""Evaluation's action lists: forwards only, with their messages."""
+"""Evaluation's action lists: forwards only, with their messages, built and proved."""
 
 from __future__ import annotations
 
@@ -7,6 +7,13 @@ from dataclasses import replace
 from k2train.schedule.actions import Action, Kind
 from k2train.schedule.p2p import receive_of, sends_of
 from k2train.schedule.program import Schedule
+from k2train.schedule.validate import ScheduleReport, validate
+
+
+def proved_forward(schedule: Schedule, num_microbatches: int) -> tuple[Schedule, ScheduleReport]:
+    """`forward_only` and its proof. Raises ScheduleError where the lists cannot run."""
+    lists = forward_only(schedule, num_microbatches)
+    return lists, validate(lists, backward=False)
 
 
 def forward_only(schedule: Schedule, num_microbatches: int) -> Schedule:

@@ -8,8 +8,9 @@ from k2train.config.errors import ConfigError
 from k2train.schedule.channels import ChannelForm, message_pairs
 from k2train.schedule.deadlock import check_progress
 from k2train.schedule.errors import ScheduleError
-from k2train.schedule.forward import forward_only
+from k2train.schedule.forward import proved_forward
 from k2train.schedule.program import Schedule
+from k2train.schedule.validate import ScheduleReport, validate
 
 
 @dataclass(frozen=True)
@@ -30,18 +31,21 @@ class Messages:
     """
 
 
-def plan_messages(schedule: Schedule) -> Messages:
-    """For a training schedule with sends and receives that `validate` has proved. Raises ScheduleError if it has not."""
-    evaluation = forward_only(schedule, 3 * schedule.num_stages + 1)
-    schedules = (schedule, evaluation)
-    peaks = zip(*map(check_progress, schedules), strict=True)
-    return Messages(schedules, message_pairs(schedule), tuple(max(peak) + 1 for peak in peaks))
+def plan_messages(schedule: Schedule, report: ScheduleReport | None = None) -> Messages:
+    """For a training schedule with sends and receives. Raises ScheduleError where it cannot run.
+
+    report: what `validate` said of the schedule; None proves it here. Evaluation's lists are proved here.
+    """
+    training = report or validate(schedule)
+    evaluation, forwards = proved_forward(schedule, 3 * schedule.num_stages + 1)
+    peaks = zip(training.peak_sends, forwards.peak_sends, strict=True)
+    return Messages((schedule, evaluation), message_pairs(schedule), tuple(max(peak) + 1 for peak in peaks))
 
 
 def check_channels(messages: Messages, form: ChannelForm) -> None:
     """Raise ConfigError, with the cycle of waits, where a world provides less than the schedules need."""
     if form is ChannelForm.ORDERED_PAIR:
-        return  # what `plan_messages` has proved
+        return  # what `validate` has proved
     for schedule in messages.schedules:
         try:
             check_progress(schedule, form=form)

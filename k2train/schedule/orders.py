@@ -18,6 +18,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from k2train.layout.placement import looped
 from k2train.schedule.actions import Action, Kind, Step
 from k2train.schedule.program import Schedule
 
@@ -90,6 +91,5 @@ def _line(
 
 def _looped(name: str, pp: int, vpp: int, num_microbatches: int, lines: Sequence[Sequence[Step]]) -> Schedule:
     """Virtual stage v on stage v % pp, one chain through all of them."""
-    placement = tuple(range(pp)) * vpp
     chain = tuple(range(pp * vpp))
-    return Schedule(name, num_microbatches, placement, (chain,), tuple(map(tuple, lines)))
+    return Schedule(name, num_microbatches, looped(pp, vpp), (chain,), tuple(map(tuple, lines)))

@@ -1,32 +1,30 @@
 """`ScheduleSpec`: what a schedule is built from, and the checks on it.
 
 The fields carry the names of the config's `schedule` section, so that one is copied into the other word by word.
-`ScheduleSpec.preset("k2", pp, vpp, num_microbatches)` sets the switches that a kind is known for.
+`ScheduleSpec.preset("k2", pp, num_microbatches, vpp)` sets the switches that a kind is known for.
 """
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, fields
-from typing import Any
+from functools import lru_cache
+from typing import Any, get_args
+
+import yaml
 
 from k2train.config.errors import ConfigError, nearest
+from k2train.config.sections import ScheduleKind, check_pairs_are_split
+from k2train.layout.placement import folded, looped
 
-KINDS = ("k2", "gpipe", "1f1b", "interleaved_1f1b", "zb_h1", "dualpipe", "dualpipe_v")
+KINDS: tuple[ScheduleKind, ...] = get_args(ScheduleKind)
 """Every base order. `k2` and `interleaved_1f1b` are the same one; what makes K2's schedule is its switches."""
 INTERLEAVED = ("k2", "interleaved_1f1b")
+"""Kinds that take layout.vpp; the others fix their virtual stages themselves."""
 MAX_CHUNKS = 2**20
 """Microbatches times virtual stages: 16 times K2's largest step, about a gigabyte of actions."""
 SELF_SPLIT = ("zb_h1", "dualpipe", "dualpipe_v")
 """Kinds whose published order already says where weight gradients go; passes may not move them."""
-
-_PRESETS: dict[str, dict[str, Any]] = {
-    "k2": {
-        "extra_warmup_microbatches": 1,
-        "pair_forward_backward": True,
-        "split_weight_grad": True,
-        "offload": True,
-    },
-}
 
 
 @dataclass(frozen=True)
@@ -64,10 +62,36 @@ class ScheduleSpec:
 
     @classmethod
     def preset(cls, kind: str, pp: int, num_microbatches: int, vpp: int = 1, **changes: Any) -> ScheduleSpec:
-        """A kind with the switches it is known for; `changes` override single fields."""
+        """A kind with the switches of configs/schedule/KIND.yaml, and K2's with offload; `changes` override single fields."""
         known = {field.name for field in fields(cls)}
         assert changes.keys() <= known, f"unknown fields: {changes.keys() - known}"
-        return cls(pp, num_microbatches, kind, vpp, **{**_PRESETS.get(kind, {}), **changes})
+        switches = {"offload": kind == "k2", **preset_switches(kind), **changes}
+        return cls(pp, num_microbatches, kind, vpp, **switches)
+
+
+@lru_cache(maxsize=len(KINDS))
+def preset_switches(kind: str) -> Mapping[str, Any]:
+    """The switches of a kind's file in configs/schedule, which owns them."""
+    # Imported here: it brings Hydra, and whoever schedules without a preset needs none.
+    from k2train.config.compose import config_dir
+
+    text = (config_dir() / "schedule" / f"{kind}.yaml").read_text(encoding="utf-8")
+    return {name: value for name, value in yaml.safe_load(text).items() if name != "kind"}
+
+
+def num_parts(kind: str, pp: int, vpp: int) -> int:
+    """Parts that the model is cut into under a kind of schedule: as many as `placement` has entries."""
+    return 2 * pp if kind == "dualpipe_v" else pp * vpp
+
+
+def placement(kind: str, pp: int, vpp: int) -> tuple[int, ...]:
+    """The stage of every part of the model under a kind of schedule, in the order of the model.
+
+    DualPipe has a second copy of every part, placed the other way round, which is not listed.
+    """
+    if kind == "dualpipe_v":
+        return folded(pp)
+    return looped(pp, vpp)
 
 
 _FIELD_NAMES = {"pp": "layout.pp", "vpp": "layout.vpp", "num_microbatches": "num_microbatches"}
@@ -102,13 +126,7 @@ def _check_vpp(spec: ScheduleSpec) -> None:
 
 
 def _check_switches(spec: ScheduleSpec) -> None:
-    if spec.pair_forward_backward and not spec.split_weight_grad:
-        raise ConfigError(
-            "schedule.pair_forward_backward",
-            True,
-            "a pair runs the input gradient only",
-            "set schedule.split_weight_grad=true as well",
-        )
+    check_pairs_are_split(spec.pair_forward_backward, spec.split_weight_grad)
     if spec.pair_forward_backward and spec.kind not in INTERLEAVED:
         raise ConfigError(
             "schedule.pair_forward_backward",

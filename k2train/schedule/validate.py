@@ -44,12 +44,16 @@ class ScheduleReport:
     num_messages: int
 
 
-def validate(schedule: Schedule, form: ChannelForm = ChannelForm.ORDERED_PAIR) -> ScheduleReport:
+def validate(
+    schedule: Schedule, form: ChannelForm = ChannelForm.ORDERED_PAIR, backward: bool = True
+) -> ScheduleReport:
     """Prove the schedule for one form of channels, or raise ScheduleError.
 
-    A schedule without any SEND or RECV is taken as one before `insert_p2p`: results then pass between stages at once.
+    backward: False for evaluation's lists, which have forwards and no backwards; what is in flight
+    then says nothing. A schedule without any SEND or RECV is taken as one before `insert_p2p`:
+    results then pass between stages at once.
     """
-    has_messages = check_complete(schedule)
+    has_messages = check_complete(schedule, backward)
     counts = [_check_stage(schedule, stage, has_messages) for stage in range(schedule.num_stages)]
     if has_messages:
         check_order(schedule)

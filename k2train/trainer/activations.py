@@ -3,36 +3,33 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterable
 
 import torch
 
 from k2train.activations.arena import HostArena
 from k2train.activations.offload import OffloadEngine
 from k2train.activations.store import ActivationStore
-from k2train.config.schema import Config
 from k2train.config.sections import ActivationsConfig
 from k2train.device.protocol import Device, integers
-from k2train.layout.layout import Layout
 from k2train.parallel.communicator import Communicator
-from k2train.schedule.actions import Step
+from k2train.program import Program
 from k2train.schedule.offload import peak_offloaded
 from k2train.trainer.host_memory import activation_share
 
 
-def build_activations(
-    config: Config, layout: Layout, stage: int, line: Iterable[Step], device: Device
-) -> ActivationStore | None:
-    """The store of a rank whose stage executes `line`; None where every tensor is kept as it is, which is autograd's own way.
+def build_activations(program: Program, stage: int, device: Device) -> ActivationStore | None:
+    """The store of a rank of a stage; None where every tensor is kept as it is, which is autograd's own way.
 
     Host memory is limited to `activation_share`, which was checked at start-up against what the plan needs.
     """
-    policies = config.activations
+    policies = program.config.activations
     if all(policy == "keep" for policy in dataclasses.asdict(policies).values()):
         return None
-    limit = activation_share(config, layout, stage, device.torch_device)
+    limit = activation_share(program, stage, device.torch_device)
     arena = HostArena(device, limit_bytes=limit)
-    return ActivationStore(policies, OffloadEngine(device, arena), peak_offloaded(line))
+    return ActivationStore(
+        policies, OffloadEngine(device, arena), peak_offloaded(program.schedule.stages[stage])
+    )
 
 
 def host_traffic(store: ActivationStore | None) -> dict[str, int]:

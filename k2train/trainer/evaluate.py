@@ -14,7 +14,6 @@ from k2train.model.loss import CrossEntropy
 from k2train.ops.cross_entropy import IGNORED_TARGET
 from k2train.runtime.executor import run_actions
 from k2train.runtime.stage import StepInputs
-from k2train.schedule.forward import forward_only as forward_schedule
 from k2train.trainer.build import Run
 from k2train.trainer.compression import bits_per_byte
 from k2train.trainer.totals import losses_of_rank
@@ -113,8 +112,8 @@ def eval_microbatch_size(run: Run) -> int:
 
 
 def forward_only(run: Run, microbatches: list[Windows], statistics: Statistics, loss_scale: float) -> None:
-    """Forward passes without anything saved, in the order of `schedule.forward_only`. Every rank
-    must call it."""
+    """Forward passes without anything saved, in the order of `Program.evaluation`. Every rank must
+    call it."""
 
     def make_context(virtual_stage: int, microbatch: int) -> MicrobatchContext:
         part = microbatches[microbatch]
@@ -130,4 +129,4 @@ def forward_only(run: Run, microbatches: list[Windows], statistics: Statistics, 
     num_rows = eval_microbatch_size(run) * run.config.train.seq_len
     stage = run.evaluation
     with stage.step(StepInputs(tokens.__getitem__, num_rows, make_context, len(microbatches))):
-        run_actions(forward_schedule(run.schedule, len(microbatches)).stages[run.pp_rank], stage)
+        run_actions(run.program.evaluation(len(microbatches)).stages[run.pp_rank], stage)

@@ -20,12 +20,9 @@ from k2train.config.errors import ConfigError
 from k2train.config.schema import Config
 from k2train.estimate.states import stage_states
 from k2train.layout.layout import Layout
-from k2train.planner.assemble import assemble, schedule_spec
+from k2train.program import Program
 from k2train.schedule.simulate import simulate
 from k2train.trainer.worlds import WorldKind
-
-MICROBATCHES_PER_STAGE = 4
-"""So many for each stage reach the most that is offloaded at once, which is early in the steady phase."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -50,20 +47,21 @@ class HostRoom:
 
 
 def check_host_memory(
-    config: Config, layout: Layout, kind: WorldKind, device: torch.device, environment: Mapping[str, str]
+    program: Program, kind: WorldKind, device: torch.device, environment: Mapping[str, str]
 ) -> None:
     """Raise ConfigError where this machine cannot hold what its ranks will keep in host memory.
 
     Every process calls it with its launcher's environment; it communicates with nobody.
     """
+    config, layout = program.config, program.layout
     ranks = ranks_here(layout, kind, environment)
-    peaks = offload_peaks(config, layout)
-    need = host_need(config, layout, ranks, device, peaks)
+    peaks = offload_peaks(program)
+    need = host_need(program, ranks, device, peaks)
     room = HostRoom(round(config.cluster.host_memory_bytes), available_bytes())
     movable = config.optim.states == "host" and device.type != "cpu"
     refuse_too_little(need, room, movable)
     for stage in sorted({rank // layout.dp for rank in ranks}):
-        refuse_small_share(stage, peaks[stage], activation_share(config, layout, stage, device))
+        refuse_small_share(stage, peaks[stage], activation_share(program, stage, device))
 
 
 def refuse_too_little(need: HostNeed, room: HostRoom, movable: bool) -> None:
@@ -93,15 +91,15 @@ def refuse_small_share(stage: int, peak: int, share: int) -> None:
                           "offload less (activations=recompute_fp8 or activations=none); or use more nodes (layout.nodes)")  # fmt: skip
 
 
-def activation_share(config: Config, layout: Layout, stage: int, device: torch.device) -> int:
+def activation_share(program: Program, stage: int, device: torch.device) -> int:
     """The host memory that a rank of a stage may fill with offloaded activations.
 
     Its equal share of the node that the config describes, less its own optimizer states where they live there too. The
     store is limited to this, and a plan that needs more is refused.
     """
-    cluster = config.cluster
-    share = round(cluster.host_memory_bytes / min(cluster.gpus_per_node, layout.world))
-    states = states_bytes(config, layout, stage, 1) if states_in_host_memory(config, device) else 0
+    cluster = program.config.cluster
+    share = round(cluster.host_memory_bytes / min(cluster.gpus_per_node, program.layout.world))
+    states = states_bytes(program, stage, 1) if states_in_host_memory(program.config, device) else 0
     return max(0, share - states)
 
 
@@ -111,36 +109,34 @@ def states_in_host_memory(config: Config, device: torch.device) -> bool:
 
 
 def host_need(
-    config: Config, layout: Layout, ranks: range, device: torch.device, peaks: Sequence[int] | None = None
+    program: Program, ranks: range, device: torch.device, peaks: Sequence[int] | None = None
 ) -> HostNeed:
-    """What these ranks keep in host memory. peaks: the layout's `offload_peaks`, where they are known."""
-    by_stage = Counter(rank // layout.dp for rank in ranks)
+    """What these ranks keep in host memory. peaks: the program's `offload_peaks`, where they are known."""
+    by_stage = Counter(rank // program.layout.dp for rank in ranks)
     optimizer = 0
-    if states_in_host_memory(config, device):
-        optimizer = sum(states_bytes(config, layout, stage, count) for stage, count in by_stage.items())
-    peaks = peaks or offload_peaks(config, layout)
+    if states_in_host_memory(program.config, device):
+        optimizer = sum(states_bytes(program, stage, count) for stage, count in by_stage.items())
+    peaks = peaks or offload_peaks(program)
     activations = sum(peaks[stage] * count for stage, count in by_stage.items())
     return HostNeed(activations, optimizer, len(ranks))
 
 
-def states_bytes(config: Config, layout: Layout, stage: int, num_ranks: int) -> int:
+def states_bytes(program: Program, stage: int, num_ranks: int) -> int:
     """Optimizer states of some ranks of a stage: of the fullest, but no more than the whole stage has."""
-    pieces = [layout.virtual_stages[index] for index in layout.virtual_stages_of(stage)]
-    owners = (layout.dp, layout.edp)
+    config, layout = program.config, program.layout
+    pieces, owners = program.pieces_of(stage), (layout.dp, layout.edp)
     states = stage_states(pieces, config.model, config.optim, config.train.dtype, layout.ep, owners)
     return min(num_ranks * states.optimizer_bytes, round(layout.dp * states.optimizer_mean_bytes))
 
 
-def offload_peaks(config: Config, layout: Layout) -> tuple[int, ...]:
-    """The most bytes a rank of each stage has offloaded at once; a short step is simulated, if anything is offloaded."""
-    train = config.train
-    tokens = train.seq_len * train.microbatch_size * layout.dp
-    num_microbatches = min(train.global_batch_tokens // tokens, MICROBATCHES_PER_STAGE * layout.pp)
-    if not schedule_spec(config, num_microbatches).offload:
-        return (0,) * layout.pp
-    short = dataclasses.replace(train, global_batch_tokens=num_microbatches * tokens)
-    assembly = assemble(dataclasses.replace(config, train=short))
-    return tuple(simulate(assembly.schedule, assembly.costs).peak_host_bytes)
+def offload_peaks(program: Program) -> tuple[int, ...]:
+    """The most bytes a rank of each stage has offloaded at once.
+
+    A short step is simulated, if anything is offloaded: it reaches the most early in its steady phase.
+    """
+    if not program.config.activations.offloads:
+        return (0,) * program.layout.pp
+    return tuple(simulate(program.short_schedule, program.costs).peak_host_bytes)
 
 
 def ranks_here(layout: Layout, kind: WorldKind, environment: Mapping[str, str]) -> range:

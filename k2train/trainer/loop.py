@@ -13,6 +13,7 @@ import os
 import signal
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -24,22 +25,21 @@ from k2train.config.schema import Config
 from k2train.data.read_ahead import ReadAhead
 from k2train.device.build import build_device
 from k2train.estimate.step import model_flops_utilisation, step_flops
-from k2train.layout.layout import Layout
 from k2train.ops.backend import choose_backend
 from k2train.ops.dtypes import DTYPES
 from k2train.optim.adam import check_host_adam
 from k2train.parallel.communicator import World
 from k2train.parallel.groups import build_groups
 from k2train.parallel.objects import broadcast_object
-from k2train.schedule import Schedule
-from k2train.schedule.messages import plan_messages
+from k2train.program import Program
 from k2train.telemetry.metrics import MetricsFile
 from k2train.telemetry.progress import ProgressDisplay, Rhythm, open_progress
 from k2train.telemetry.sinks import Sink, open_sinks
 from k2train.telemetry.tables import output_console
 from k2train.trainer.activations import host_traffic, non_finite_tiles
+from k2train.trainer.agreement import agree_on_program
 from k2train.trainer.batch import AHEAD, Batch, open_batches
-from k2train.trainer.build import Run, build_layouts, build_run, choose_device, open_corpus
+from k2train.trainer.build import Run, build_program, build_run, choose_device, open_corpus
 from k2train.trainer.checkpoint_clock import SAVE_NUMBER, CheckpointClock
 from k2train.trainer.dry_run import dry_run
 from k2train.trainer.evaluate import evaluate
@@ -90,28 +90,27 @@ class Outputs:
 
 @dataclasses.dataclass(frozen=True)
 class Prepared:
-    """A config that fits its launcher, and what follows from the two before any rank starts."""
+    """The program of a config that fits its launcher, and what follows from the two before any rank
+    starts."""
 
-    config: Config
-    layout: Layout
-    schedule: Schedule
+    program: Program
     device: torch.device
     kind: WorldKind
 
 
 def prepare(config: Config) -> Prepared:
-    """Decide layout, schedule, device and world; reads no data, makes no tensor.
+    """Decide program, device and world; reads no data, makes no tensor.
 
     Raises ConfigError for what cannot run.
     """
     config = fit_to_launcher(config, os.environ)
-    layout, schedule = build_layouts(config)
+    program = build_program(config)
     device = choose_device(config)
-    kind = choose_world(config, layout, device, os.environ)
+    kind = choose_world(config, program.layout, device, os.environ)
     choose_backend(config.ops, config.model, config.train.dtype, config.optim.tau, device)
     check_host_adam(config.optim, DTYPES[config.train.dtype])
-    check_host_memory(config, layout, kind, device, os.environ)
-    return Prepared(config, layout, schedule, device, kind)
+    check_host_memory(program, kind, device, os.environ)
+    return Prepared(program, device, kind)
 
 
 def train(config: Config, words: Sequence[str] = ()) -> Outcome:
@@ -121,15 +120,19 @@ def train(config: Config, words: Sequence[str] = ()) -> Outcome:
     ConfigError for what cannot run, TrainingDivergedError for a non-finite loss.
     """
     ready = prepare(config)
-    config, layout = ready.config, ready.layout
-    corpus, messages = open_corpus(config), plan_messages(ready.schedule)
+    program, config, layout = ready.program, ready.program.config, ready.program.layout
+    corpus, messages = open_corpus(config), program.messages
     with StopRequest() as stop, GarbageControl() as garbage:
         # One thread runs at a time, so a reader of its own would only take turns with the ranks.
         ahead = 0 if ready.kind == "threads" else AHEAD
 
         def run_rank(world: World) -> Outcome:
-            groups = build_groups(layout.grid, world, layout.relay_ranks, messages)
-            run = build_run(config, layout, ready.schedule, corpus, groups, build_device(world.device))
+            # Threads share this very program, so there is nothing to agree on.
+            agree = (
+                partial(agree_on_program, program, device=world.device) if ready.kind == "processes" else None
+            )
+            groups = build_groups(layout.grid, world, layout.relay_ranks, messages, agree)
+            run = build_run(program, corpus, groups, build_device(world.device))
             return train_rank(run, stop, garbage, words, ahead)
 
         return run_world(ready.kind, layout.world, ready.device, config.train, run_rank)
@@ -138,7 +141,8 @@ def train(config: Config, words: Sequence[str] = ()) -> Outcome:
 def train_rank(
     run: Run, stop: StopRequest, garbage: GarbageControl, words: Sequence[str], ahead: int
 ) -> Outcome:
-    """One rank's part of `train`; rank 0 alone prints and draws. ahead: batches read before their step."""
+    """One rank's part of `train`; rank 0 alone prints and draws. ahead: batches read before their
+    step."""
     run_dir, checkpoint, changes = agree_on_run_dir(run)
     done = start(run, checkpoint)
     dry_run(run)

@@ -14,7 +14,6 @@ from k2train.config.schema import Config
 from k2train.device.build import build_device
 from k2train.parallel.communicator import World
 from k2train.parallel.groups import build_groups
-from k2train.schedule.messages import plan_messages
 from k2train.trainer.build import build_run, open_corpus
 from k2train.trainer.dry_run import dry_run
 from k2train.trainer.evaluate import Evaluation, evaluate
@@ -31,8 +30,8 @@ def score(config: Config, checkpoint: Path) -> Evaluation | None:
     another model, and held-out text of less than one sequence.
     """
     ready = prepare(config)
-    config, layout = ready.config, ready.layout
-    corpus, messages = open_corpus(config), plan_messages(ready.schedule)
+    program = ready.program
+    config, layout, corpus = program.config, program.layout, open_corpus(program.config)
     max_tokens, seq_len = config.train.final_eval_tokens, config.train.seq_len
     if min(max_tokens // seq_len, corpus.num_samples("valid")) == 0:
         raise ConfigError(
@@ -43,8 +42,8 @@ def score(config: Config, checkpoint: Path) -> Evaluation | None:
         )
 
     def run_rank(world: World) -> Evaluation | None:
-        groups = build_groups(layout.grid, world, layout.relay_ranks, messages)
-        run = build_run(config, layout, ready.schedule, corpus, groups, build_device(world.device))
+        groups = build_groups(layout.grid, world, layout.relay_ranks, program.messages)
+        run = build_run(program, corpus, groups, build_device(world.device))
         resume(run, checkpoint)
         dry_run(run)
         evaluation = evaluate(run, max_tokens)

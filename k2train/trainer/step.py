@@ -128,6 +128,6 @@ def step_inputs(run: Run, microbatches: Microbatches, statistics: Statistics) ->
         num_rows=train.microbatch_size * train.seq_len,
         make_context=make_context,
         num_microbatches=run.num_microbatches,
-        before_forward=lambda virtual_stage: optimizer.finish_gather(run.local_index[virtual_stage]),
-        weight_gradients_done=lambda virtual_stage: optimizer.start_reduce(run.local_index[virtual_stage]),
+        before_forward=optimizer.finish_gather,
+        weight_gradients_done=optimizer.start_reduce,
     )

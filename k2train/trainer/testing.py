@@ -13,8 +13,7 @@ from k2train.device.protocol import Device
 from k2train.parallel.communicator import World
 from k2train.parallel.groups import build_groups
 from k2train.parallel.testing import run_distributed_test
-from k2train.schedule.messages import plan_messages
-from k2train.trainer.build import Run, build_layouts, build_run, open_corpus
+from k2train.trainer.build import Run, build_program, build_run, open_corpus
 
 T = TypeVar("T")
 
@@ -30,19 +29,11 @@ def run_on_ranks(
 
     make_device: by default the CPU as it is.
     """
-    layout, schedule = build_layouts(config)
-    corpus, messages = open_corpus(config), plan_messages(schedule)
+    program = build_program(config)
+    corpus, layout, messages = open_corpus(config), program.layout, program.messages
 
     def run_rank(world: World) -> T:
-        return fn(
-            build_run(
-                config,
-                layout,
-                schedule,
-                corpus,
-                build_groups(layout.grid, world, layout.relay_ranks, messages),
-                make_device(world.device),
-            )
-        )
+        groups = build_groups(layout.grid, world, layout.relay_ranks, messages)
+        return fn(build_run(program, corpus, groups, make_device(world.device)))
 
     return run_distributed_test(run_rank, layout.world, backend, timeout_seconds)

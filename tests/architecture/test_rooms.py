@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parents[2]
-PURE = ["config", "telemetry", "update_rules", "layout", "schedule", "estimate"]
+PURE = ["config", "telemetry", "update_rules", "layout", "schedule", "estimate", "program", "planner"]
 
 
 @pytest.mark.parametrize("room", PURE)

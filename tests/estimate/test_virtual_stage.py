@@ -3,6 +3,7 @@
 import pytest
 
 from k2train.config.errors import ConfigError
+from k2train.estimate.virtual_stage import PASS_ON
 from k2train.layout.layout import VirtualStage
 
 
@@ -26,37 +27,41 @@ def test_a_dense_layer_has_no_all_to_all_and_one_rank_none_but_the_hosts_wait(ma
 
 def test_a_piece_is_the_sum_of_its_parts(make_estimator, policies):
     estimator = make_estimator(policies(layer_input="offload", query="fp8"), ep=2, pp=2)
-    whole = estimator.virtual_stage(VirtualStage(0, 3, embedding=True, head=True))
-    parts = [
-        estimator.virtual_stage(VirtualStage(0, 0, embedding=True)),
-        *(estimator.virtual_stage(VirtualStage(layer, layer + 1)) for layer in range(3)),
-        estimator.virtual_stage(VirtualStage(3, 3, head=True)),
+    piece = VirtualStage(0, 3, embedding=True, head=True)
+    pieces = [
+        VirtualStage(0, 0, embedding=True),
+        *(VirtualStage(layer, layer + 1) for layer in range(3)),
+        VirtualStage(3, 3, head=True),
     ]
+    whole, parts = estimator.virtual_stage(piece), [estimator.virtual_stage(part) for part in pieces]
+    for flops in (estimator.forward_flops, estimator.recompute_flops):
+        assert flops(piece) == pytest.approx(sum(map(flops, pieces)))
     for name in (
         "weight_grad_seconds",
         "offload_bytes",
-        "device_bytes",
+        "activation_bytes",
         "weight_queue_bytes",
-        "forward_flops",
     ):
         assert getattr(whole, name) == pytest.approx(sum(getattr(part, name) for part in parts))
     assert whole.forward == tuple(phase for part in parts for phase in part.forward)
-    assert whole.backward_input == tuple(phase for part in reversed(parts) for phase in part.backward_input)
+    backward = tuple(phase for part in reversed(parts) for phase in part.backward_input)
+    assert (*whole.backward_input, *PASS_ON) == backward, "the embedding alone only passes on"
     assert whole.forward_transient_bytes == max(part.forward_transient_bytes for part in parts)
 
 
 def test_an_empty_piece_costs_nothing_but_its_message(make_estimator):
     estimate = make_estimator(pp=2).virtual_stage(VirtualStage(2, 2))
-    assert estimate.forward == estimate.backward_input == ()
-    assert estimate.offload_bytes == estimate.device_bytes == estimate.weight_queue_bytes == 0
-    assert estimate.message_seconds > 0
+    assert estimate.forward == estimate.backward_input == PASS_ON
+    assert sum(phase.seconds for phase in PASS_ON) == 0
+    assert estimate.offload_bytes == estimate.activation_bytes == estimate.weight_queue_bytes == 0
+    assert estimate.send_forward_seconds == estimate.send_backward_seconds > 0
 
 
 def test_offloaded_bytes_take_bus_time(make_estimator, policies, train):
     estimate = make_estimator(policies(layer_input="offload")).virtual_stage(VirtualStage(0, 2))
     # Two layers, 1024 tokens, 256 numbers of 2 bytes and an FP32 of the norm.
     assert estimate.offload_bytes == 2 * 1024 * (256 * 2 + 4)
-    assert estimate.offload_seconds == estimate.offload_bytes / 2e10
+    assert estimate.offload_seconds == estimate.reload_seconds == estimate.offload_bytes / 2e10
 
 
 def test_impossible_policies_are_refused(make_estimator, policies):
@@ -71,6 +76,5 @@ def test_put_off_weight_gradients_pile_up_layer_after_layer(make_estimator, laye
     moe, piece = estimator.moe, VirtualStage(1, 1 + layers)
     grows = moe.weight_queue_bytes - sum(tensor.stored_bytes for tensor in moe.saved)
     want = moe.backward_transient_bytes + (layers - 1) * max(grows, 0)
-    whole = estimator.virtual_stage(piece)
-    assert whole.put_off_transient_bytes == want
-    assert whole.backward_transient_bytes == moe.backward_transient_bytes
+    assert estimator.virtual_stage(piece, put_off=True).backward_transient_bytes == want
+    assert estimator.virtual_stage(piece).backward_transient_bytes == moe.backward_transient_bytes

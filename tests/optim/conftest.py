@@ -90,7 +90,7 @@ def make_rank(
     built = build_model(model, part, dtype)
     built.initialise(seed=7)
     catalogue = {spec.name: spec for spec in model_tensors(model)}
-    pieces = [list(built.pieces())]
+    pieces = {0: list(built.pieces())}
     optimizer = build_optimizer(optim, model, catalogue, pieces, build_groups(grid, world), CpuDevice())
     return Rank(world, grid, built, optimizer, catalogue)
 

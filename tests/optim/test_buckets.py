@@ -1,4 +1,5 @@
-"""A bucket adds gradients and returns values entry by entry, whether a parameter lies in it in long runs or short ones."""
+"""A bucket adds gradients and returns values entry by entry, whether a parameter lies in it in long
+runs or short ones."""
 
 from __future__ import annotations
 
@@ -30,7 +31,8 @@ class Peers:
 
 
 def pair_of(rows: int, width: int) -> tuple[list[Piece], dict[str, TensorSpec]]:
-    """Two tensors cut by rows among the owners, so that each lies in the bucket in as many runs as there are owners."""
+    """Two tensors cut by rows among the owners, so that each lies in the bucket in as many runs as
+    there are owners."""
     names = ("first", "second")
     pieces = [Piece(name, torch.nn.Parameter(torch.zeros(rows, width))) for name in names]
     return pieces, {name: TensorSpec(name, (rows, width), "embedding") for name in names}
@@ -42,7 +44,7 @@ def test_every_entry_comes_back_as_the_sum_over_ranks_and_additions(rows: int, g
 
     def run(world: World) -> None:
         pieces, catalogue = pair_of(rows, 2)
-        (plan,) = plan_buckets([pieces], catalogue, ADAMW, {"dp": OWNERS, "edp": 1})
+        (plan,) = plan_buckets({0: pieces}, catalogue, ADAMW, {"dp": OWNERS, "edp": 1})
         bucket = Bucket(plan, world.group("dp", range(OWNERS)), world.device)
         buffers = GradBuffers([bucket])
         values = {
@@ -75,7 +77,7 @@ def filled(bucket: Bucket) -> None:
 def test_rows_are_added_where_they_lie_whoever_owns_them(rows: int, width: int, gradient_of) -> None:
     """Whole numbers, so FP32 sums are exact in any order. A row that comes twice is added twice."""
     pieces, catalogue = pair_of(rows, width)
-    (plan,) = plan_buckets([pieces], catalogue, ADAMW, {"dp": OWNERS, "edp": 1})
+    (plan,) = plan_buckets({0: pieces}, catalogue, ADAMW, {"dp": OWNERS, "edp": 1})
     bucket = Bucket(plan, Peers(OWNERS), torch.device("cpu"))
     filled(bucket)
     buffers = GradBuffers([bucket])
@@ -93,7 +95,8 @@ def test_rows_are_added_where_they_lie_whoever_owns_them(rows: int, width: int, 
 @pytest.mark.parametrize("owners", [1, 3, 16, 64])
 @pytest.mark.parametrize("name", [named.name for named in all_rules()])
 def test_the_runs_of_k2s_parameters_are_whole_rows_and_cover_each_once(owners: int, name: str) -> None:
-    """Real shapes on tensors without memory: an embedding, the dense layer, a MoE layer of 24 experts, the head.
+    """Real shapes on tensors without memory: an embedding, the dense layer, a MoE layer of 24
+    experts, the head.
 
     Each run is a stretch of its bucket, and all of them together are the bucket but for the norms.
     """
@@ -102,7 +105,7 @@ def test_the_runs_of_k2s_parameters_are_whole_rows_and_cover_each_once(owners: i
     pieces = list(build_model(model, part, torch.bfloat16, torch.device("meta")).pieces())
     catalogue = {spec.name: spec for spec in model_tensors(model)}
     rules = chosen_rules(load_config(["model=k2", f"optim.name={name}"]).optim)
-    plans = plan_buckets([pieces], catalogue, rules, {"dp": owners, "edp": owners})
+    plans = plan_buckets({0: pieces}, catalogue, rules, {"dp": owners, "edp": owners})
     for plan in plans:
         bucket = Bucket(plan, Peers(owners), torch.device("meta"))
         stretches = []
@@ -130,6 +133,6 @@ def test_a_run_that_cuts_a_row_is_refused() -> None:
     parameter = torch.nn.Parameter(torch.zeros(4, 6))
     piece = Piece("half", parameter, (0, slice(0, 3)))
     spec = TensorSpec("half", (3,), "norm")
-    (plan,) = plan_buckets([[piece]], {"half": spec}, ADAMW, {"dp": 1, "edp": 1})
+    (plan,) = plan_buckets({0: [piece]}, {"half": spec}, ADAMW, {"dp": 1, "edp": 1})
     with pytest.raises(AssertionError, match="cuts rows of 6 entries"):
         Bucket(plan, Peers(1), torch.device("cpu"))

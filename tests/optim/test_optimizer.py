@@ -257,7 +257,7 @@ def test_masters_can_be_read_again_after_an_import(one_rank) -> None:
 def build_from(pieces: list[Piece], rank, optim_config) -> None:
     def build(world) -> None:
         groups = build_groups(RankGrid(pp=1, edp=1, ep=1), world)
-        build_optimizer(optim_config, rank.model.config, rank.catalogue, [pieces], groups, CpuDevice())
+        build_optimizer(optim_config, rank.model.config, rank.catalogue, {0: pieces}, groups, CpuDevice())
 
     run_threads(1, build)
 

@@ -1,4 +1,5 @@
-"""Ownership on paper: everything owned once, matrices whole, every owner one stretch; up to K2's own size."""
+"""Ownership on paper: everything owned once, matrices whole, every owner one stretch; up to K2's
+own size."""
 
 from __future__ import annotations
 
@@ -25,7 +26,7 @@ def plan(
     """The buckets of a rank with these virtual stages; meta tensors have shapes and no memory."""
     pieces = [list(build_model(model, part, torch.bfloat16, "meta").pieces()) for part in parts]
     catalogue = {spec.name: spec for spec in model_tensors(model)}
-    plans = plan_buckets(pieces, catalogue, chosen_rules(optim), {"dp": dp, "edp": edp})
+    plans = plan_buckets(dict(enumerate(pieces)), catalogue, chosen_rules(optim), {"dp": dp, "edp": edp})
     return plans, [piece for of_stage in pieces for piece in of_stage]
 
 
@@ -100,8 +101,9 @@ def test_the_table_has_a_row_for_each_tensor_with_all_its_owners(model_config, o
 
 @pytest.mark.parametrize("nodes", [32, 64, 256])
 def test_k2s_states_shrink_with_the_cluster(nodes) -> None:
-    """A stage of four MoE layers on 16 x 16: masters and momentum of 4 x 24 local experts over edp = nodes / 32 owners, of
-    the dense matrices over 16 edp. At 32 nodes that is 33.8 GB of expert states a rank, at 256 it is an eighth.
+    """A stage of four MoE layers on 16 x 16: masters and momentum of 4 x 24 local experts over edp
+    = nodes / 32 owners, of the dense matrices over 16 edp. At 32 nodes that is 33.8 GB of expert
+    states a rank, at 256 it is an eighth.
     """
     config = load_config(["model=k2"])
     model = config.model

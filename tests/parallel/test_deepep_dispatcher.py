@@ -17,12 +17,13 @@ from k2train.model.context import MicrobatchContext
 from k2train.model.dispatcher import Dispatcher
 from k2train.model.layers import CombinePhase, DispatchPhase, RoutePhase
 from k2train.model.saved import KeepEverything
+from k2train.parallel.build import build_dispatcher
 from k2train.parallel.communicator import Communicator, World
 from k2train.parallel.deepep_dispatcher import DeepEPDispatcher, DeepEPRoute, build_buffer, check_deepep
 from k2train.parallel.groups import build_groups
 from k2train.parallel.side_stream import SideStream
 from k2train.parallel.testing import run_distributed_test
-from k2train.trainer.build import build_dispatcher, build_layouts
+from k2train.trainer.build import build_program
 
 RANKS, EXPERTS, TOP_K, TOKENS, FEATURES = 4, 8, 3, 6, 8
 
@@ -229,4 +230,4 @@ def test_a_run_that_asks_for_it_where_it_cannot_be_is_refused_at_its_start(
 ) -> None:
     config = load_config(["layout.dispatch=deepep", "train.device=cpu", *words])
     with pytest.raises(ConfigError, match=says):
-        build_layouts(config)
+        build_program(config)

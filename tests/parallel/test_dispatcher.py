@@ -17,11 +17,11 @@ from k2train.model.context import MicrobatchContext
 from k2train.model.dispatcher import Dispatcher
 from k2train.model.layers import CombinePhase, DispatchPhase, RoutePhase
 from k2train.model.saved import KeepEverything
+from k2train.parallel.build import build_dispatcher
 from k2train.parallel.communicator import World
 from k2train.parallel.groups import build_groups
 from k2train.parallel.relay_route import RelayRoute
 from k2train.parallel.testing import run_distributed_test
-from k2train.trainer.build import build_dispatcher
 
 Backend = Literal["threads", "processes"]
 BACKENDS: list[Backend] = ["threads", "processes"]

@@ -83,7 +83,7 @@ def test_pipeline_messages_of_k2_are_exposed_in_warmup_and_cooldown_only(k2, k2_
         assert plan.busiest.warmup.pp > 0.0
         assert plan.busiest.waits.copy == 0.0
         late = plan.busiest.steady.pp
-        assert late < plan.assembly.costs.virtual_stages[1].weight_grad_seconds
+        assert late < plan.program.costs.virtual_stages[1].weight_grad_seconds
         assert late < 1e-3 * plan.simulation.makespan_seconds
 
 
@@ -133,7 +133,7 @@ def test_the_document_is_json_and_repeats_the_tables(k2):
     assert [row["device_bytes"] for row in document["memory"]] == [stage.device for stage in k2.memory]
     assert document["exposed_seconds"]["ep"] == k2.busiest.waits.ep
     assert document["bubble"]["share"] == k2.bubble_share
-    assert document["schedule"] == k2.assembly.schedule.to_text()
+    assert document["schedule"] == k2.program.schedule.to_text()
     assert sum(row["num_layers"] for row in document["layout"]["virtual_stages"]) == 61
     peaks = [max(curve) for curve in document["memory_over_time"]["device_bytes"]]
     assert peaks == list(k2.simulation.peak_bytes)

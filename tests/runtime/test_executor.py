@@ -20,12 +20,12 @@ from k2train.parallel.pipeline import PipelineTransport
 from k2train.parallel.threads import run_threads
 from k2train.runtime.executor import run_actions
 from k2train.runtime.passes import alternate, backward_steps, finish, forward_steps
+from k2train.runtime.routes import build_routes
 from k2train.runtime.stage import PipelineStage, Route, StepInputs
 from k2train.schedule import Schedule, ScheduleSpec, build_schedule, validate
 from k2train.schedule.actions import parse_line
 from k2train.schedule.messages import Messages, plan_messages
 from k2train.schedule.overlap import pair_order
-from k2train.trainer.build import build_routes
 
 
 class Recording:

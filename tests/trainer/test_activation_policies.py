@@ -1,4 +1,5 @@
-"""Activation policies inside whole runs: pairs, split weight gradients, interleaved stages, all-to-alls and ZeRO-1."""
+"""Activation policies inside whole runs: pairs, split weight gradients, interleaved stages,
+all-to-alls and ZeRO-1."""
 
 from __future__ import annotations
 
@@ -14,7 +15,7 @@ from k2train.model.context import Statistics
 from k2train.schedule.actions import Kind, Pair
 from k2train.telemetry.metrics import read_metrics
 from k2train.trainer.batch import read_batch
-from k2train.trainer.build import build_layouts
+from k2train.trainer.build import build_program
 from k2train.trainer.evaluate import evaluate
 from k2train.trainer.step import StepMetrics, run_schedule, train_step
 from k2train.trainer.testing import run_on_ranks
@@ -79,7 +80,7 @@ def test_recompute_and_offload_change_no_bit_over_processes(words, layout):
 
 def test_the_layouts_run_pairs_and_offloads(words):
     def steps(layout: str):
-        schedule = build_layouts(load_config([*words, *LAYOUTS[layout], "activations=offload"]))[1]
+        schedule = build_program(load_config([*words, *LAYOUTS[layout], "activations=offload"])).schedule
         return [step for line in schedule.stages for step in line]
 
     assert any(isinstance(step, Pair) for step in steps("threads"))
@@ -91,8 +92,8 @@ def test_the_layouts_run_pairs_and_offloads(words):
 
 @pytest.mark.parametrize("layout", ["one_rank", "threads"])
 def test_fp8_storage_trains_nearly_the_same_and_offloading_it_changes_nothing_more(words, tmp_path, layout):
-    """The forward of the first step is untouched. Gradients see E4M3's rounding, up to 2^-4 of an element and far less
-    summed over many, so six steps stay within a few per cent of the loss."""
+    """The forward of the first step is untouched. Gradients see E4M3's rounding, up to 2^-4 of an
+    element and far less summed over many, so six steps stay within a few per cent of the loss."""
     words = [*words, *LAYOUTS[layout]]
     plain = exact(train(words, tmp_path / "plain"))
     fp8 = train([*words, "activations=recompute_fp8"], tmp_path / "fp8")
@@ -103,7 +104,8 @@ def test_fp8_storage_trains_nearly_the_same_and_offloading_it_changes_nothing_mo
 
 
 def test_host_buffers_are_made_in_the_first_step_and_used_again(words):
-    """With one expert-parallel rank sizes do not vary, so the schedule says it all; evaluation in between takes none."""
+    """With one expert-parallel rank sizes do not vary, so the schedule says it all; evaluation in
+    between takes none."""
     config = load_config([*words, *LAYOUTS["threads"], "layout.ep=1", "activations=k2"])
 
     def run_rank(run):

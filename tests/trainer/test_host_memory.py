@@ -13,7 +13,7 @@ from k2train.config.errors import ConfigError
 from k2train.layout.build import build_layout
 from k2train.planner.plan import build_plan
 from k2train.trainer import host_memory
-from k2train.trainer.build import build_layouts
+from k2train.trainer.build import build_program
 from k2train.trainer.host_memory import (
     HostNeed,
     HostRoom,
@@ -75,22 +75,22 @@ def test_states_count_as_the_plan_counts_them() -> None:
     """One rank of each stage: the plan's fullest rank, in host mode on a GPU and in either mode on a CPU."""
     words = ["experiment=laptop", "optim.states=host"]
     config = load_config(words)
-    layout, _ = build_layouts(config)
-    planned = [stage.optimizer_on_host for stage in build_plan(config).memory]
+    program = build_program(config)
+    layout, planned = program.layout, [stage.optimizer_on_host for stage in build_plan(config).memory]
     for device, states, counted in ((CUDA, "host", True), (CPU, "device", True), (CUDA, "device", False)):
-        moved = load_config(["experiment=laptop", f"optim.states={states}"])
+        moved = build_program(load_config(["experiment=laptop", f"optim.states={states}"]))
         for stage in range(layout.pp):
             first = stage * layout.dp
-            need = host_need(moved, layout, range(first, first + 1), device)
+            need = host_need(moved, range(first, first + 1), device)
             assert need == HostNeed(0, planned[stage] if counted else 0, 1)
 
 
 def test_all_ranks_of_a_stage_own_what_the_stage_has_and_not_the_fullest_rank_times_their_number() -> None:
     config = load_config(["experiment=laptop", "train.dtype=float32"])
-    layout, _ = build_layouts(config)
-    whole = host_need(config, layout, range(layout.world), CPU)
+    program = build_program(config)
+    whole = host_need(program, range(program.layout.world), CPU)
     one_rank = load_config(["experiment=laptop", "layout=single", "train.dtype=float32"])
-    alone = host_need(one_rank, build_layouts(one_rank)[0], range(1), CPU)
+    alone = host_need(build_program(one_rank), range(1), CPU)
     assert whole.optimizer == alone.optimizer
     assert (whole.num_ranks, alone.num_ranks) == (4, 1)
 
@@ -100,10 +100,11 @@ def test_offloaded_activations_count_as_the_plan_counts_them() -> None:
     words = ["experiment=laptop", "activations=k2", "train.global_batch_tokens=131072"]
     config = load_config(words)
     plan = build_plan(config)
-    layout = build_layout(config.layout, config.cluster, config.model, config.train.seq_len)
+    program = build_program(config)
+    layout = program.layout
     peaks = [stage.activations_on_host for stage in plan.memory]
     assert min(peaks) > 0
-    need = host_need(config, layout, range(layout.world), CUDA)
+    need = host_need(program, range(layout.world), CUDA)
     assert need.activations == layout.dp * sum(peaks)
 
 
@@ -112,10 +113,10 @@ def test_without_offload_nothing_is_simulated(monkeypatch: pytest.MonkeyPatch) -
         raise AssertionError("simulated")
 
     monkeypatch.setattr(host_memory, "simulate", never)
-    monkeypatch.setattr(host_memory, "assemble", never)
     config = load_config(["experiment=k2_threads"])
-    layout, _ = build_layouts(config)
-    assert host_need(config, layout, range(layout.world), CPU).optimizer > 0
+    program = build_program(config)
+    assert host_need(program, range(program.layout.world), CPU).optimizer > 0
+    assert "costs" not in vars(program), "costs were made though nobody needed them"
 
 
 def test_the_ranks_of_a_machine_are_those_its_launcher_started() -> None:
@@ -148,12 +149,13 @@ def test_a_run_that_does_not_fit_its_node_is_refused_before_it_starts(
 def test_a_ranks_share_of_a_node_is_what_its_optimizer_states_leave() -> None:
     """Four ranks; on a GPU with states on the device the whole share is the activations'."""
     config = load_config(["experiment=laptop", "activations=k2", "train.global_batch_tokens=131072"])
-    layout, _ = build_layouts(config)
+    program = build_program(config)
+    layout = program.layout
     share = round(config.cluster.host_memory_bytes / layout.world)
     for stage in range(layout.pp):
-        states = states_bytes(config, layout, stage, 1)
-        assert activation_share(config, layout, stage, CPU) == share - states < share
-        assert activation_share(config, layout, stage, CUDA) == share
+        states = states_bytes(program, stage, 1)
+        assert activation_share(program, stage, CPU) == share - states < share
+        assert activation_share(program, stage, CUDA) == share
 
 
 def test_activations_that_overflow_a_ranks_share_are_refused_at_start_up_and_not_in_mid_step() -> None:
@@ -163,22 +165,22 @@ def test_activations_that_overflow_a_ranks_share_are_refused_at_start_up_and_not
     """
     words = ["experiment=laptop", "activations=k2", "train.global_batch_tokens=131072", "optim.states=device"]
     config = load_config(words)
-    layout, _ = build_layouts(config)
-    peaks = offload_peaks(config, layout)
+    program = build_program(config)
+    layout, peaks = program.layout, offload_peaks(program)
     assert peaks[0] > peaks[1]
     node = layout.dp * sum(peaks)
-    config = load_config([*words, f"cluster.host_memory_bytes={node}"])
+    tight = build_program(load_config([*words, f"cluster.host_memory_bytes={node}"]))
     with pytest.raises(ConfigError, match="a rank of stage 0 offloads") as refused:
-        check_host_memory(config, layout, "threads", CUDA, {})
+        check_host_memory(tight, "threads", CUDA, {})
     assert refused.value.field == "cluster.host_memory_bytes"
-    assert activation_share(config, layout, 0, CUDA) < peaks[0]
-    enough = load_config([*words, f"cluster.host_memory_bytes={layout.world * peaks[0]}"])
-    check_host_memory(enough, layout, "threads", CUDA, {})
+    assert activation_share(tight, 0, CUDA) < peaks[0]
+    enough = build_program(load_config([*words, f"cluster.host_memory_bytes={layout.world * peaks[0]}"]))
+    check_host_memory(enough, "threads", CUDA, {})
 
 
 def test_a_machine_without_room_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(host_memory, "available_bytes", lambda: 1000)
     config = load_config(["experiment=laptop", "optim.states=host"])
-    layout, _ = build_layouts(config)
+    program = build_program(config)
     with pytest.raises(ConfigError, match=r"host memory=0\.000 GB: 4 rank"):
-        check_host_memory(config, layout, "threads", CPU, {})
+        check_host_memory(program, "threads", CPU, {})

@@ -1,4 +1,5 @@
-"""Every layout and every schedule trains the model that one rank trains: losses, norms, logits, loads and all weights.
+"""Every layout and every schedule trains the model that one rank trains: losses, norms, logits,
+loads and all weights.
 
 In float64, where nothing is left to chance but the order of sums.
 """
@@ -26,21 +27,32 @@ from k2train.parallel.groups import build_groups
 from k2train.parallel.threads import run_threads
 from k2train.schedule.actions import Pair
 from k2train.schedule.channels import ChannelForm
-from k2train.schedule.messages import plan_messages
 from k2train.telemetry.metrics import read_metrics
 from k2train.trainer.batch import Batch, needs_targets, read_batch
-from k2train.trainer.build import Run, build_layouts, build_run, open_corpus
+from k2train.trainer.build import Run, build_program, build_run, open_corpus
 from k2train.trainer.evaluate import evaluate
 from k2train.trainer.saving import bias_pieces
 from k2train.trainer.step import StepMetrics, train_step
 from k2train.trainer.testing import run_on_ranks
 
 SEQ_LEN = 16
-# Twelve sequences a step: 1, 2, 3, 4, 6 or 12 data-parallel ranks. Six layers, so that six or eight virtual stages are
-# uneven; twelve experts. The clip norm and tau are so low that both clips act in every step.
-MODEL = {"hidden_size": 32, "num_hidden_layers": 6, "intermediate_size": 48, "moe_intermediate_size": 16,
-         "n_routed_experts": 12, "num_experts_per_tok": 2, "num_attention_heads": 2, "q_lora_rank": 16, "kv_lora_rank": 16,
-         "qk_nope_head_dim": 8, "qk_rope_head_dim": 8, "v_head_dim": 8}  # fmt: skip
+# Twelve sequences a step: 1, 2, 3, 4, 6 or 12 data-parallel ranks. Six layers, so that six or eight
+# virtual stages are uneven; twelve experts. The clip norm and tau are so low that both clips act in
+# every step.
+MODEL = {
+    "hidden_size": 32,
+    "num_hidden_layers": 6,
+    "intermediate_size": 48,
+    "moe_intermediate_size": 16,
+    "n_routed_experts": 12,
+    "num_experts_per_tok": 2,
+    "num_attention_heads": 2,
+    "q_lora_rank": 16,
+    "kv_lora_rank": 16,
+    "qk_nope_head_dim": 8,
+    "qk_rope_head_dim": 8,
+    "v_head_dim": 8,
+}
 WORDS = (
     *(f"model.{key}={value}" for key, value in MODEL.items()),
     "optim.lr_phases=[{kind: linear, to: 1e-2, steps: 2},{kind: constant, to: 1e-2, fraction: 1}]",
@@ -68,7 +80,8 @@ def nothing(run: Run) -> None:
 
 @dataclasses.dataclass(frozen=True)
 class Part:
-    """What one rank has at the end. states: (name, first row, rows it owns); weights: every parameter it holds."""
+    """What one rank has at the end. states: (name, first row, rows it owns); weights: every
+    parameter it holds."""
 
     metrics: list[StepMetrics]
     eval_loss: float
@@ -78,7 +91,8 @@ class Part:
 
 @dataclasses.dataclass(frozen=True)
 class Trained:
-    """A whole run: the metrics of each step, the evaluation, whole states by checkpoint name, and the ranks' parts."""
+    """A whole run: the metrics of each step, the evaluation, whole states by checkpoint name, and
+    the ranks' parts."""
 
     metrics: list[StepMetrics]
     eval_loss: float
@@ -92,8 +106,8 @@ def train_layout(
     prepare: Callable[[Run], None] = nothing,
     batch_of: Callable[[Run, int], Batch] = read_batch,
 ) -> Trained:
-    """Take train.steps steps on every rank of the layout; `prepare` is called with each rank's run before the first.
-    batch_of(run, index): the rank's share of a step's batch."""
+    """Take train.steps steps on every rank of the layout; `prepare` is called with each rank's run
+    before the first. batch_of(run, index): the rank's share of a step's batch."""
     config = load_config(list(words))
 
     def run_rank(run: Run) -> Part:
@@ -112,7 +126,8 @@ def train_layout(
 
 
 def joined(parts: Sequence[Part]) -> dict[str, torch.Tensor]:
-    """Whole states from the rows of all owners; every row must come exactly once, which the shapes then show."""
+    """Whole states from the rows of all owners; every row must come exactly once, which the shapes
+    then show."""
     rows: dict[str, list[tuple[int, torch.Tensor]]] = {}
     for part in parts:
         for name, start, tensor in part.states:
@@ -122,14 +137,16 @@ def joined(parts: Sequence[Part]) -> dict[str, torch.Tensor]:
         found.sort(key=lambda item: item[0])
         ends = [start + len(tensor) for start, tensor in found]
         assert [start for start, tensor in found if len(tensor)] == [
-            0, *[end for (_, tensor), end in zip(found, ends, strict=True) if len(tensor)][:-1]
-        ], name  # fmt: skip
+            0,
+            *[end for (_, tensor), end in zip(found, ends, strict=True) if len(tensor)][:-1],
+        ], name
         whole[name] = torch.cat([tensor for _, tensor in found])
     return whole
 
 
 def assert_close(mine: Trained, reference: Trained, tolerance: float = 1e-9) -> None:
-    """Metrics of every step on every rank, evaluation, optimizer states, and each rank's parameters."""
+    """Metrics of every step on every rank, evaluation, optimizer states, and each rank's
+    parameters."""
     for part in mine.parts:
         for step, expected in zip(part.metrics, reference.metrics, strict=True):
             for name, value in dataclasses.asdict(expected).items():
@@ -172,6 +189,10 @@ GRID = [
     ("k2", (1, 2, 3, 2), 2),
     ("zb_h1", (2, 1, 3, 2), 2),
     ("zb_h1", (3, 1, 1, 3), 4),
+    ("dualpipe_v", (1, 1, 2, 3), 2),
+    ("dualpipe_v", (2, 1, 3, 1), 4),
+    ("dualpipe_v", (3, 1, 2, 1), 6),
+    ("dualpipe_v", (4, 1, 1, 1), 12),
 ]
 PROCESSES = [
     ("k2", (2, 2, 2, 1)),
@@ -179,10 +200,11 @@ PROCESSES = [
     ("k2", (3, 2, 1, 1)),
     ("gpipe", (1, 1, 2, 2)),
     ("zb_h1", (2, 1, 3, 1)),
+    ("dualpipe_v", (2, 1, 1, 1)),
 ]
 
-# kind, degrees, how tokens are sent, GPUs of a node, what else: one, two and three nodes to a group, parts of a sequence's
-# 16 tokens that divide them and do not, and the store of activations.
+# kind, degrees, how tokens are sent, GPUs of a node, what else: one, two and three nodes to a
+# group, parts of a sequence's 16 tokens that divide them and do not, and the store of activations.
 DISPATCHES = [
     ("gpipe", (1, 1, 4, 1), "per_rank", 8, ()),
     ("k2", (2, 2, 3, 1), "per_rank", 2, ()),
@@ -220,28 +242,35 @@ def test_a_layout_of_threads_equals_one_rank(
     model_words: list[str], one_rank: Trained, kind: str, degrees: tuple[int, ...], microbatches: int
 ) -> None:
     words = [*model_words, f"schedule={kind}", *layout(*degrees)]
-    assert build_layouts(load_config(words))[1].num_microbatches == microbatches
+    assert build_program(load_config(words)).schedule.num_microbatches == microbatches
     assert_close(train_layout(words), one_rank)
 
 
-@pytest.mark.parametrize(("kind", "degrees"), [
-    ("gpipe", (3, 1, 1, 1)), ("1f1b", (2, 1, 1, 1)), ("k2", (2, 2, 1, 1)), ("k2", (3, 1, 1, 1)), ("zb_h1", (3, 1, 1, 1)),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("kind", "degrees"),
+    [
+        ("gpipe", (3, 1, 1, 1)),
+        ("1f1b", (2, 1, 1, 1)),
+        ("k2", (2, 2, 1, 1)),
+        ("k2", (3, 1, 1, 1)),
+        ("zb_h1", (3, 1, 1, 1)),
+    ],
+)
 @pytest.mark.parametrize("form", [ChannelForm.UNORDERED_PAIR, ChannelForm.ONE])
 def test_with_both_directions_in_one_queue_the_same_steps_stand_still_and_are_reported(
     model_words: list[str], kind: str, degrees: tuple[int, ...], form: ChannelForm
 ) -> None:
-    """So the layouts above pass because every ordered pair of stages has a channel of its own: the threads world keeps
-    NCCL's rules."""
+    """So the layouts above pass because every ordered pair of stages has a channel of its own: the
+    threads world keeps NCCL's rules."""
     config = load_config([*model_words, f"schedule={kind}", *layout(*degrees)])
-    made, schedule = build_layouts(config)
-    corpus, messages = open_corpus(config), plan_messages(schedule)
+    program = build_program(config)
+    corpus, made = open_corpus(config), program.layout
 
     def run_rank(world: World) -> None:
         groups = build_groups(made.grid, world)
-        channels = make_channels(messages, range(made.pp), world)
+        channels = make_channels(program.messages, range(made.pp), world)
         groups = dataclasses.replace(groups, channels=channels)
-        run = build_run(config, made, schedule, corpus, groups, build_device(world.device))
+        run = build_run(program, corpus, groups, build_device(world.device))
         train_step(run, read_batch(run, 0))
 
     with pytest.raises(
@@ -252,7 +281,7 @@ def test_with_both_directions_in_one_queue_the_same_steps_stand_still_and_are_re
 
 
 def test_the_grid_runs_pairs(model_words: list[str]) -> None:
-    schedule = build_layouts(load_config([*model_words, "schedule=k2", *layout(2, 2, 2, 1)]))[1]
+    schedule = build_program(load_config([*model_words, "schedule=k2", *layout(2, 2, 2, 1)])).schedule
     assert any(isinstance(step, Pair) for stage in schedule.stages for step in stage)
 
 
@@ -327,7 +356,8 @@ def test_all_tokens_on_one_ranks_experts_equal_one_rank(model_words: list[str]) 
 
 # Weights of the global batch's twelve sequences, from a generator, and the normaliser.
 WEIGHTINGS: dict[str, tuple[Callable[[torch.Generator], torch.Tensor], float | None]] = {
-    # Most targets of some sequences are masked, all of one: microbatches and ranks without any weight.
+    # Most targets of some sequences are masked, all of one: microbatches and ranks without any
+    # weight.
     "masked": (
         lambda generator: (
             (torch.rand(12, SEQ_LEN, generator=generator) < torch.rand(12, 1, generator=generator))
@@ -413,12 +443,18 @@ def test_a_checkpoint_of_four_ranks_goes_on_under_another_layout(
 
 def pairs_of_stages(words: Sequence[str]) -> list[int]:
     """How many pairs of a forward and an input gradient each stage's list has."""
-    _, schedule = build_layouts(load_config(words))
+    schedule = build_program(load_config(words)).schedule
     return [sum(isinstance(step, Pair) for step in line) for line in schedule.stages]
 
 
-K2 = ["experiment=k2_threads", "train.dtype=float64", "optim.newton_schulz_dtype=float64", "train.steps=2",
-      "optim.qk_clip_tau=1e-4", "train.grad_clip_norm=0.5"]  # fmt: skip
+K2 = [
+    "experiment=k2_threads",
+    "train.dtype=float64",
+    "optim.newton_schulz_dtype=float64",
+    "train.steps=2",
+    "optim.qk_clip_tau=1e-4",
+    "train.grad_clip_norm=0.5",
+]
 # 32 microbatches, the fewest with which stage 0 sees a gradient while it still has forwards to run.
 EVERY_STAGE_PAIRS = ["layout.ep=2", f"train.global_batch_tokens={2 * 32 * 8}"]
 
@@ -429,8 +465,9 @@ def test_k2s_pipeline_pairs_on_every_stage_from_32_microbatches() -> None:
 
 
 def test_make_k2_pairs_on_its_last_stages() -> None:
-    """With M microbatches fewer than the 16 stages, the stage d before the last runs 2d + 1 forwards ahead of its first
-    backward (docs/schedule.md), so M - 1 - 2d of its last virtual stage's forwards are left to be paired."""
+    """With M microbatches fewer than the 16 stages, the stage d before the last runs 2d + 1
+    forwards ahead of its first backward (docs/schedule.md), so M - 1 - 2d of its last virtual
+    stage's forwards are left to be paired."""
     config = load_config(["experiment=k2_threads"])
     microbatches = config.train.global_batch_tokens // (config.train.seq_len * config.layout.ep)
     expected = [max(microbatches - 1 - 2 * (15 - stage), 0) for stage in range(16)]
@@ -439,8 +476,8 @@ def test_make_k2_pairs_on_its_last_stages() -> None:
 
 @pytest.mark.slow
 def test_k2s_pipeline_with_pairs_on_every_stage_equals_one_rank() -> None:
-    """61 layers on 16 stages of two ranks each, every stage of which pairs: the part of a step that `make k2` is too
-    short for."""
+    """61 layers on 16 stages of two ranks each, every stage of which pairs: the part of a step that
+    `make k2` is too short for."""
     words = [*K2, *EVERY_STAGE_PAIRS]
     assert_close(train_layout(words), train_layout([*words, "world=single", *layout(1, 1, 1, 1)]))
 

@@ -9,8 +9,8 @@ import pytest
 
 from k2train.config.compose import load_config
 from k2train.model.context import Statistics
-from k2train.planner.assemble import Assembly, assemble
 from k2train.planner.memory import level_at
+from k2train.program import Program, compile_program
 from k2train.schedule.actions import COMPUTE, Kind, Pair, parts
 from k2train.schedule.costs import Costs
 from k2train.schedule.simulate import simulate
@@ -51,7 +51,7 @@ def measured(config) -> list[list[int]]:
     return run_on_ranks(config, run_rank)
 
 
-def planned(assembly: Assembly) -> list[list[int]]:
+def planned(program: Program) -> list[list[int]]:
     """The simulator's levels at the same moments: copies take no time, as on a CPU, and no layer is at work.
 
     A step that starts the moment its predecessor ends has already taken its forward's bytes then, so they are left out.
@@ -59,8 +59,8 @@ def planned(assembly: Assembly) -> list[list[int]]:
     still = dict.fromkeys(
         ("forward_transient_bytes", "backward_transient_bytes", "offload_seconds", "reload_seconds"), 0
     )
-    costs = tuple(dataclasses.replace(cost, **still) for cost in assembly.costs.virtual_stages)
-    simulation = simulate(assembly.schedule, Costs(costs), record=True)
+    costs = tuple(dataclasses.replace(cost, **still) for cost in program.costs.virtual_stages)
+    simulation = simulate(program.schedule, Costs(costs), record=True)
     soon = 1e-9 * simulation.makespan_seconds  # ends are sums in another order than the curve's times
     curves = []
     for stage, curve in enumerate(simulation.memory):
@@ -87,7 +87,7 @@ def test_memory_follows_the_simulators_curve(words, activations, schedule, pp, v
     """Within 5 % of the curve's peak at every step of the list, and the peak itself within 5 %."""
     config = load_config([*words, f"activations={activations}", f"schedule={schedule}", f"layout.pp={pp}", f"layout.vpp={vpp}",
                           "model.num_hidden_layers=6", "train.microbatch_size=1"])  # fmt: skip
-    for mine, plan in zip(measured(config), planned(assemble(config)), strict=True):
+    for mine, plan in zip(measured(config), planned(compile_program(config)), strict=True):
         assert len(mine) == len(plan)
         peak = max(plan)
         assert peak > 0

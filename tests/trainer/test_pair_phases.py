@@ -11,7 +11,7 @@ from k2train.model.phase import CommunicationPhase
 from k2train.parallel.communicator import World
 from k2train.parallel.groups import build_groups
 from k2train.parallel.threads import run_threads
-from k2train.planner.assemble import assemble
+from k2train.program import compile_program
 from k2train.schedule.costs import Stream
 from k2train.trainer.build import build_models
 
@@ -20,15 +20,15 @@ from k2train.trainer.build import build_models
 def test_plan_and_model_have_the_same_phases_on_the_same_streams(words, vpp):
     """Embedding, a dense layer, MoE layers and the head, together and apart; backward is the forward in reverse."""
     config = load_config([*words, f"layout.vpp={vpp}", "layout.ep=2"])
-    assembly = assemble(config)
-    layout, device = assembly.layout, CpuDevice(torch.device("cpu"))
+    program = compile_program(config)
+    layout, device = program.layout, CpuDevice(torch.device("cpu"))
 
     def phases_of(world: World) -> list[list[Stream]]:
         models = build_models(config, layout, build_groups(layout.grid, world, layout.relay_ranks), device)
         return [[stream_of(phase) for phase in model.phases] for model in models.values()]
 
     for streams in run_threads(2, phases_of):
-        costs = assembly.costs.virtual_stages
+        costs = program.costs.virtual_stages
         assert [[phase.stream for phase in one.forward] for one in costs] == streams
         # The look-up has no input gradient. It would be the last phase of its chain, so the order of the others stands.
         streams[0].pop(0)

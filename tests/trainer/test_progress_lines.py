@@ -21,10 +21,10 @@ SMALL = ["model.hidden_size=16", "model.num_hidden_layers=1", "model.intermediat
 def test_mfu_is_the_plans_at_the_plans_pace() -> None:
     config = load_config(["layout=laptop", "cluster=h100", "train.global_batch_tokens=32768"])
     plan = build_plan(config)
-    ideal = ideal_seconds(config, plan.assembly.layout.world, torch.device("cuda"))
+    ideal = ideal_seconds(config, plan.program.layout.world, torch.device("cuda"))
     assert ideal is not None
     assert ideal / plan.step_seconds == pytest.approx(plan.mfu, rel=1e-12)
-    assert ideal_seconds(config, plan.assembly.layout.world, torch.device("cpu")) is None
+    assert ideal_seconds(config, plan.program.layout.world, torch.device("cpu")) is None
 
 
 def test_a_note_names_mfu_where_it_is_known() -> None:

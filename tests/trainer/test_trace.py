@@ -11,7 +11,7 @@ import pytest
 from k2train.cli.main import main
 from k2train.config.compose import load_config
 from k2train.schedule import Pair
-from k2train.trainer.build import build_layouts
+from k2train.trainer.build import build_program
 
 K2_ON_TWO_STAGES = ["schedule=k2", "layout.pp=2", "layout.vpp=1", "layout.ep=2", "world=threads"]
 LAYOUTS = {
@@ -38,7 +38,7 @@ def test_the_recorded_actions_of_every_stage_are_the_schedules_in_order(
 ) -> None:
     all_words = [*words, *LAYOUTS[name], *TRAINED]
     assert main(["train", *all_words]) == 0
-    _, schedule = build_layouts(load_config(all_words))
+    schedule = build_program(load_config(all_words)).schedule
     recorded = boxes_by_stage(tmp_path / "run" / "trace.json")
     assert recorded.keys() == set(range(schedule.num_stages))
     for stage, steps in enumerate(schedule.stages):

@@ -12,7 +12,7 @@ from k2train.checkpoint import latest_checkpoint, open_checkpoint
 from k2train.cli.main import main
 from k2train.config.compose import load_config
 from k2train.telemetry.metrics import read_metrics
-from k2train.trainer.build import build_layouts
+from k2train.trainer.build import build_program
 
 
 def test_a_run_directory_holds_what_the_design_says(
@@ -180,7 +180,8 @@ def test_what_cannot_run_is_refused_by_name(
 
 
 def test_a_layout_gives_a_validated_schedule() -> None:
-    layout, schedule = build_layouts(load_config(["layout.vpp=2"]))
-    assert (layout.world, schedule.num_virtual_stages) == (1, 2)
-    layout, schedule = build_layouts(load_config(["experiment=laptop"]))
-    assert (layout.world, schedule.num_stages, schedule.num_virtual_stages) == (4, 2, 4)
+    program = build_program(load_config(["layout.vpp=2"]))
+    assert (program.layout.world, program.schedule.num_virtual_stages) == (1, 2)
+    program = build_program(load_config(["experiment=laptop"]))
+    schedule = program.schedule
+    assert (program.layout.world, schedule.num_stages, schedule.num_virtual_stages) == (4, 2, 4)

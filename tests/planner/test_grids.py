@@ -6,8 +6,8 @@ import pytest
 
 from k2train.config.compose import load_config
 from k2train.config.errors import ConfigError
-from k2train.planner.assemble import assemble, check_layout
 from k2train.planner.plan import build_plan
+from k2train.program import check_program, compile_program
 from k2train.schedule.validate import validate
 
 SMALL = ["train.global_batch_tokens=147456", "train.seq_len=128", "train.microbatch_size=1"]  # 1152 sequences
@@ -28,7 +28,7 @@ def test_every_small_grid_can_be_planned(pp, edp, ep):
         f"layout.vpp={min(2, 10 // pp)}",
     )
     plan = build_plan(config)
-    assert plan.assembly.schedule.num_microbatches == 12
+    assert plan.program.schedule.num_microbatches == 12
     assert plan.step_seconds > plan.simulation.makespan_seconds > 0
     assert len(plan.memory) == pp
     assert plan.fits
@@ -39,11 +39,11 @@ def test_every_small_grid_can_be_planned(pp, edp, ep):
 )
 def test_every_virtual_stage_has_a_piece_and_every_chain_the_whole_model(kind):
     vpp = 2 if kind in ("k2", "interleaved_1f1b") else 1
-    assembly = assemble(small(f"schedule={kind}", "layout.pp=4", f"layout.vpp={vpp}", "layout.ep=2"))
-    validate(assembly.schedule)
-    assert len(assembly.pieces) == len(assembly.costs.virtual_stages) == assembly.schedule.num_virtual_stages
-    for chain in assembly.schedule.chains:
-        pieces = [assembly.pieces[virtual_stage] for virtual_stage in chain]
+    program = compile_program(small(f"schedule={kind}", "layout.pp=4", f"layout.vpp={vpp}", "layout.ep=2"))
+    validate(program.schedule)
+    assert len(program.pieces) == len(program.costs.virtual_stages) == program.schedule.num_virtual_stages
+    for chain in program.schedule.chains:
+        pieces = [program.pieces[virtual_stage] for virtual_stage in chain]
         assert [layer for piece in pieces for layer in piece.layers] == list(range(8))
         assert [piece.embedding for piece in pieces] == [True] + [False] * (len(pieces) - 1)
         assert [piece.head for piece in pieces] == [False] * (len(pieces) - 1) + [True]
@@ -53,7 +53,7 @@ def test_dualpipe_holds_every_parameter_twice_and_others_once():
     double, single = (
         build_plan(small(f"schedule={kind}", "layout.pp=4", "layout.ep=2")) for kind in ("dualpipe", "1f1b")
     )
-    assert double.assembly.copies == 2
+    assert double.program.parameter_copies == 2
     assert sum(s.parameters for s in double.memory) == 2 * sum(s.parameters for s in single.memory)
     # The states of both copies' replicas are dealt out over twice the ranks, so in all they are as
     # many.
@@ -64,7 +64,7 @@ def test_dualpipe_holds_every_parameter_twice_and_others_once():
 
 def test_offload_actions_appear_with_the_first_offloaded_name():
     for policy, expected in (("keep", 0), ("offload", 1), ("fp8_offload", 1)):
-        text = assemble(small("layout.pp=2", f"activations.swiglu_input={policy}")).schedule.to_text()
+        text = compile_program(small("layout.pp=2", f"activations.swiglu_input={policy}")).schedule.to_text()
         assert ("OFFLOAD" in text) == bool(expected)
 
 
@@ -81,7 +81,7 @@ def test_offload_actions_appear_with_the_first_offloaded_name():
 )
 def test_what_cannot_be_planned_is_refused_before_the_long_work(words, field):
     with pytest.raises(ConfigError) as caught:
-        check_layout(small(*words))
+        check_program(small(*words))
     assert caught.value.field == field
 
 
