@@ -4,7 +4,8 @@ alternating in one run.
 Four gloo processes with two virtual stages each run a small language model of residual MLP blocks
 under
 
-    ours     interleaved_1f1b; the same with weight gradients split off; K2's schedule (pairs, split,
+    ours     interleaved_1f1b; the same with weight gradients split off; K2's schedule (pairs,
+             split,
              extra warm-up)
     theirs   ScheduleInterleaved1F1B, ScheduleInterleavedZeroBubble
 

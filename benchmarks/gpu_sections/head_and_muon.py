@@ -1,8 +1,11 @@
-"""Section 8: K2's head with its loss and both gradients, and Newton-Schulz at the shapes of K2's matrices."""
+"""Section 8: K2's head with its loss and both gradients, and Newton-Schulz at the shapes of K2's
+matrices."""
 
 from __future__ import annotations
 
 import torch
+
+from k2train.architecture.layer import mixer_of
 
 from . import adapter
 from .memory import note, peak, start_peak
@@ -25,7 +28,8 @@ def run(report: Report, setting: Setting) -> None:
 
 
 def head(report: Report, setting: Setting) -> None:
-    """Final norm and embedding left out: the loss of one microbatch from its normed hidden states."""
+    """Final norm and embedding left out: the loss of one microbatch from its normed hidden
+    states."""
     config = k2_config(setting)
     model, tokens = config.model, config.train.seq_len
     weight = setting.random(model.vocab_size, model.hidden_size).mul_(model.initializer_range)
@@ -43,26 +47,35 @@ def head(report: Report, setting: Setting) -> None:
     predicted = None
     if setting.cluster is not None:
         predicted = 1e3 * sum(phase.seconds for phase in estimator(config).head.forward)
-    report.figure("head: loss and both gradients", timing.seconds * 1e3, "ms", predicted, timing.n,
-                  f"{flops / timing.seconds / 1e12:.0f} TFLOP/s")  # fmt: skip
+    report.figure(
+        "head: loss and both gradients",
+        timing.seconds * 1e3,
+        "ms",
+        predicted,
+        timing.n,
+        f"{flops / timing.seconds / 1e12:.0f} TFLOP/s",
+    )
     transient = estimator(config).head.forward_transient_bytes
-    report.figure("head: memory besides weight, sums and input", (peak(setting) - before) / 1e9, "GB", transient / 1e9,
-                  note=note(setting))  # fmt: skip
+    report.figure(
+        "head: memory besides weight, sums and input",
+        (peak(setting) - before) / 1e9,
+        "GB",
+        transient / 1e9,
+        note=note(setting),
+    )
 
 
 def matrices(setting: Setting) -> dict[str, tuple[int, ...]]:
     """The shapes that Muon orthogonalises; experts in a batch, as the optimizer takes them."""
     model = k2_config(setting).model
-    hidden, heads = model.hidden_size, model.num_attention_heads
-    assert model.q_lora_rank is not None
+    hidden = model.hidden_size
+    mixer = {
+        spec.name.split(".")[-2]: spec.shape for spec in mixer_of(model).tensors(0) if spec.role == "matrix"
+    }
     return {
         f"{EXPERTS_AT_ONCE} experts' gate": (EXPERTS_AT_ONCE, model.moe_intermediate_size, hidden),
         f"{EXPERTS_AT_ONCE} experts' down": (EXPERTS_AT_ONCE, hidden, model.moe_intermediate_size),
-        "q_a_proj": (model.q_lora_rank, hidden),
-        "q_b_proj": (heads * model.qk_head_dim, model.q_lora_rank),
-        "kv_a_proj": (model.kv_lora_rank + model.qk_rope_head_dim, hidden),
-        "kv_b_proj": (heads * (model.qk_nope_head_dim + model.v_head_dim), model.kv_lora_rank),
-        "o_proj": (hidden, heads * model.v_head_dim),
+        **mixer,
         "dense gate": (model.intermediate_size, hidden),
     }
 
@@ -74,5 +87,11 @@ def muon(report: Report, setting: Setting, name: str, shape: tuple[int, ...]) ->
     )
     count = shape[0] if len(shape) == 3 else 1
     flops = count * newton_schulz_flops((shape[-2], shape[-1]), NEWTON_SCHULZ_STEPS)
-    report.figure(f"Newton-Schulz, {name} {'x'.join(map(str, shape))}", flops / timing.seconds / 1e12, "TFLOP/s",
-                  Predictions(setting.cluster).rate(flops), timing.n, f"{timing.seconds * 1e3:.2f} ms")  # fmt: skip
+    report.figure(
+        f"Newton-Schulz, {name} {'x'.join(map(str, shape))}",
+        flops / timing.seconds / 1e12,
+        "TFLOP/s",
+        Predictions(setting.cluster).rate(flops),
+        timing.n,
+        f"{timing.seconds * 1e3:.2f} ms",
+    )

@@ -1,7 +1,8 @@
-"""What the plan says of each measured thing: k2train.estimate's formulas with the device's cluster file.
+"""What the plan says of each measured thing: k2train.estimate's formulas with the device's cluster
+file.
 
-None stands wherever there is no prediction: for a device without a cluster file, or for what the plan does not know.
-FLOPs, bytes and seconds throughout.
+None stands wherever there is no prediction: for a device without a cluster file, or for what the
+plan does not know. FLOPs, bytes and seconds throughout.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ import subprocess
 import sys
 from typing import Literal
 
+from k2train.architecture.layer import mixer_of
 from k2train.config.convert import to_dict
 from k2train.config.schema import Config
 from k2train.config.sections import ClusterConfig, Dtype
@@ -21,7 +23,6 @@ from k2train.estimate.step import step_flops
 from k2train.estimate.virtual_stage import Estimator, build_estimator
 from k2train.estimate.work import Machine
 from k2train.layout.build import build_layout
-from k2train.layout.weights import attention_flops
 from k2train.planner.plan import build_plan
 from k2train.update_rules.rules.muon import newton_schulz_cost
 
@@ -42,8 +43,13 @@ class Predictions:
         """One kernel by the roofline."""
         return None if self.cluster is None else Machine(self.cluster, dtype).seconds(flops, num_bytes, kind)
 
-    def rate(self, flops: float, num_bytes: float = 0.0, kind: Literal["matmul", "attention"] = "matmul",
-             dtype: Dtype = "bfloat16") -> float | None:  # fmt: skip
+    def rate(
+        self,
+        flops: float,
+        num_bytes: float = 0.0,
+        kind: Literal["matmul", "attention"] = "matmul",
+        dtype: Dtype = "bfloat16",
+    ) -> float | None:
         """TFLOP/s of one kernel."""
         seconds = self.seconds(flops, num_bytes, kind, dtype)
         return None if seconds is None else flops / seconds / 1e12
@@ -75,14 +81,22 @@ def plan_peak(costs: LayerCosts) -> int:
 
 
 def rehearsed_peak(config: Config, most_seconds: float) -> float:
-    """Bytes at the peak of a rehearsed step of `config`, states and all. Raises RuntimeError where it cannot be rehearsed."""
+    """Bytes at the peak of a rehearsed step of `config`, states and all. Raises RuntimeError where
+    it cannot be rehearsed."""
     on_cuda = dataclasses.replace(config, train=dataclasses.replace(config.train, device="cuda"))
     command = [sys.executable, "-m", f"{__package__}.rehearse_peak"]
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(path for path in sys.path if path)}
     # Kernels are passed over in a rehearsal; interpreted ones would run.
     environment.pop("TRITON_INTERPRET", None)
-    done = subprocess.run(command, input=json.dumps(to_dict(on_cuda)), capture_output=True, text=True, check=False,
-                          timeout=most_seconds, env=environment)  # fmt: skip
+    done = subprocess.run(
+        command,
+        input=json.dumps(to_dict(on_cuda)),
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=most_seconds,
+        env=environment,
+    )
     if done.returncode:
         raise RuntimeError((done.stderr.strip().splitlines() or ["no message"])[-1])
     return float(done.stdout)
@@ -95,13 +109,14 @@ def step_prediction(config: Config) -> tuple[float, float]:
 
 
 def useful_attention_flops(config: Config, length: int) -> tuple[float, float]:
-    """FLOPs of one causal sequence, forward and backward: two products, and the five that a backward cannot do without.
+    """FLOPs of one causal sequence, forward and backward: two products, and the five that a
+    backward cannot do without.
 
     A kernel that does seven is charged five, as all are, so that rates compare times.
     """
-    model = config.model
-    forward = length * attention_flops(model, length)
-    query, value = model.qk_head_dim, model.v_head_dim
+    heads = mixer_of(config.model).heads
+    forward = length * heads.score_flops(length)
+    query, value = heads.query, heads.value
     return forward, forward * (3 * query + 2 * value) / (query + value)
 
 

@@ -2,7 +2,8 @@
 products.
 
     forward     x W_e^T        grouped_mm, a loop
-    gradient    dy^T x         into an FP32 buffer: addmm with FP32 output in place, mm and add, FP32 products, grouped_mm
+    gradient    dy^T x         into an FP32 buffer: addmm with FP32 output in place, mm and add,
+                FP32 products, grouped_mm
 
 The widths are those of K2's gate and up projections together: 7168 to 4096.
 """

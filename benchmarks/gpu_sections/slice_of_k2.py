@@ -2,7 +2,8 @@
 transformers' model.
 
     k2train train            the command line, on a toy, with a run directory and a checkpoint
-    the slice                20 steps of MuonClip through `trainer.build` and `trainer.step`, on this machine's own text
+    the slice                20 steps of MuonClip through `trainer.build` and `trainer.step`, on
+                             this machine's own text
     transformers             the same shape with AdamW in BF16, forward, backward and update
 
 The slice writes no checkpoint: its states are tens of gigabytes. Its vocabulary is cut, since the

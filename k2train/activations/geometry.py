@@ -4,7 +4,8 @@ packed copy of those bytes.
 Tensors that share a storage are copied once and share one afterwards. Of a storage only the
 stretches that some tensor reaches are copied, packed one behind the other:
 
-    storage   ....[ a ]......[  b [c]  ]....        a, and b with c inside it, are views; dots are reached by none
+    storage   ....[ a ]......[  b [c]  ]....        a, and b with c inside it, are views; dots are
+              reached by none
     packed    [ a ][  b [c]  ]
 
 Offsets are bytes. Stretches begin at multiples of `ALIGNMENT` in both, so a tensor is as aligned as

@@ -1,7 +1,8 @@
 """Moving saved tensors to host memory and back while other microbatches compute (K2 report, section
 2.4.3).
 
-    offloaded = engine.offload(tensors)      the schedule's OFFLOAD; the caller drops its tensors at once
+    offloaded = engine.offload(tensors)      the schedule's OFFLOAD; the caller drops its tensors at
+                                             once
     offloaded.reload()                       RELOAD, some slots ahead of the backward
     offloaded.tensors()                      in the backward
 

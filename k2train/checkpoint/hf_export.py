@@ -1,7 +1,8 @@
 """A checkpoint into a Hugging Face model directory that transformers' from_pretrained opens.
 
-A training checkpoint gives its FP32 masters, cast to the dtype it computed in or the one asked for; an imported one its
-tensors as they are. The router's correction bias always keeps its FP32: top-k decisions are made with it.
+A training checkpoint gives its FP32 masters, cast to the dtype it computed in or the one asked for;
+an imported one its tensors as they are. The router's correction bias always keeps its FP32: top-k
+decisions are made with it.
 """
 
 from __future__ import annotations
@@ -16,6 +17,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from k2train.architecture.layer import moe_layers
+from k2train.architecture.mixture_of_experts import ExpertsChannel
+from k2train.architecture.tensors import TensorSpec
 from k2train.checkpoint.disk import check_free_space, check_new_directory, disk_errors
 from k2train.checkpoint.errors import CheckpointError
 from k2train.checkpoint.hf_config import CONFIG_FILE, to_hf_config
@@ -29,7 +33,7 @@ from k2train.checkpoint.writer import group_by_bytes
 from k2train.config.convert import from_dict
 from k2train.config.errors import ConfigError
 from k2train.config.model import ModelConfig
-from k2train.layout.tensors import TensorSpec, model_tensors
+from k2train.layout.tensors import model_tensors
 
 # What transformers itself writes by default.
 DEFAULT_HF_SHARD_BYTES = 5_000_000_000
@@ -50,9 +54,11 @@ class NamedTensor:
 
 @dataclasses.dataclass(frozen=True)
 class HfExport:
-    """What will be written: the architecture, the tensors in catalogue order, special tokens, generation settings.
+    """What will be written: the architecture, the tensors in catalogue order, special tokens,
+    generation settings.
 
-    tokenizer: what the checkpoint records of its run's (`hf_tokenizer.tokenizer_meta`); None for an imported one.
+    tokenizer: what the checkpoint records of its run's (`hf_tokenizer.tokenizer_meta`); None for an
+    imported one.
     """
 
     model: ModelConfig
@@ -79,9 +85,10 @@ def plan_export(
 ) -> HfExport:
     """Find every tensor of the model in a checkpoint.
 
-    dtype: None takes what the run computed in, or what is stored. tokenizer: the run's; None writes no
-    tokenizer, and the special tokens of the model that the checkpoint was imported from.
-    Raises CheckpointError where the checkpoint names no model, lacks a tensor, or holds one of another shape.
+    dtype: None takes what the run computed in, or what is stored. tokenizer: the run's; None writes
+    no tokenizer, and the special tokens of the model that the checkpoint was imported from. Raises
+    CheckpointError where the checkpoint names no model, lacks a tensor, or holds one of another
+    shape.
     """
     model = _model_of(checkpoint)
     specs = list(model_tensors(model))
@@ -110,8 +117,8 @@ def export_model(
 ) -> Path:
     """Write the model directory, one tensor at a time; returns its absolute path.
 
-    On any failure, Ctrl-C included, nothing is left. Raises ConfigError if `directory` exists and is not empty, or the
-    disk is too small, CheckpointError for a damaged shard.
+    On any failure, Ctrl-C included, nothing is left. Raises ConfigError if `directory` exists and
+    is not empty, or the disk is too small, CheckpointError for a damaged shard.
     """
     directory = Path(directory).resolve()
     check_new_directory("DIR", directory)
@@ -148,18 +155,14 @@ def _model_of(checkpoint: Checkpoint) -> ModelConfig:
 
 
 def _empty_shared_experts(model: ModelConfig) -> Iterator[NamedTensor]:
-    """transformers makes projections of width 0 where a model has no shared experts, and misses them in the files."""
-    shapes = {
-        "gate_proj": (0, model.hidden_size),
-        "up_proj": (0, model.hidden_size),
-        "down_proj": (model.hidden_size, 0),
-    }
-    if model.n_shared_experts:
+    """transformers makes projections of width 0 where a model has no shared experts, and misses
+    them in the files."""
+    channel = ExpertsChannel.of(model)
+    if channel.shared is not None:
         return
-    for layer in filter(model.is_moe, range(model.num_hidden_layers)):
-        for projection, shape in shapes.items():
-            name = f"model.layers.{layer}.mlp.shared_experts.{projection}.weight"
-            yield NamedTensor(name, lazy(torch.empty(shape)))
+    for layer in moe_layers(model):
+        for spec in channel.shared_tensors(layer):
+            yield NamedTensor(spec.name, lazy(torch.empty(spec.shape)))
 
 
 def _source(checkpoint: Checkpoint, name: str) -> str | None:

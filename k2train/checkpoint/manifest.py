@@ -3,7 +3,8 @@
     {"sha256": "...", "format": "k2train checkpoint", "version": 1, "meta": {...},
      "shards":  [{"file": "rank00000-00001.safetensors", "bytes": 1234, "sha256": "..."}, ...],
      "tensors": {"master/lm_head.weight": {"dtype": "F32", "shape": [163840, 7168],
-                 "pieces": [{"shard": 0, "key": "...", "start": 0, "rows": 10240, "crc32": 123}, ...]}, ...}}
+                 "pieces": [{"shard": 0, "key": "...", "start": 0, "rows": 10240, "crc32": 123},
+                     ...]}, ...}}
 
 A piece without "rows" is the whole tensor. SHA-256 covers each file as a whole and can be checked
 with common tools (it runs at disk speed on processors with SHA instructions); the CRC-32 of each

@@ -2,7 +2,8 @@
 `--print-config`.
 
     k2train train --help                       every key, with the value that this run would take
-    k2train train --help optim steps           the keys of a section, and those with a word in their name
+    k2train train --help optim steps           the keys of a section, and those with a word in their
+                                               name
     k2train train --help experiment=k2 optim   the values of that experiment
     k2train train --print-config experiment=k2 the composed config as YAML
 """

@@ -38,7 +38,8 @@ USAGE = "k2train plan [-m] [key=value ...]"
 
 
 def run(args: list[str]) -> int:
-    """Plan what the overrides say and print it; 1 where nothing fits, else 0. Raises ConfigError."""
+    """Plan what the overrides say and print it; 1 where nothing fits, else 0. Raises
+    ConfigError."""
     if answered(args, TITLE, USAGE, load_config, NOT_READ):
         return 0
     words = without_flags(args)
@@ -89,7 +90,8 @@ def _sweep(words: Sequence[str]) -> int:
 
 
 def _variants(overrides: Sequence[str]) -> list[Point]:
-    """One point of a sweep under every schedule that is compared; the mistake in it where it has one."""
+    """One point of a sweep under every schedule that is compared; the mistake in it where it has
+    one."""
     try:
         config: Config = load_config(overrides)
     except ConfigError as error:

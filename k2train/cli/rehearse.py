@@ -82,7 +82,8 @@ def as_rehearsed(config: Config) -> Config:
 
 
 def check_section(config: Config) -> None:
-    """Raise ConfigError for a rank that the layout does not have, or a file that cannot be written."""
+    """Raise ConfigError for a rank that the layout does not have, or a file that cannot be
+    written."""
     section = config.rehearse
     layout = build_layout(config.layout, config.cluster, config.model, config.train.seq_len)
     for name, value, limit in (

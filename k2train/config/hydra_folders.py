@@ -1,4 +1,5 @@
-"""Hydra, told where to look and left as it was found: the one file that touches its global state."""
+"""Hydra, told where to look and left as it was found: the one file that touches its global
+state."""
 
 from __future__ import annotations
 

@@ -1,4 +1,5 @@
-"""`model`: the architecture, in the names of Hugging Face's DeepseekV3Config, so that a config.json maps one to one."""
+"""`model`: the architecture, in the names of Hugging Face's DeepseekV3Config, so that a config.json
+maps one to one."""
 
 from __future__ import annotations
 
@@ -10,7 +11,8 @@ from k2train.config.fields import check_ranges, key
 
 @dataclasses.dataclass(frozen=True)
 class YarnConfig:
-    """`model.rope_scaling`: YaRN, the long-context stretch of the rotary embedding (arXiv 2309.00071)."""
+    """`model.rope_scaling`: YaRN, the long-context stretch of the rotary embedding (arXiv
+    2309.00071)."""
 
     factor: float = key("how many times longer the context is than the one trained on", minimum=1.0)
     original_max_position_embeddings: int = key("context before stretching", unit="tokens", minimum=1)
@@ -25,7 +27,8 @@ class YarnConfig:
 
 @dataclasses.dataclass(frozen=True)
 class ModelConfig:
-    """`model`: shapes and routing rules of a DeepSeek-V3-family model (K2, DeepSeek-V3, Moonlight)."""
+    """`model`: shapes and routing rules of a DeepSeek-V3-family model (K2, DeepSeek-V3,
+    Moonlight)."""
 
     vocab_size: int = key("size of the vocabulary", unit="tokens", minimum=2)
     hidden_size: int = key("width of the residual stream", unit="features", minimum=1)
@@ -68,14 +71,12 @@ class ModelConfig:
                 "model.qk_rope_head_dim", self.qk_rope_head_dim, "must be even: rotary features come in pairs"
             )
         if self.first_k_dense_replace > self.num_hidden_layers:
-            raise ConfigError("model.first_k_dense_replace", self.first_k_dense_replace,
-                              f"cannot exceed model.num_hidden_layers={self.num_hidden_layers}",
-                              f"use at most {self.num_hidden_layers}")  # fmt: skip
-
-    @property
-    def qk_head_dim(self) -> int:
-        """Query and key width of a head, in features."""
-        return self.qk_nope_head_dim + self.qk_rope_head_dim
+            raise ConfigError(
+                "model.first_k_dense_replace",
+                self.first_k_dense_replace,
+                f"cannot exceed model.num_hidden_layers={self.num_hidden_layers}",
+                f"use at most {self.num_hidden_layers}",
+            )
 
     @property
     def num_moe_layers(self) -> int:
@@ -86,28 +87,38 @@ class ModelConfig:
         """Routed experts per active one; K2 is 384 / 8 = 48 (K2 report, section 2.3)."""
         return self.n_routed_experts / self.num_experts_per_tok
 
-    def is_moe(self, layer: int) -> bool:
-        """Whether layer `layer` (counted from 0) routes to experts."""
-        return layer >= self.first_k_dense_replace
-
 
 def check_routing(model: ModelConfig) -> None:
     """Top-k must be choosable: within the experts, and within the groups a token may use."""
     experts, top_k, groups = model.n_routed_experts, model.num_experts_per_tok, model.n_group
     if top_k > experts:
-        raise ConfigError("model.num_experts_per_tok", top_k, f"cannot exceed model.n_routed_experts={experts}",
-                          f"use at most {experts}")  # fmt: skip
+        raise ConfigError(
+            "model.num_experts_per_tok",
+            top_k,
+            f"cannot exceed model.n_routed_experts={experts}",
+            f"use at most {experts}",
+        )
     if experts % groups:
         divisors = [n for n in range(1, experts + 1) if experts % n == 0]
-        raise ConfigError("model.n_group", groups, f"must divide model.n_routed_experts={experts}",
-                          f"use one of {', '.join(map(str, divisors[:12]))}")  # fmt: skip
+        raise ConfigError(
+            "model.n_group",
+            groups,
+            f"must divide model.n_routed_experts={experts}",
+            f"use one of {', '.join(map(str, divisors[:12]))}",
+        )
     if model.topk_group > groups:
         raise ConfigError("model.topk_group", model.topk_group, f"cannot exceed model.n_group={groups}")
     if groups > 1 and experts // groups < 2:
-        raise ConfigError("model.n_group", groups,
-                          f"leaves {experts // groups} expert a group, but a group is ranked by its two best",
-                          f"use at most {experts // 2} groups")  # fmt: skip
+        raise ConfigError(
+            "model.n_group",
+            groups,
+            f"leaves {experts // groups} expert a group, but a group is ranked by its two best",
+            f"use at most {experts // 2} groups",
+        )
     if top_k > experts // groups * model.topk_group:
-        raise ConfigError("model.num_experts_per_tok", top_k,
-                          f"the {model.topk_group} chosen groups hold only {experts // groups * model.topk_group} experts",
-                          "raise model.topk_group or lower model.n_group")  # fmt: skip
+        raise ConfigError(
+            "model.num_experts_per_tok",
+            top_k,
+            f"the {model.topk_group} chosen groups hold only {experts // groups * model.topk_group} experts",
+            "raise model.topk_group or lower model.n_group",
+        )

@@ -6,7 +6,8 @@ machine without a device. Memory is poisoned where a device would reuse it:
 
     host pages      once they were copied to the device, if `pages_read_once`
     new memory      until something is written into it
-    freed memory    a copy does not keep the device tensor it reads: dropped without a word of `uses`, it reads as poison
+    freed memory    a copy does not keep the device tensor it reads: dropped without a word of
+                    `uses`, it reads as poison
 """
 
 from __future__ import annotations

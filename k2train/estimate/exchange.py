@@ -1,9 +1,11 @@
-"""Seconds of an exchange of tokens: from their ranks to their experts' and back, on the wires and in memory.
+"""Seconds of an exchange of tokens: from their ranks to their experts' and back, on the wires and
+in memory.
 
-A token's copies are picked from its rows before a hop and added up after the way back; at the experts, rows are put in
-order of expert. All of it runs on the exchange's own stream, beside the main one, and is charged there; without expert
-parallelism it runs on the main stream. The four moves of a layer differ by what travels with the rows: weights go to the
-experts in the forward, their gradients come back in the backward.
+A token's copies are picked from its rows before a hop and added up after the way back; at the
+experts, rows are put in order of expert. All of it runs on the exchange's own stream, beside the
+main one, and is charged there; without expert parallelism it runs on the main stream. The four
+moves of a layer differ by what travels with the rows: weights go to the experts in the forward,
+their gradients come back in the backward.
 
 t: bytes of this rank's tokens. r: bytes of the rows at its experts. Routing is taken as even.
 """
@@ -12,17 +14,17 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from k2train.architecture.routing_tables import DEEPEP_NODE, hit_probability
+from k2train.architecture.work import Workload
 from k2train.config.sections import ClusterConfig
-from k2train.estimate.layer_ops import Workload, hit_probability
 from k2train.estimate.traffic import Network, local_peers
-from k2train.layout.build import DEEPEP_NODE
 from k2train.layout.layout import Layout
 
 
 @dataclass(frozen=True)
 class Hop:
-    """One all-to-all. Bytes one rank sends under even routing; rows: what copies are picked from; copies: all that it
-    picks, its own among them."""
+    """One all-to-all. Bytes one rank sends under even routing; rows: what copies are picked from;
+    copies: all that it picks, its own among them."""
 
     intranode_bytes: float
     internode_bytes: float
@@ -36,11 +38,13 @@ def token_bytes(w: Workload) -> float:
 
 
 def dispatch_hops(w: Workload, layout: Layout) -> tuple[Hop, ...]:
-    """What a dispatch sends, one all-to-all after the other, by `layout.dispatch`; a combine sends as much, the other way.
+    """What a dispatch sends, one all-to-all after the other, by `layout.dispatch`; a combine sends
+    as much, the other way.
 
-    per_expert: a row for every chosen expert, wherever it is. per_rank: one for every rank that holds a chosen expert.
-    per_node and deepep: one to every other node that holds one, where it is passed on to those ranks over NVLink. The routing
-    weights that travel with the rows (4 bytes a slot) are left out.
+    per_expert: a row for every chosen expert, wherever it is. per_rank: one for every rank that
+    holds a chosen expert. per_node and deepep: one to every other node that holds one, where it is
+    passed on to those ranks over NVLink. The routing weights that travel with the rows (4 bytes a
+    slot) are left out.
     """
     ep, local, token = w.ep, local_peers(w.ep, 1, layout.gpus_per_node), token_bytes(w)
     each = token * (
@@ -69,7 +73,8 @@ def dispatch_seconds(w: Workload, layout: Layout, cluster: ClusterConfig, weight
 
 
 def combine_seconds(w: Workload, layout: Layout, cluster: ClusterConfig, weights: bool) -> float:
-    """Rows back to the sums of each token's, added to the residual stream. weights: with their gradients."""
+    """Rows back to the sums of each token's, added to the residual stream. weights: with their
+    gradients."""
     token, rows = token_bytes(w), w.model.num_experts_per_tok * token_bytes(w)
     added = 3 * token
     if w.ep == 1:
@@ -84,8 +89,8 @@ def combine_seconds(w: Workload, layout: Layout, cluster: ClusterConfig, weights
 
 
 def _hops_seconds(w: Workload, layout: Layout, cluster: ClusterConfig, memory_bytes: list[float]) -> float:
-    """The hops of an exchange with what each moves in memory. Those of a part follow each other; those of different parts go
-    over different wires."""
+    """The hops of an exchange with what each moves in memory. Those of a part follow each other;
+    those of different parts go over different wires."""
     network, parts = Network(cluster), layout.relay_parts
     seconds = [
         network.exchange(hop.intranode_bytes / parts, hop.internode_bytes / parts)
@@ -100,16 +105,18 @@ def _memory(num_bytes: float, cluster: ClusterConfig) -> float:
 
 
 DEEPEP_BYTES_PER_SECOND = {16: 43.0e9, 32: 57.0e9, 64: 50.0e9}
-"""What DeepEP's kernels reach between nodes by the size of the group, counting a token once for every node it goes to, its
-own among them: measured by its authors on H800 with a 400 Gb/s card for each GPU, 4096 tokens of 7168 numbers, 8 experts
-a token (the legacy page of github.com/deepseek-ai/DeepEP; the slower of dispatch and combine). Version 2 reports 81 to 90
-for 16 ranks."""
+"""What DeepEP's kernels reach between nodes by the size of the group, counting a token once for
+every node it goes to, its own among them: measured by its authors on H800 with a 400 Gb/s card for
+each GPU, 4096 tokens of 7168 numbers, 8 experts a token (the legacy page of
+github.com/deepseek-ai/DeepEP; the slower of dispatch and combine). Version 2 reports 81 to 90 for
+16 ranks."""
 DEEPEP_NODE_BYTES_PER_SECOND = 153.0e9
 """The same inside a node of 8, over H800's NVLink."""
 
 
 def _deepep_seconds(w: Workload, cluster: ClusterConfig) -> float:
-    """Both wires at once: the slower of the two shares, at the published rates, which a slower cluster cannot reach."""
+    """Both wires at once: the slower of the two shares, at the published rates, which a slower
+    cluster cannot reach."""
     token = float(w.tokens * w.model.hidden_size * w.element_bytes)
     rows = token * w.ep * hit_probability(w, 1)
     network = Network(cluster)
@@ -128,16 +135,17 @@ def _deepep_seconds(w: Workload, cluster: ClusterConfig) -> float:
 
 
 ROUTE_OPERATIONS = {"local": 10, "per_expert": 29, "per_rank": 59, "per_node": 96, "deepep": 12}
-"""Operations that a route issues, each a small kernel or a few, from the choices to the tables. tests/parallel/
-test_route_costs.py counts them, but DeepEP's kernel."""
+"""Operations that a route issues, each a small kernel or a few, from the choices to the tables.
+tests/parallel/ test_route_costs.py counts them, but DeepEP's kernel."""
 
 
 def route_seconds(w: Workload, layout: Layout, cluster: ClusterConfig) -> float:
-    """From the router's choices until the first all-to-all of rows can start: what the ranks tell each other, the
-    operations that count and build tables, and the host's wait for the counts between them.
+    """From the router's choices until the first all-to-all of rows can start: what the ranks tell
+    each other, the operations that count and build tables, and the host's wait for the counts
+    between them.
 
-    A forward alone stands still for all of it. In a pair the other half computes meanwhile, as it was issued before
-    the host waited.
+    A forward alone stands still for all of it. In a pair the other half computes meanwhile, as it
+    was issued before the host waited.
     """
     kind = layout.dispatch if w.ep > 1 else "local"
     operations = ROUTE_OPERATIONS[kind] * cluster.kernel_latency_seconds
@@ -145,8 +153,8 @@ def route_seconds(w: Workload, layout: Layout, cluster: ClusterConfig) -> float:
 
 
 def _told(w: Workload, layout: Layout, cluster: ClusterConfig) -> float:
-    """What every rank sends to every other before the rows: its counts for their experts (8 bytes each), or, where
-    tokens are passed on, all its choices (4 bytes each)."""
+    """What every rank sends to every other before the rows: its counts for their experts (8 bytes
+    each), or, where tokens are passed on, all its choices (4 bytes each)."""
     local = local_peers(w.ep, 1, layout.gpus_per_node)
     if layout.dispatch == "deepep":  # inside the kernel
         return 0.0

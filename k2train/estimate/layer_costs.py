@@ -1,7 +1,8 @@
-"""Seconds and bytes of one layer, forward and backward: phases on two streams, memory between and during them.
+"""Seconds and bytes of one layer, forward and backward: phases on two streams, memory between and
+during them.
 
-The estimate of a layer is a sum over its operations; the embedding and the head are treated as layers of their own. All
-layers of a kind cost the same, so a model is two of these and two ends.
+The estimate of a layer is a sum over its operations; the embedding and the head are treated as
+layers of their own. All layers of a kind cost the same, so a model is two of these and two ends.
 """
 
 from __future__ import annotations
@@ -9,30 +10,30 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
-from k2train.config.sections import ActivationsConfig
-from k2train.estimate.activations import SavedTensor, saved_tensors
-from k2train.estimate.layer_ops import (
+from k2train.architecture.embedding import (
     EMBEDDING_COLUMNS,
-    Workload,
-    attention_phase,
     embedding_grad_bytes,
     embedding_grad_kernels,
     embedding_ops,
-    experts_phase,
-    head_ops,
-    mlp_phase,
 )
-from k2train.estimate.work import Machine, Op, accumulation_bytes
+from k2train.architecture.head import head_ops
+from k2train.architecture.layer import Layer, LayerKind, layer_of
+from k2train.architecture.work import Op, Workload, accumulation_bytes
+from k2train.config.sections import ActivationsConfig
+from k2train.estimate.activations import SavedTensor, saved_tensors
+from k2train.estimate.work import Machine
 from k2train.schedule.costs import Phase, Stream
 
 LOGITS_CHUNK_ELEMENTS = 2**28
-"""Logits that exist at once, 1638 tokens of K2's vocabulary. With an eighth of it K2's head would take two and a half times
-as long, reading and writing its FP32 gradient sum for every 204 tokens."""
+"""Logits that exist at once, 1638 tokens of K2's vocabulary. With an eighth of it K2's head would
+take two and a half times as long, reading and writing its FP32 gradient sum for every 204
+tokens."""
 
 
 @dataclass(frozen=True)
 class Exchange:
-    """Seconds of a MoE layer's traffic between the ranks of an expert-parallel group (`estimate.exchange`), on its stream."""
+    """Seconds of a MoE layer's traffic between the ranks of an expert-parallel group
+    (`estimate.exchange`), on its stream."""
 
     route: float
     """Until the host knows how many rows go where."""
@@ -53,7 +54,8 @@ class Exchange:
 
     @property
     def backward(self) -> tuple[list[Phase], list[Phase]]:
-        """Before and after the experts; the route's step does nothing, it keeps the halves of a pair in time."""
+        """Before and after the experts; the route's step does nothing, it keeps the halves of a
+        pair in time."""
         after = [self._phase("dispatch", self.dispatch_back), Phase("route", Stream.EP, 0.0)]
         return [self._phase("combine", self.combine_back)], after
 
@@ -72,7 +74,8 @@ class LayerCosts:
     forward_transient_bytes: int
     backward_transient_bytes: int
     put_off_transient_bytes: int
-    """The backward's where weight gradients are put off: factors of the phases that are done wait beside it."""
+    """The backward's where weight gradients are put off: factors of the phases that are done wait
+    beside it."""
     weight_queue_bytes: int
     forward_flops: float
     """Of the model: no recomputation, attention counted causally."""
@@ -80,23 +83,25 @@ class LayerCosts:
 
     @property
     def left_bytes(self) -> int:
-        """What its backward leaves where weight gradients are put off: factors, less what was saved."""
+        """What its backward leaves where weight gradients are put off: factors, less what was
+        saved."""
         return self.weight_queue_bytes - sum(tensor.stored_bytes for tensor in self.saved)
 
 
 def transformer_layer(
-    w: Workload, policies: ActivationsConfig, machine: Machine, exchange: Exchange, moe: bool
+    w: Workload, policies: ActivationsConfig, machine: Machine, exchange: Exchange, kind: LayerKind
 ) -> LayerCosts:
     """One layer."""
-    saved = saved_tensors(w, policies, moe)
-    phases = _phases(w, moe)
+    saved = saved_tensors(w, policies, kind)
+    layer, moe = layer_of(w.model, kind), kind == "moe"
+    phases = layer.phases(w)
     forward = [_forward(machine, name, ops, saved) for name, ops in phases]
     backward = [_backward(machine, name, ops, saved) for name, ops in reversed(phases)]
     if moe:
         forward = _around_experts(forward, *exchange.forward)
         backward = _around_experts(backward, *exchange.backward)
     ops = [op for _, phase in phases for op in phase]
-    transients = [_transient(w, name, ops, saved) for name, ops in phases]
+    transients = [_transient(w, layer, name, ops, saved) for name, ops in phases]
     return LayerCosts(
         tuple(forward),
         tuple(backward),
@@ -131,11 +136,13 @@ def embedding(w: Workload, machine: Machine) -> LayerCosts:
 
 
 def head(w: Workload, machine: Machine, num_owners: int = 1) -> LayerCosts:
-    """Final norm, logits and loss in chunks of tokens, with both gradients on the spot. num_owners: as in `head_ops`.
+    """Final norm, logits and loss in chunks of tokens, with both gradients on the spot. num_owners:
+    as in `head_ops`.
 
-    Each chunk's logits become its loss and its gradients and are gone, so the forward does all three products and
-    backward and weight gradient have next to nothing left. Every chunk passes over the weight and its FP32 gradient
-    sum once more, which is why chunks must not be small. What is kept is the input and the gradient of the normed input.
+    Each chunk's logits become its loss and its gradients and are gone, so the forward does all
+    three products and backward and weight gradient have next to nothing left. Every chunk passes
+    over the weight and its FP32 gradient sum once more, which is why chunks must not be small. What
+    is kept is the input and the gradient of the normed input.
     """
     stream = w.tokens * w.model.hidden_size
     chunk = min(w.tokens, logits_chunk_tokens(w))
@@ -167,12 +174,6 @@ def head(w: Workload, machine: Machine, num_owners: int = 1) -> LayerCosts:
 def logits_chunk_tokens(w: Workload) -> int:
     """Tokens whose logits exist at once."""
     return max(1, LOGITS_CHUNK_ELEMENTS // w.model.vocab_size)
-
-
-def _phases(w: Workload, moe: bool) -> list[tuple[str, list[Op]]]:
-    if not moe:
-        return [("attention", attention_phase(w, moe=False)), ("mlp", mlp_phase(w))]
-    return [("attention", attention_phase(w, moe=True)), ("experts", experts_phase(w))]
 
 
 def _around_experts(phases: Sequence[Phase], before: Sequence[Phase], after: Sequence[Phase]) -> list[Phase]:
@@ -221,28 +222,32 @@ class _Transient:
     forward_bytes: int
     backward_bytes: int
     left_bytes: int
-    """What its backward leaves where weight gradients are put off: factors, less what the forward saved."""
+    """What its backward leaves where weight gradients are put off: factors, less what the forward
+    saved."""
 
 
-def _transient(w: Workload, name: str, ops: Sequence[Op], saved: Sequence[SavedTensor]) -> _Transient:
+def _transient(
+    w: Workload, layer: Layer, phase: str, ops: Sequence[Op], saved: Sequence[SavedTensor]
+) -> _Transient:
     """Of one phase. What is saved in another form than it is computed in is there in both."""
-    experts = name == "experts"
-    made = {op.produces for op in ops} | ({"expert_input", "post_norm_output"} if experts else set())
-    mine = [tensor for tensor in saved if tensor.name in made]
+    names = layer.saved_in(w, phase)
+    mine = [tensor for tensor in saved if tensor.name in names]
     unkept = sum(tensor.full_bytes - tensor.stored_bytes for tensor in mine)
-    # Rows on their way, as many as two hops take: forward the experts' output and a hop of it, back the
-    # gradients of the rows in both hops.
-    moved = 2 * w.rows * w.model.hidden_size * w.element_bytes if experts and w.ep > 1 else 0
+    # Rows on their way, as many as two hops take: forward the experts' output and a hop of it, back
+    # the gradients of the rows in both hops.
+    moved = 2 * w.rows * w.model.hidden_size * w.element_bytes if phase == "experts" and w.ep > 1 else 0
     left = _queue_bytes(ops) - sum(tensor.stored_bytes for tensor in mine)
-    return _Transient(unkept + moved, unkept + moved + _gradient_bytes(w, name), left)
+    gradients = w.element_bytes * layer.gradient_numbers(w, phase)
+    return _Transient(unkept + moved, unkept + moved + gradients, left)
 
 
 def put_off_transient(parts: Iterable[tuple[int, int]]) -> int:
-    """The most that an input gradient takes beside what the forward saved, with weight gradients put off.
+    """The most that an input gradient takes beside what the forward saved, with weight gradients
+    put off.
 
-    parts: in the order of the forward, (bytes of its own backward, bytes that it leaves when it is done).
-    The backward goes from the last to the first. A part that is done has let go of what it saved and
-    left its products' factors.
+    parts: in the order of the forward, (bytes of its own backward, bytes that it leaves when it is
+    done). The backward goes from the last to the first. A part that is done has let go of what it
+    saved and left its products' factors.
     """
     most = left = 0
     for of_its_own, left_by_it in reversed(list(parts)):
@@ -251,19 +256,9 @@ def put_off_transient(parts: Iterable[tuple[int, int]]) -> int:
     return most
 
 
-def _gradient_bytes(w: Workload, phase: str) -> int:
-    """Gradients alive at once in a phase's backward."""
-    model = w.model
-    if phase == "attention":
-        heads = model.num_attention_heads * (2 * model.qk_head_dim + 2 * model.v_head_dim)
-        return w.element_bytes * w.tokens * (2 * model.hidden_size + heads)
-    if phase == "experts":
-        return w.element_bytes * w.rows * (2 * model.hidden_size + 3 * model.moe_intermediate_size)
-    return w.element_bytes * w.tokens * (2 * model.hidden_size + 3 * model.intermediate_size)
-
-
 def _queue_bytes(ops: Iterable[Op]) -> int:
-    """Inputs and output gradients of every product, an input that two products share once; gradients of norms' weights."""
+    """Inputs and output gradients of every product, an input that two products share once;
+    gradients of norms' weights."""
     queued = [op.queued for op in ops if op.queued is not None]
     inputs = {name: num_bytes for name, num_bytes, _ in queued}
     return sum(inputs.values()) + sum(gradient for _, _, gradient in queued)

@@ -1,16 +1,19 @@
-"""Parameter counts from the catalogue of tensors: of the model, of a token's path through it, and of a rank.
+"""Parameter counts from the catalogue of tensors: of the model, of a token's path through it, and
+of a rank.
 
-K2: 1026.4 billion in all, 32.9 billion activated with both embeddings (docs/k2.md). A router's correction bias is a
-buffer, not a parameter, and is left out; it would add 23 040 numbers to K2.
+K2: 1026.4 billion in all, 32.9 billion activated with both embeddings (docs/k2.md). A router's
+correction bias is a buffer, not a parameter, and is left out; it would add 23 040 numbers to K2.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 
+from k2train.architecture.embedding import embedding_tensors
+from k2train.architecture.head import head_tensors
+from k2train.architecture.layer import Layer, layer_kind, layer_kinds, layer_of
 from k2train.config.model import ModelConfig
 from k2train.layout.layout import VirtualStage
-from k2train.layout.tensors import layer_tensors
 
 
 @dataclass(frozen=True)
@@ -32,7 +35,8 @@ class LayerParameters:
 
 @dataclass(frozen=True)
 class ModelParameters:
-    """The whole model. embedding and head are equal in size and both counted in `total` and `activated`."""
+    """The whole model. embedding and head are equal in size and both counted in `total` and
+    `activated`."""
 
     embedding: int
     layers: tuple[LayerParameters, ...]
@@ -59,19 +63,16 @@ class ModelParameters:
 
 def model_parameters(model: ModelConfig) -> ModelParameters:
     """Count a model."""
-    dense_layers, moe_layers = model.first_k_dense_replace, model.num_moe_layers
-    layers: list[LayerParameters] = []
-    if dense_layers:
-        layers += [layer_parameters(model, 0)] * dense_layers
-    if moe_layers:
-        layers += [layer_parameters(model, dense_layers)] * moe_layers
-    table = model.vocab_size * model.hidden_size
-    return ModelParameters(table, tuple(layers), model.hidden_size, table, model.num_experts_per_tok)
+    counts = {kind: layer_parameters(layer_of(model, kind)) for kind in layer_kinds(model)}
+    layers = tuple(counts[layer_kind(model, layer)] for layer in range(model.num_hidden_layers))
+    (table,) = (spec.num_elements for spec in embedding_tensors(model))
+    norm, head = (spec.num_elements for spec in head_tensors(model))
+    return ModelParameters(table, layers, norm, head, model.num_experts_per_tok)
 
 
-def layer_parameters(model: ModelConfig, layer: int) -> LayerParameters:
+def layer_parameters(layer: Layer) -> LayerParameters:
     """Count one layer."""
-    tensors = [spec for spec in layer_tensors(model, layer) if spec.trained]
+    tensors = [spec for spec in layer.tensors(0) if spec.trained]
     dense = sum(spec.num_elements for spec in tensors if spec.expert is None)
     first = sum(spec.num_elements for spec in tensors if spec.expert == 0)
-    return LayerParameters(dense, first, model.n_routed_experts if model.is_moe(layer) else 0)
+    return LayerParameters(dense, first, layer.channel.num_experts)

@@ -17,10 +17,10 @@ from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
+from k2train.architecture.work import ELEMENT_BYTES, accumulation_bytes
 from k2train.config.model import ModelConfig
 from k2train.config.optim import OptimConfig
 from k2train.config.sections import Dtype
-from k2train.estimate.work import ELEMENT_BYTES, accumulation_bytes
 from k2train.layout.layout import VirtualStage
 from k2train.layout.ownership import assign_owners, row_ranges
 from k2train.layout.staging import NUM_SLOTS, largest_batch, slot_elements

@@ -1,18 +1,20 @@
-"""What a step costs outside the pipeline: gradients reduced, the update, parameters gathered; and its FLOPs.
+"""What a step costs outside the pipeline: gradients reduced, the update, parameters gathered; and
+its FLOPs.
 
-Reduce-scatter, update and all-gather run after the last backward, one after another; nothing hides them, and at K2's
-batch nothing needs to.
+Reduce-scatter, update and all-gather run after the last backward, one after another; nothing hides
+them, and at K2's batch nothing needs to.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 
+from k2train.architecture.work import ELEMENT_BYTES, accumulation_bytes
 from k2train.config.model import ModelConfig
 from k2train.config.optim import OptimConfig
 from k2train.estimate.states import StageStates
 from k2train.estimate.traffic import Network, local_peers
-from k2train.estimate.work import ELEMENT_BYTES, Machine, accumulation_bytes
+from k2train.estimate.work import Machine
 from k2train.layout.layout import Layout
 from k2train.layout.weights import piece_weights
 
@@ -38,7 +40,8 @@ class UpdateSeconds:
 def update_seconds(
     states: StageStates, layout: Layout, optim: OptimConfig, machine: Machine, copies: int = 1
 ) -> UpdateSeconds:
-    """The update of one stage. copies: how many times a pipeline holds every parameter (2 in DualPipe)."""
+    """The update of one stage. copies: how many times a pipeline holds every parameter (2 in
+    DualPipe)."""
     network, dtype = Network(machine.cluster), machine.dtype
     gpus = layout.gpus_per_node
     groups = (
@@ -64,10 +67,10 @@ def _owner_seconds(states: StageStates, optim: OptimConfig, machine: Machine) ->
 def _host_seconds(states: StageStates, products: float, machine: Machine) -> float:
     """The update of states in host memory, the masters' way to the device included.
 
-    Matrices that are updated whole cross the bus with their states, in and out at once, beside their
-    update. Of parameters that are updated in rows only gradients cross it, outwards, and the host
-    updates them meanwhile. What takes longest counts. Then every master crosses inwards once more,
-    for the all-gather. Why: docs/decisions/0008-host-states.md.
+    Matrices that are updated whole cross the bus with their states, in and out at once, beside
+    their update. Of parameters that are updated in rows only gradients cross it, outwards, and the
+    host updates them meanwhile. What takes longest counts. Then every master crosses inwards once
+    more, for the all-gather. Why: docs/decisions/0008-host-states.md.
     """
     network, width = Network(machine.cluster), accumulation_bytes(machine.dtype)
     whole, rows = states.whole_elements, states.row_elements
@@ -84,7 +87,8 @@ def _elementwise_seconds(num_elements: int, state_bytes: int, machine: Machine) 
 
 
 def step_flops(model: ModelConfig, seq_len: int, tokens: int) -> float:
-    """FLOPs a step needs, the numerator of MFU: forward and twice that backward, causal attention, no recomputation."""
+    """FLOPs a step needs, the numerator of MFU: forward and twice that backward, causal attention,
+    no recomputation."""
     embedding, layers, head = piece_weights(model, seq_len)
     return 3.0 * tokens * (embedding + sum(layers) + head)
 

@@ -1,10 +1,10 @@
-"""Seconds on the wires: pipeline messages, data-parallel collectives, copies to and from the host; `exchange` has the
-all-to-all.
+"""Seconds on the wires: pipeline messages, data-parallel collectives, copies to and from the host;
+`exchange` has the all-to-all.
 
-Inside a node a device sends at the NVLink rate, between nodes through a network card of its own; traffic over the two
-overlaps, so an exchange takes as long as the slower share. Latencies are counted once an exchange: its messages
-start together. Congestion between different kinds of traffic is not modelled; the numbers on docs/plan.md say where
-that matters.
+Inside a node a device sends at the NVLink rate, between nodes through a network card of its own;
+traffic over the two overlaps, so an exchange takes as long as the slower share. Latencies are
+counted once an exchange: its messages start together. Congestion between different kinds of traffic
+is not modelled; the numbers on docs/plan.md say where that matters.
 """
 
 from __future__ import annotations
@@ -12,8 +12,8 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
+from k2train.architecture.work import Workload
 from k2train.config.sections import ClusterConfig
-from k2train.estimate.layer_ops import Workload
 from k2train.layout.layout import Layout
 
 
@@ -50,8 +50,9 @@ class Network:
     def ring(self, num_bytes: float, group_size: int, ranks_per_node: int) -> float:
         """Seconds of a reduce-scatter or an all-gather of a buffer of `num_bytes` over a group.
 
-        A ring moves (n - 1) / n of the buffer through every device. Rings through the same node leave it by different
-        network cards, so with r ranks of the group on a node the network carries r times one card's rate.
+        A ring moves (n - 1) / n of the buffer through every device. Rings through the same node
+        leave it by different network cards, so with r ranks of the group on a node the network
+        carries r times one card's rate.
         """
         if group_size == 1 or not num_bytes:
             return 0.0
@@ -68,7 +69,8 @@ class Network:
 def local_peers(group_size: int, stride: int, gpus_per_node: int) -> int:
     """How many ranks of a group stand on one node, the rank itself among them, at the least.
 
-    The group's ranks are `stride` apart. Groups that straddle a node boundary are judged by their worst rank.
+    The group's ranks are `stride` apart. Groups that straddle a node boundary are judged by their
+    worst rank.
     """
     if stride >= gpus_per_node:
         return 1
@@ -81,7 +83,8 @@ def local_peers(group_size: int, stride: int, gpus_per_node: int) -> int:
 
 
 def message_seconds(w: Workload, layout: Layout, cluster: ClusterConfig) -> float:
-    """A microbatch's activations, or their gradient, from a stage to its neighbour, the slowest rank's."""
+    """A microbatch's activations, or their gradient, from a stage to its neighbour, the slowest
+    rank's."""
     num_bytes = float(w.tokens * w.model.hidden_size * w.element_bytes)
     if layout.pp == 1:
         return 0.0

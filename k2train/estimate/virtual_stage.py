@@ -6,9 +6,12 @@ one rank. A piece without layers passes its input on in no time.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
+from k2train.architecture.layer import LayerKind, layer_kind, layer_kinds
+from k2train.architecture.microbatch import workload
+from k2train.architecture.work import Workload
 from k2train.config.model import ModelConfig
 from k2train.config.ops import DEFAULT_OPS, OpsConfig
 from k2train.config.sections import ActivationsConfig, ClusterConfig, TrainConfig
@@ -22,7 +25,6 @@ from k2train.estimate.layer_costs import (
     put_off_transient,
     transformer_layer,
 )
-from k2train.estimate.layer_ops import Workload, workload
 from k2train.estimate.traffic import Network, message_seconds
 from k2train.estimate.work import Machine
 from k2train.layout.layout import Layout, VirtualStage
@@ -40,8 +42,8 @@ class Estimator:
     network: Network
     message_seconds: float
     embedding: LayerCosts
-    dense: LayerCosts
-    moe: LayerCosts
+    layers: Mapping[LayerKind, LayerCosts]
+    """Of every kind of layer that the model has, MoE first."""
     head: LayerCosts
 
     def virtual_stage(self, piece: VirtualStage, put_off: bool = False) -> VirtualStageCosts:
@@ -80,7 +82,7 @@ class Estimator:
 
     def layer(self, layer: int) -> LayerCosts:
         """The costs of one transformer layer."""
-        return self.moe if self.workload.model.is_moe(layer) else self.dense
+        return self.layers[layer_kind(self.workload.model, layer)]
 
     def _parts(self, piece: VirtualStage) -> Sequence[LayerCosts]:
         parts = [self.embedding] if piece.embedding else []
@@ -109,13 +111,14 @@ def build_estimator(
         combine_back=dispatch_seconds(w, layout, cluster, weights=False),
         stream=Stream.EP if layout.ep > 1 else Stream.COMPUTE,
     )
-    dense, moe = (transformer_layer(w, policies, machine, exchange, moe) for moe in (False, True))
+    layers = {
+        kind: transformer_layer(w, policies, machine, exchange, kind) for kind in reversed(layer_kinds(model))
+    }
     return Estimator(
         w,
         Network(cluster),
         message_seconds(w, layout, cluster),
         embedding(w, machine),
-        dense,
-        moe,
+        layers,
         head(w, machine, layout.dp),
     )

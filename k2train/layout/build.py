@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 
+from k2train.architecture.routing_tables import DEEPEP_NODE
 from k2train.config.errors import ConfigError
 from k2train.config.model import ModelConfig
 from k2train.config.schema import batch_error, check_experts_fit
@@ -21,10 +22,8 @@ MAX_LAYERS = 10**4
 MAX_EXPERTS = 10**5
 """The same for layers, and for routed experts of a layer."""
 
-# deep_ep.Buffer.get_dispatch_config, and the kernels' NUM_MAX_NVL_PEERS
-# (github.com/deepseek-ai/DeepEP).
+# deep_ep.Buffer.get_dispatch_config (github.com/deepseek-ai/DeepEP).
 DEEPEP_SIZES = (2, 4, 8, 16, 24, 32, 48, 64, 96, 128, 144, 160)
-DEEPEP_NODE = 8
 
 
 def build_layout(

@@ -1,8 +1,9 @@
-"""`Layout`: the answer to who is where. Derived once from the config and passed to whoever needs it.
+"""`Layout`: the answer to who is where. Derived once from the config and passed to whoever needs
+it.
 
-Any world that is a multiple of pp * ep is legal; growing or shrinking the cluster changes edp and nothing else, so a
-checkpoint, the order of the data and the model-parallel group stay as they are. Source: docs/design.md, "Layout";
-K2 report, section 2.4.2.
+Any world that is a multiple of pp * ep is legal; growing or shrinking the cluster changes edp and
+nothing else, so a checkpoint, the order of the data and the model-parallel group stay as they are.
+Source: docs/design.md, "Layout"; K2 report, section 2.4.2.
 """
 
 from __future__ import annotations
@@ -16,7 +17,8 @@ from k2train.layout.grid import RankGrid
 
 @dataclass(frozen=True)
 class VirtualStage:
-    """A contiguous piece of the model: layers `first .. end`, perhaps the embedding before, perhaps the head after."""
+    """A contiguous piece of the model: layers `first .. end`, perhaps the embedding before, perhaps
+    the head after."""
 
     first: int
     end: int
@@ -42,7 +44,8 @@ class Layout:
     virtual_stages: tuple[VirtualStage, ...]
     """The pieces of the model, in its order."""
     placement: tuple[int, ...]
-    """The stage (pp_rank) of every virtual stage, from `layout.placement`; the schedule has the same."""
+    """The stage (pp_rank) of every virtual stage, from `layout.placement`; the schedule has the
+    same."""
     n_routed_experts: int
     dispatch: DispatchKind = "per_expert"
     dispatch_parts: int = 1
@@ -89,16 +92,17 @@ class Layout:
 
     @property
     def relay_ranks(self) -> int | None:
-        """How many neighbouring ranks of an expert-parallel group pass a token on among themselves, once it has reached one
-        of them: those of a node, or the whole group where each rank is sent its own copy. None: every expert is, or
-        DeepEP sees to it."""
+        """How many neighbouring ranks of an expert-parallel group pass a token on among themselves,
+        once it has reached one of them: those of a node, or the whole group where each rank is sent
+        its own copy. None: every expert is, or DeepEP sees to it."""
         if self.dispatch in ("per_expert", "deepep") or self.ep == 1:
             return None
         return min(self.ep, self.gpus_per_node) if self.dispatch == "per_node" else self.ep
 
     @property
     def relay_parts(self) -> int:
-        """The parts that a microbatch's tokens are sent in: more than one only where there are two hops to overlap."""
+        """The parts that a microbatch's tokens are sent in: more than one only where there are two
+        hops to overlap."""
         return self.dispatch_parts if self.relay_ranks not in (None, self.ep) else 1
 
     @property
@@ -139,5 +143,6 @@ class Layout:
         return expert // self.num_local_experts
 
     def replicas(self, expert: bool) -> int:
-        """Ranks that hold the same copy of a parameter: edp for a routed expert's, the whole stage for others."""
+        """Ranks that hold the same copy of a parameter: edp for a routed expert's, the whole stage
+        for others."""
         return self.edp if expert else self.dp

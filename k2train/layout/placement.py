@@ -15,5 +15,6 @@ def looped(pp: int, vpp: int) -> tuple[int, ...]:
 
 
 def folded(pp: int) -> tuple[int, ...]:
-    """Two parts on each of `pp` stages: the first half of them goes down the stages, the second comes back."""
+    """Two parts on each of `pp` stages: the first half of them goes down the stages, the second
+    comes back."""
     return (*range(pp), *range(pp - 1, -1, -1))

@@ -1,8 +1,11 @@
-"""The model: layers cut into phases, each with its own forward and backward. Knows local sizes, never a rank.
+"""The model: layers cut into phases, each with its own forward and backward. Knows local sizes,
+never a rank.
 
 model        Model, build_model, forward, backward, forward_loss, forward_backward, logits
-pieces       ModelPart, whole_model, Piece: what a virtual stage holds, and named tensors inside parameters
-saved        SavedActivations (protocol), KeepEverything: names of what lives from forward to backward
+pieces       ModelPart, whole_model, Piece: what a virtual stage holds, and named tensors inside
+    parameters
+saved        SavedActivations (protocol), KeepEverything: names of what lives from forward to
+    backward
 context      MicrobatchContext, Statistics: what a phase may touch besides its inputs
 phase        Phase (protocol), ComputePhase, CommunicationPhase
 layers       the phases of dense and MoE layers, and what travels between them

@@ -1,25 +1,29 @@
-"""Multi-head latent attention: queries and keys-values through narrow latents, one rotary key shared by all heads.
+"""What every mixer computes alike: its weights, causal attention of all heads, the output
+projection.
 
-DeepSeek-V2 (arXiv 2405.04434, section 2.1); names and numerics of transformers' DeepseekV3Attention.
-Letters: T tokens, D hidden, B sequences, S positions, H heads, K query and key features, V value features.
+A mixer's own file makes queries, keys and values (`latent_attention`).
+
+Letters: T tokens, D hidden, B sequences, S positions, H heads, K query and key features, V value
+features, X features of all heads.
 """
 
 from __future__ import annotations
 
+import abc
+import dataclasses
+
 import torch
 
+from k2train.architecture.layer import Mixer
 from k2train.config.model import ModelConfig
 from k2train.model.pieces import Allocator, Piece
-from k2train.model.saved import SavedActivations, named_norm
+from k2train.model.saved import SavedActivations
 from k2train.ops.attention import causal_attention
 from k2train.ops.attention_tiles import AttentionScratch
 from k2train.ops.backend import OpsBackend
 from k2train.ops.linear import linear
-from k2train.ops.rotary import RotaryTables, rotary_keys, rotary_queries, rotary_tables, softmax_scale
+from k2train.ops.rotary import RotaryTables, rotary_tables, softmax_scale
 from k2train.ops.weight_grad import WeightGradSlot
-
-# transformers builds the two latent norms without the model's rms_norm_eps.
-LATENT_NORM_EPS = 1e-6
 
 
 class Rotary:
@@ -36,39 +40,50 @@ class Rotary:
         return self._tables.first(length)
 
 
-class LatentAttention:
-    """The attention of one layer, between its norm and its residual."""
+@dataclasses.dataclass(frozen=True)
+class LayerTools:
+    """What all layers of a virtual stage are built with. scratch: room for tiles of scores."""
 
-    def __init__(
-        self,
-        model: ModelConfig,
-        prefix: str,
-        rotary: Rotary,
-        scratch: AttentionScratch,
-        backend: OpsBackend,
-        allocator: Allocator,
-    ) -> None:
-        self.model, self.prefix, self.rotary, self.scratch = model, prefix, rotary, scratch
-        self.backend = backend
-        self.scale = softmax_scale(model)
-        hidden, heads = model.hidden_size, model.num_attention_heads
-        self.weights: dict[str, torch.nn.Parameter] = {}
-        if model.q_lora_rank is None:
-            self.weights["q_proj"] = allocator.parameter(heads * model.qk_head_dim, hidden)
-        else:
-            self.weights["q_a_proj"] = allocator.parameter(model.q_lora_rank, hidden)
-            self.weights["q_a_layernorm"] = allocator.parameter(model.q_lora_rank)
-            self.weights["q_b_proj"] = allocator.parameter(heads * model.qk_head_dim, model.q_lora_rank)
-        latent = model.kv_lora_rank
-        self.weights["kv_a_proj_with_mqa"] = allocator.parameter(latent + model.qk_rope_head_dim, hidden)
-        self.weights["kv_a_layernorm"] = allocator.parameter(latent)
-        self.weights["kv_b_proj"] = allocator.parameter(
-            heads * (model.qk_nope_head_dim + model.v_head_dim), latent
-        )
-        self.weights["o_proj"] = allocator.parameter(hidden, heads * model.v_head_dim)
+    model: ModelConfig
+    rotary: Rotary
+    scratch: AttentionScratch
+    backend: OpsBackend
+    allocator: Allocator
+
+
+class Attention(abc.ABC):
+    """The attention of one layer, between its norm and its residual. weights: by the tensor's name
+    in the mixer."""
+
+    def __init__(self, mixer: Mixer, layer: int, tools: LayerTools) -> None:
+        self.tools, self.heads = tools, mixer.heads
+        self.scale = softmax_scale(tools.model)
+        self._pieces = [tools.allocator.whole(spec) for spec in mixer.tensors(layer)]
+        self.weights = {piece.name.split(".")[-2]: piece.parameter for piece in self._pieces}
 
     def pieces(self) -> list[Piece]:
-        return [Piece(f"{self.prefix}.{name}.weight", weight) for name, weight in self.weights.items()]
+        return self._pieces
+
+    @abc.abstractmethod
+    def queries(
+        self,
+        normed_TD: torch.Tensor,
+        num_sequences: int,
+        slot: WeightGradSlot | None,
+        saved: SavedActivations,
+    ) -> torch.Tensor:
+        """Rotated queries, named "query": (B, H, S, K), or (B, S, H, K) with
+        backend.heads_inside."""
+
+    @abc.abstractmethod
+    def keys_values(
+        self,
+        normed_TD: torch.Tensor,
+        num_sequences: int,
+        slot: WeightGradSlot | None,
+        saved: SavedActivations,
+    ) -> tuple[torch.Tensor, ...]:
+        """Rotated keys and values of every head, named "key_value", laid out as the queries."""
 
     def __call__(
         self,
@@ -77,15 +92,16 @@ class LatentAttention:
         slot: WeightGradSlot | None,
         saved: SavedActivations,
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """The heads' outputs, before the output projection (T, H * V), and the largest logit of each head (H,)."""
-        query = self._queries(normed_TD, num_sequences, slot, saved)
-        key, value = self._keys_values(normed_TD, num_sequences, slot, saved)
-        tokens, backend = normed_TD.shape[0], self.backend
+        """The heads' outputs, before the output projection (T, H * V), and the largest logit of
+        each head (H,)."""
+        query = self.queries(normed_TD, num_sequences, slot, saved)
+        key, value = self.keys_values(normed_TD, num_sequences, slot, saved)
+        tokens, backend = normed_TD.shape[0], self.tools.backend
 
         def attend(*inputs: torch.Tensor) -> tuple[torch.Tensor, ...]:
             q_BHSK, k_BHSK, v_BHSV = (t.transpose(1, 2) if backend.heads_inside else t for t in inputs)
             attended = causal_attention(
-                q_BHSK, k_BHSK, v_BHSV, self.scale, scratch=self.scratch, backend=backend
+                q_BHSK, k_BHSK, v_BHSV, self.scale, scratch=self.tools.scratch, backend=backend
             )
             if attended.extras:
                 saved.name("attention_output", extras=attended.extras)
@@ -98,56 +114,6 @@ class LatentAttention:
         """The output projection (T, D)."""
         return linear(heads_TX, self.weights["o_proj"], slot)
 
-    def _queries(
-        self,
-        normed_TD: torch.Tensor,
-        num_sequences: int,
-        slot: WeightGradSlot | None,
-        saved: SavedActivations,
-    ) -> torch.Tensor:
-        weights, model = self.weights, self.model
-        source_TX, up = normed_TD, "q_proj"
-        if model.q_lora_rank is not None:
-            latent_TR = saved.make(
-                "q_latent", lambda x_TD: linear(x_TD, weights["q_a_proj"], slot), normed_TD
-            )
-            norm = weights["q_a_layernorm"]
-            source_TX = named_norm(
-                saved, ("q_latent", "q_latent_norm_output"), latent_TR, norm, LATENT_NORM_EPS, slot
-            )
-            up = "q_b_proj"
-        tables = self.rotary.tables(normed_TD.shape[0] // num_sequences)
-
-        def rotated(source_TX: torch.Tensor) -> torch.Tensor:
-            q_TX = linear(source_TX, weights[up], slot)
-            q_BSHK = q_TX.view(num_sequences, -1, model.num_attention_heads, model.qk_head_dim)
-            return rotary_queries(q_BSHK, tables, self.backend.heads_inside)
-
-        return saved.make("query", rotated, source_TX)
-
-    def _keys_values(
-        self,
-        normed_TD: torch.Tensor,
-        num_sequences: int,
-        slot: WeightGradSlot | None,
-        saved: SavedActivations,
-    ) -> tuple[torch.Tensor, ...]:
-        weights, model = self.weights, self.model
-        compressed_TX = saved.make(
-            "kv_latent", lambda x_TD: linear(x_TD, weights["kv_a_proj_with_mqa"], slot), normed_TD
-        )
-        latent_TR, rope_TR = compressed_TX.split([model.kv_lora_rank, model.qk_rope_head_dim], dim=1)
-        norm = weights["kv_a_layernorm"]
-        latent_TR = named_norm(
-            saved, ("kv_latent", "kv_latent_norm_output"), latent_TR, norm, LATENT_NORM_EPS, slot
-        )
-        tables = self.rotary.tables(normed_TD.shape[0] // num_sequences)
-
-        def rotated(latent_TR: torch.Tensor, rope_TR: torch.Tensor) -> tuple[torch.Tensor, ...]:
-            kv_TX = linear(latent_TR, weights["kv_b_proj"], slot)
-            width = model.qk_nope_head_dim + model.v_head_dim
-            kv_BSHC = kv_TX.view(num_sequences, -1, model.num_attention_heads, width)
-            rope_BSR = rope_TR.unflatten(0, (num_sequences, -1))
-            return rotary_keys(kv_BSHC, rope_BSR, tables, self.backend.heads_inside)
-
-        return saved.make("key_value", rotated, latent_TR, rope_TR)
+    def tables(self, normed_TD: torch.Tensor, num_sequences: int) -> RotaryTables:
+        """The rotary tables of the positions of a microbatch's sequences."""
+        return self.tools.rotary.tables(normed_TD.shape[0] // num_sequences)

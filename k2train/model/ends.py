@@ -11,8 +11,9 @@ from typing import Literal
 import torch
 import torch.nn.functional as F
 
+from k2train.architecture.embedding import embedding_tensors
+from k2train.architecture.head import head_tensors
 from k2train.config.model import ModelConfig
-from k2train.layout.tensors import EMBEDDING, FINAL_NORM, HEAD
 from k2train.model.context import MicrobatchContext
 from k2train.model.phase import ComputePhase, ComputeRecord, Grads, Tensors
 from k2train.model.pieces import Allocator, Piece
@@ -30,10 +31,11 @@ class EmbeddingPhase:
     stream: Literal["compute"] = "compute"
 
     def __init__(self, model: ModelConfig, allocator: Allocator) -> None:
-        self.weight = allocator.parameter(model.vocab_size, model.hidden_size)
+        (self._piece,) = (allocator.whole(spec) for spec in embedding_tensors(model))
+        self.weight = self._piece.parameter
 
     def pieces(self) -> list[Piece]:
-        return [Piece(EMBEDDING, self.weight)]
+        return [self._piece]
 
     def compute(self, inputs: Tensors, context: MicrobatchContext, slot: WeightGradSlot | None) -> Tensors:
         return (F.embedding(inputs[0].reshape(-1), self.weight),)
@@ -61,11 +63,11 @@ class HeadPhase(ComputePhase):
         # The loss saves the gradient of the normed input, which nobody else sees.
         super().__init__("head", otherwise="head_gradient")
         self.eps = model.rms_norm_eps
-        self.norm = allocator.parameter(model.hidden_size)
-        self.weight = allocator.parameter(model.vocab_size, model.hidden_size)
+        self._pieces = [allocator.whole(spec) for spec in head_tensors(model)]
+        self.norm, self.weight = (piece.parameter for piece in self._pieces)
 
     def pieces(self) -> list[Piece]:
-        return [Piece(FINAL_NORM, self.norm), Piece(HEAD, self.weight)]
+        return self._pieces
 
     def compute(self, inputs: Tensors, context: MicrobatchContext, slot: WeightGradSlot | None) -> Tensors:
         assert context.loss is not None, "the head needs the context's loss"

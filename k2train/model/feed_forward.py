@@ -1,4 +1,5 @@
-"""SwiGLU feed-forwards: dense or shared (one for all tokens), and the routed experts this rank holds.
+"""SwiGLU feed-forwards: dense or shared (one for all tokens), and the routed experts this rank
+holds.
 
 Gate and up are one parameter, so that they are one product and SwiGLU saves one tensor.
 Letters: T tokens, M rows at local experts, L local experts, D hidden, F width.
@@ -6,11 +7,13 @@ Letters: T tokens, M rows at local experts, L local experts, D hidden, F width.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 import torch
 
-from k2train.model.pieces import Allocator, Piece, gate_up_pieces
+from k2train.architecture.mixture_of_experts import ExpertsChannel
+from k2train.architecture.tensors import TensorSpec
+from k2train.model.pieces import Allocator, Piece, swiglu_pieces
 from k2train.model.saved import SavedActivations
 from k2train.ops.grouped import GroupedProduct, grouped_linear
 from k2train.ops.linear import linear
@@ -19,18 +22,18 @@ from k2train.ops.weight_grad import WeightGradSlot
 
 
 class FeedForward:
-    """down(silu(gate(x)) * up(x)) for every token. `kind` begins the names of its activations: mlp or shared."""
+    """down(silu(gate(x)) * up(x)) for every token. `kind` begins the names of its activations."""
 
-    def __init__(self, prefix: str, kind: str, hidden: int, width: int, allocator: Allocator) -> None:
-        self.prefix, self.kind = prefix, kind
+    def __init__(self, kind: str, tensors: Iterable[TensorSpec], allocator: Allocator) -> None:
+        """tensors: gate, up and down projection (`architecture.feed_forward.Swiglu.tensors`)."""
+        self.kind, (gate, up, down) = kind, tensors
+        width, hidden = gate.shape
         self.gate_up = allocator.parameter(2 * width, hidden)
         self.down = allocator.parameter(hidden, width)
+        self._pieces = swiglu_pieces((gate, up, down), self.gate_up, self.down)
 
     def pieces(self) -> list[Piece]:
-        return [
-            *gate_up_pieces(self.prefix, self.gate_up),
-            Piece(f"{self.prefix}.down_proj.weight", self.down),
-        ]
+        return self._pieces
 
     def __call__(
         self, x_TD: torch.Tensor, slot: WeightGradSlot | None, saved: SavedActivations
@@ -47,23 +50,23 @@ class RoutedExperts:
 
     def __init__(
         self,
-        prefix: str,
+        channel: ExpertsChannel,
+        layer: int,
         expert_ids: Sequence[int],
-        hidden: int,
-        width: int,
         product: GroupedProduct,
         allocator: Allocator,
     ) -> None:
-        self.prefix, self.expert_ids, self.product = prefix, tuple(expert_ids), product
+        self.channel, self.layer, self.expert_ids = channel, layer, tuple(expert_ids)
+        self.product = product
+        hidden, width = channel.expert.hidden, channel.expert.width
         self.gate_up = allocator.parameter(len(expert_ids), 2 * width, hidden)
         self.down = allocator.parameter(len(expert_ids), hidden, width)
 
     def pieces(self) -> list[Piece]:
         pieces = []
         for index, expert in enumerate(self.expert_ids):
-            prefix = f"{self.prefix}.{expert}"
-            pieces += gate_up_pieces(prefix, self.gate_up, (index,))
-            pieces.append(Piece(f"{prefix}.down_proj.weight", self.down, (index,)))
+            tensors = tuple(self.channel.expert_tensors(self.layer, expert))
+            pieces += swiglu_pieces(tensors, self.gate_up, self.down, (index,))
         return pieces
 
     def __call__(
@@ -75,7 +78,8 @@ class RoutedExperts:
         slot: WeightGradSlot | None,
         saved: SavedActivations,
     ) -> torch.Tensor:
-        """Every row through its expert, times its routing weight (M, D). No backward needs the result.
+        """Every row through its expert, times its routing weight (M, D). No backward needs the
+        result.
 
         offsets_L, rows_of_experts: the route's (`dispatcher.Route`).
         """

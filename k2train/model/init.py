@@ -1,7 +1,8 @@
-"""Initial weights as a function of (seed, tensor name) alone, so that every layout starts from the same model.
+"""Initial weights as a function of (seed, tensor name) alone, so that every layout starts from the
+same model.
 
-A counter-based generator keyed by a 128-bit hash makes the values. torch's CPU generator would not do: it keeps 32
-bits of its seed, and among K2's 70 thousand tensors some would start equal.
+A counter-based generator keyed by a 128-bit hash makes the values. torch's CPU generator would not
+do: it keeps 32 bits of its seed, and among K2's 70 thousand tensors some would start equal.
 """
 
 from __future__ import annotations
@@ -20,7 +21,8 @@ _BLOCK_ELEMENTS = 2**24
 
 
 def initialise(pieces: Iterable[Piece], seed: int, std: float) -> None:
-    """Fill the pieces: norms with 1, correction biases with 0, matrices with normal values of deviation `std`.
+    """Fill the pieces: norms with 1, correction biases with 0, matrices with normal values of
+    deviation `std`.
 
     Every tensor has a generator of its own, so as many are drawn at once as torch may use threads.
     """

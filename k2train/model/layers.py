@@ -1,7 +1,7 @@
 """Transformer layers as phases.
 
-A dense layer is attention and mlp. A MoE layer is attention (with norm and router), route, dispatch, experts
-and combine; what travels between its phases:
+A dense layer is attention and mlp. A MoE layer is attention (with norm and router), route,
+dispatch, experts and combine; what travels between its phases:
 
     attention -> residual_TD normed_TD weights_TK experts_TK counts_E
     route     -> residual_TD normed_TD weights_TK
@@ -9,7 +9,8 @@ and combine; what travels between its phases:
     experts   -> partial_TD (residual + shared expert) rows_MD
     combine   -> x_TD
 
-Letters: T tokens, K experts per token, M rows at local experts, E experts, L local experts, D hidden.
+Letters: T tokens, K experts per token, M rows at local experts, E experts, L local experts, D
+hidden.
 """
 
 from __future__ import annotations
@@ -18,17 +19,18 @@ from collections.abc import Sequence
 
 import torch
 
-from k2train.config.model import ModelConfig
-from k2train.model.attention import LatentAttention, Rotary
+from k2train.architecture.feed_forward import DenseChannel
+from k2train.architecture.layer import Layer
+from k2train.architecture.mixture_of_experts import ExpertsChannel
+from k2train.model.attention import LayerTools
 from k2train.model.context import MicrobatchContext
 from k2train.model.dispatcher import Dispatcher, Results
 from k2train.model.feed_forward import FeedForward, RoutedExperts
+from k2train.model.mixers import build_attention
 from k2train.model.phase import CommunicationPhase, ComputePhase, Started, Tensors
-from k2train.model.pieces import Allocator, Piece
+from k2train.model.pieces import Piece
 from k2train.model.routing import Router
 from k2train.model.saved import named_norm
-from k2train.ops.attention_tiles import AttentionScratch
-from k2train.ops.backend import OpsBackend
 from k2train.ops.weight_grad import WeightGradSlot
 
 
@@ -37,32 +39,21 @@ class AttentionPhase(ComputePhase):
 
     layer: int
 
-    def __init__(
-        self,
-        model: ModelConfig,
-        layer: int,
-        rotary: Rotary,
-        scratch: AttentionScratch,
-        backend: OpsBackend,
-        allocator: Allocator,
-    ) -> None:
+    def __init__(self, block: Layer, layer: int, tools: LayerTools) -> None:
         super().__init__(f"layer{layer}.attention", layer)
-        self.model = model
-        self.prefix = f"model.layers.{layer}"
-        self.norm = allocator.parameter(model.hidden_size)
-        self.attention = LatentAttention(
-            model, f"{self.prefix}.self_attn", rotary, scratch, backend, allocator
-        )
+        self.eps = tools.model.rms_norm_eps
+        self.norm = tools.allocator.whole(block.input_norm(layer))
+        self.attention = build_attention(block.mixer, layer, tools)
 
     def pieces(self) -> list[Piece]:
-        return [Piece(f"{self.prefix}.input_layernorm.weight", self.norm), *self.attention.pieces()]
+        return [self.norm, *self.attention.pieces()]
 
     def compute(self, inputs: Tensors, context: MicrobatchContext, slot: WeightGradSlot | None) -> Tensors:
         (x_TD,) = inputs
         saved, attention = context.saved, self.attention
         saved.name("layer_input", x_TD)
         names = ("layer_input", "input_norm_output")
-        normed_TD = named_norm(saved, names, x_TD, self.norm, self.model.rms_norm_eps, slot)
+        normed_TD = named_norm(saved, names, x_TD, self.norm.parameter, self.eps, slot)
         heads_TX, max_logit_H = attention(normed_TD, context.num_sequences, slot, saved)
         context.statistics.add_max_logits(self.layer, max_logit_H)
 
@@ -75,37 +66,30 @@ class AttentionPhase(ComputePhase):
 class RoutedAttentionPhase(AttentionPhase):
     """A MoE layer's attention, followed by its second norm and the router."""
 
-    def __init__(
-        self,
-        model: ModelConfig,
-        layer: int,
-        rotary: Rotary,
-        scratch: AttentionScratch,
-        backend: OpsBackend,
-        allocator: Allocator,
-    ) -> None:
-        super().__init__(model, layer, rotary, scratch, backend, allocator)
-        self.post_norm = allocator.parameter(model.hidden_size)
-        self.router = Router(model, layer, allocator)
+    def __init__(self, block: Layer, channel: ExpertsChannel, layer: int, tools: LayerTools) -> None:
+        super().__init__(block, layer, tools)
+        self.post_norm = tools.allocator.whole(block.post_norm(layer))
+        self.router = Router(tools.model, channel, layer, tools.allocator)
 
     def pieces(self) -> list[Piece]:
-        post_norm = Piece(f"{self.prefix}.post_attention_layernorm.weight", self.post_norm)
-        return [*super().pieces(), post_norm, *self.router.pieces()]
+        return [*super().pieces(), self.post_norm, *self.router.pieces()]
 
     def compute(self, inputs: Tensors, context: MicrobatchContext, slot: WeightGradSlot | None) -> Tensors:
         (residual_TD,) = super().compute(inputs, context, slot)
         names = ("attention_residual", "post_norm_output")
-        eps = self.model.rms_norm_eps
-        normed_TD = named_norm(context.saved, names, residual_TD, self.post_norm, eps, slot)
+        weight_D = self.post_norm.parameter
+        normed_TD = named_norm(context.saved, names, residual_TD, weight_D, self.eps, slot)
         experts_TK, weights_TK, counts_E = self.router(normed_TD, context, slot)
         return residual_TD, normed_TD, weights_TK, experts_TK, counts_E
 
 
 class RoutePhase(CommunicationPhase):
-    """Who sends what, agreed on by all ranks; the host learns the numbers of rows, which become splits.
+    """Who sends what, agreed on by all ranks; the host learns the numbers of rows, which become
+    splits.
 
-    Between its start and its finish a pair's other half is given its next phase, so that the device has work
-    while the host waits. The backward has nothing to do here; its step keeps the halves of a pair in time.
+    Between its start and its finish a pair's other half is given its next phase, so that the device
+    has work while the host waits. The backward has nothing to do here; its step keeps the halves of
+    a pair in time.
     """
 
     def __init__(self, layer: int, dispatcher: Dispatcher) -> None:
@@ -135,7 +119,8 @@ class RoutePhase(CommunicationPhase):
 
 
 class DispatchPhase(CommunicationPhase):
-    """Tokens and their weights to their experts' rows; backward brings the gradients of both back."""
+    """Tokens and their weights to their experts' rows; backward brings the gradients of both
+    back."""
 
     def __init__(self, layer: int, dispatcher: Dispatcher) -> None:
         super().__init__(f"layer{layer}.dispatch")
@@ -168,29 +153,20 @@ class DispatchPhase(CommunicationPhase):
 
 
 class ExpertsPhase(ComputePhase):
-    """The routed experts on the rows that came here, and the shared experts on this rank's own tokens."""
+    """The routed experts on the rows that came here, and the shared experts on this rank's own
+    tokens."""
 
     layer: int
 
     def __init__(
-        self,
-        model: ModelConfig,
-        layer: int,
-        local_experts: Sequence[int],
-        backend: OpsBackend,
-        allocator: Allocator,
+        self, channel: ExpertsChannel, layer: int, local_experts: Sequence[int], tools: LayerTools
     ) -> None:
         super().__init__(f"layer{layer}.experts", layer)
-        prefix, width = f"model.layers.{layer}.mlp", model.moe_intermediate_size
-        self.routed = RoutedExperts(
-            f"{prefix}.experts", local_experts, model.hidden_size, width, backend.grouped, allocator
-        )
+        self.routed = RoutedExperts(channel, layer, local_experts, tools.backend.grouped, tools.allocator)
         self.shared = None
-        if model.n_shared_experts:
-            width *= model.n_shared_experts
-            self.shared = FeedForward(
-                f"{prefix}.shared_experts", "shared", model.hidden_size, width, allocator
-            )
+        if channel.shared is not None:
+            tensors = channel.shared_tensors(layer)
+            self.shared = FeedForward(channel.shared.kind, tensors, tools.allocator)
 
     def pieces(self) -> list[Piece]:
         return self.routed.pieces() + (self.shared.pieces() if self.shared else [])
@@ -207,7 +183,8 @@ class ExpertsPhase(ComputePhase):
 
 
 class CombinePhase(CommunicationPhase):
-    """Rows back to their tokens and added up; backward copies every token's gradient to its rows."""
+    """Rows back to their tokens and added up; backward copies every token's gradient to its
+    rows."""
 
     def __init__(self, layer: int, dispatcher: Dispatcher) -> None:
         super().__init__(f"layer{layer}.combine")
@@ -240,19 +217,17 @@ class CombinePhase(CommunicationPhase):
 class MlpPhase(ComputePhase):
     """A dense layer's norm, feed-forward and residual."""
 
-    def __init__(self, model: ModelConfig, layer: int, allocator: Allocator) -> None:
+    def __init__(self, block: Layer, channel: DenseChannel, layer: int, tools: LayerTools) -> None:
         super().__init__(f"layer{layer}.mlp", layer)
-        self.eps, self.prefix = model.rms_norm_eps, f"model.layers.{layer}"
-        self.norm = allocator.parameter(model.hidden_size)
-        self.mlp = FeedForward(
-            f"{self.prefix}.mlp", "mlp", model.hidden_size, model.intermediate_size, allocator
-        )
+        self.eps = tools.model.rms_norm_eps
+        self.norm = tools.allocator.whole(block.post_norm(layer))
+        self.mlp = FeedForward(channel.mlp.kind, channel.tensors(layer), tools.allocator)
 
     def pieces(self) -> list[Piece]:
-        return [Piece(f"{self.prefix}.post_attention_layernorm.weight", self.norm), *self.mlp.pieces()]
+        return [self.norm, *self.mlp.pieces()]
 
     def compute(self, inputs: Tensors, context: MicrobatchContext, slot: WeightGradSlot | None) -> Tensors:
         (x_TD,) = inputs
         names = ("attention_residual", "post_norm_output")
-        normed_TD = named_norm(context.saved, names, x_TD, self.norm, self.eps, slot)
+        normed_TD = named_norm(context.saved, names, x_TD, self.norm.parameter, self.eps, slot)
         return (self.mlp(normed_TD, slot, context.saved).add_(x_TD),)

@@ -1,4 +1,5 @@
-"""A virtual stage's part of the model: its phases in order, its named pieces, and the simple one-rank path through it.
+"""A virtual stage's part of the model: its phases in order, its named pieces, and the simple
+one-rank path through it.
 
 Letters: B sequences, S positions, T = B x S tokens, D hidden, V vocabulary.
 """
@@ -10,9 +11,11 @@ from typing import Any
 
 import torch
 
+from k2train.architecture.layer import layer_kind, layer_of
+from k2train.architecture.mixture_of_experts import ExpertsChannel
 from k2train.config.model import ModelConfig
 from k2train.device.build import build_device
-from k2train.model.attention import Rotary
+from k2train.model.attention import LayerTools, Rotary
 from k2train.model.context import MicrobatchContext
 from k2train.model.dispatcher import Dispatcher, LocalDispatcher
 from k2train.model.ends import EmbeddingPhase, HeadPhase
@@ -45,7 +48,8 @@ AnyPhase = (
 
 
 class Model:
-    """The phases of one ModelPart. Inputs of the first are tokens, or the x_TD another virtual stage sent."""
+    """The phases of one ModelPart. Inputs of the first are tokens, or the x_TD another virtual
+    stage sent."""
 
     def __init__(self, config: ModelConfig, part: ModelPart, phases: list[AnyPhase]) -> None:
         self.config, self.part, self.phases = config, part, phases
@@ -64,7 +68,8 @@ class Model:
         initialise(self.pieces(), seed, self.config.initializer_range)
 
     def update_correction_biases(self, loads: Mapping[int, torch.Tensor], rate: float) -> None:
-        """Apply update_correction_bias to every layer held here; `loads` are a step's counts over all ranks."""
+        """Apply update_correction_bias to every layer held here; `loads` are a step's counts over
+        all ranks."""
         for layer, router in self.routers().items():
             update_correction_bias(router.bias, loads[layer], rate)
 
@@ -83,22 +88,23 @@ def build_model(
     """
     backend = backend or OpsBackend()
     allocator = Allocator(dtype, torch.device(device))
-    rotary, scratch = Rotary(config, allocator), AttentionScratch()
+    tools = LayerTools(config, Rotary(config, allocator), AttentionScratch(), backend, allocator)
     exchange: Dispatcher = dispatcher or LocalDispatcher(build_device(torch.device(device)))
     phases: list[AnyPhase] = [EmbeddingPhase(config, allocator)] if part.embedding else []
     for layer in part.layers:
-        if config.is_moe(layer):
+        block = layer_of(config, layer_kind(config, layer))
+        if isinstance(block.channel, ExpertsChannel):
             phases += [
-                RoutedAttentionPhase(config, layer, rotary, scratch, backend, allocator),
+                RoutedAttentionPhase(block, block.channel, layer, tools),
                 RoutePhase(layer, exchange),
                 DispatchPhase(layer, exchange),
-                ExpertsPhase(config, layer, part.local_experts, backend, allocator),
+                ExpertsPhase(block.channel, layer, part.local_experts, tools),
                 CombinePhase(layer, exchange),
             ]
         else:
             phases += [
-                AttentionPhase(config, layer, rotary, scratch, backend, allocator),
-                MlpPhase(config, layer, allocator),
+                AttentionPhase(block, layer, tools),
+                MlpPhase(block, block.channel, layer, tools),
             ]
     if part.head:
         phases.append(HeadPhase(config, allocator))
@@ -116,20 +122,23 @@ def forward(model: Model, inputs: Tensors, context: MicrobatchContext) -> tuple[
 
 
 def backward(model: Model, records: list[Any], grads: Grads, context: MicrobatchContext) -> Grads:
-    """All phases backward, last first; consumes the records and returns the gradients of the first phase's inputs."""
+    """All phases backward, last first; consumes the records and returns the gradients of the first
+    phase's inputs."""
     for phase in reversed(model.phases):
         grads = phase.backward(records.pop(), grads, context)
     return grads
 
 
 def forward_loss(model: Model, tokens_BS: torch.Tensor, context: MicrobatchContext) -> torch.Tensor:
-    """The loss of one microbatch without gradients: context.loss_scale times the summed token losses."""
+    """The loss of one microbatch without gradients: context.loss_scale times the summed token
+    losses."""
     (loss,), _ = forward(model, (tokens_BS,), context)
     return loss
 
 
 def forward_backward(model: Model, tokens_BS: torch.Tensor, context: MicrobatchContext) -> torch.Tensor:
-    """One microbatch forward and backward on one rank; gradients go to the context's sink (or queue); the loss."""
+    """One microbatch forward and backward on one rank; gradients go to the context's sink (or
+    queue); the loss."""
     (loss,), records = forward(model, (tokens_BS,), context)
     backward(model, records, (None,), context)
     return loss

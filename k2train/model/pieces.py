@@ -1,11 +1,14 @@
-"""Which part of the model a rank's virtual stage holds, and how named tensors lie in its parameters."""
+"""Which part of the model a rank's virtual stage holds, and how named tensors lie in its
+parameters."""
 
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Sequence
 
 import torch
 
+from k2train.architecture.tensors import TensorSpec
 from k2train.config.model import ModelConfig
 
 Index = tuple[int | slice, ...]
@@ -13,7 +16,8 @@ Index = tuple[int | slice, ...]
 
 @dataclasses.dataclass(frozen=True)
 class ModelPart:
-    """What one virtual stage holds. local_experts are the same ids in every MoE layer, in the order they are stored."""
+    """What one virtual stage holds. local_experts are the same ids in every MoE layer, in the order
+    they are stored."""
 
     layers: tuple[int, ...]
     embedding: bool
@@ -28,7 +32,8 @@ def whole_model(model: ModelConfig) -> ModelPart:
 
 @dataclasses.dataclass(frozen=True)
 class Piece:
-    """The named tensor `name` is `parameter[index]`. Fused parameters have many pieces; together they cover it once."""
+    """The named tensor `name` is `parameter[index]`. Fused parameters have many pieces; together
+    they cover it once."""
 
     name: str
     parameter: torch.Tensor
@@ -49,12 +54,16 @@ class Piece:
         return self.parameter.requires_grad
 
 
-def gate_up_pieces(prefix: str, parameter: torch.Tensor, leading: Index = ()) -> list[Piece]:
-    """The two halves of a fused gate-and-up projection ([leading,] 2F, D)."""
-    width = parameter.shape[len(leading)] // 2
+def swiglu_pieces(
+    tensors: Sequence[TensorSpec], gate_up: torch.Tensor, down: torch.Tensor, leading: Index = ()
+) -> list[Piece]:
+    """Gate, up and down projection, the first two the halves of a fused one ([leading,] 2F, D)."""
+    gate, up, out = (spec.name for spec in tensors)
+    width = gate_up.shape[len(leading)] // 2
     return [
-        Piece(f"{prefix}.gate_proj.weight", parameter, (*leading, slice(0, width))),
-        Piece(f"{prefix}.up_proj.weight", parameter, (*leading, slice(width, 2 * width))),
+        Piece(gate, gate_up, (*leading, slice(0, width))),
+        Piece(up, gate_up, (*leading, slice(width, 2 * width))),
+        Piece(out, down, leading),
     ]
 
 
@@ -67,6 +76,10 @@ class Allocator:
 
     def parameter(self, *shape: int) -> torch.nn.Parameter:
         return torch.nn.Parameter(torch.empty(shape, dtype=self.dtype, device=self.device))
+
+    def whole(self, spec: TensorSpec) -> Piece:
+        """A named tensor that is a parameter of its own."""
+        return Piece(spec.name, self.parameter(*spec.shape))
 
     def bias(self, size: int) -> torch.Tensor:
         """A correction bias: FP32 whatever the model's type, no gradient, zero."""

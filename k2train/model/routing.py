@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import torch
 
+from k2train.architecture.mixture_of_experts import ExpertsChannel
 from k2train.config.model import ModelConfig
 from k2train.model.context import MicrobatchContext
 from k2train.model.pieces import Allocator, Piece
@@ -57,14 +58,15 @@ def count_experts(experts_TK: torch.Tensor, num_sequences: int, num_experts: int
 class Router:
     """The gate of one MoE layer. Scores are FP32 (FP64 for float64) whatever the model's type."""
 
-    def __init__(self, model: ModelConfig, layer: int, allocator: Allocator) -> None:
+    def __init__(self, model: ModelConfig, channel: ExpertsChannel, layer: int, allocator: Allocator) -> None:
         self.model, self.layer = model, layer
-        self.weight = allocator.parameter(model.n_routed_experts, model.hidden_size)
-        self.bias = allocator.bias(model.n_routed_experts)
+        gate, bias = channel.router_tensors(layer)
+        self.weight = allocator.parameter(*gate.shape)
+        self.bias = allocator.bias(*bias.shape)
+        self._pieces = [Piece(gate.name, self.weight), Piece(bias.name, self.bias)]
 
     def pieces(self) -> list[Piece]:
-        prefix = f"model.layers.{self.layer}.mlp.gate"
-        return [Piece(f"{prefix}.weight", self.weight), Piece(f"{prefix}.e_score_correction_bias", self.bias)]
+        return self._pieces
 
     def __call__(
         self, normed_TD: torch.Tensor, context: MicrobatchContext, slot: WeightGradSlot | None

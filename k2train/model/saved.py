@@ -5,8 +5,10 @@ Each such tensor has a name of `ActivationsConfig` (or one of the head's two) an
 of three ways:
 
     name     it came from elsewhere: a layer's input, rows from other ranks
-    make     it was computed from others; a store may drop it and compute it again just before its use
-    extras   small numbers that belong to a name and share its fate, whole: norms' statistics, indices, routing weights
+    make     it was computed from others; a store may drop it and compute it again just before its
+             use
+    extras   small numbers that belong to a name and share its fate, whole: norms' statistics,
+             indices, routing weights
 
 Autograd saves what it needs; a store recognises the named tensors among that by their storage. A
 microbatch's tensors are known to all phases of its virtual stage, so that one that two phases save

@@ -4,9 +4,12 @@ QK-Clip needs max(q.k * scale) per head before the softmax (K2 report, section 2
 keeps it to itself or hands out all scores, S x S a head. Which of four ways is taken says the run's
 `OpsBackend`:
 
-    tiles    a tile of scores at a time, from stock operations (`attention_tiles`); everywhere, and the reference's equal
-    triton   kernels that put no score into memory (`attention_triton`); portable, the same bits in every run
-    cudnn    torch's cuDNN attention, with a kernel of ours beside it for the largest logits (`attention_cudnn`)
+    tiles    a tile of scores at a time, from stock operations (`attention_tiles`); everywhere, and
+             the reference's equal
+    triton   kernels that put no score into memory (`attention_triton`); portable, the same bits in
+             every run
+    cudnn    torch's cuDNN attention, with a kernel of ours beside it for the largest logits
+             (`attention_cudnn`)
     te       Transformer Engine's (`te_attention`)
 
 Letters: B sequences, H heads, S positions, K query and key features, V value features.

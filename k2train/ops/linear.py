@@ -5,7 +5,8 @@ The router computes in FP32 from BF16 inputs and weights. On CUDA that takes BF1
 results (`bf16_products`):
 
     y   one product: as exact as FP32's, in another order of sums
-    dx  the gradient of y is FP32, so two parts of it, which differ from it by at most 2^-17 of each element; dx itself is
+    dx  the gradient of y is FP32, so two parts of it, which differ from it by at most 2^-17 of each
+        element; dx itself is
         rounded to BF16, by up to 2^-8
     dw  three parts of it, which are all of it
 

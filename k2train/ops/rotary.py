@@ -1,7 +1,8 @@
 """Rotary position embedding with YaRN (arXiv 2309.00071), as transformers' DeepseekV3 applies it.
 
-Features are rotated in interleaved pairs (0, 1), (2, 3), ...; tables are FP32 whatever the model's type, as published,
-then cast. Letters: B sequences, S positions, H heads, K features of a query or key, P pairs of rotated features.
+Features are rotated in interleaved pairs (0, 1), (2, 3), ...; tables are FP32 whatever the model's
+type, as published, then cast. Letters: B sequences, S positions, H heads, K features of a query or
+key, P pairs of rotated features.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ from typing import Any
 
 import torch
 
+from k2train.architecture.layer import mixer_of
 from k2train.config.model import ModelConfig, YarnConfig
 
 _COMPLEX = {torch.float32: torch.complex64, torch.float64: torch.complex128}
@@ -24,7 +26,7 @@ def yarn_mscale(factor: float, mscale: float) -> float:
 
 def softmax_scale(model: ModelConfig) -> float:
     """Factor on q.k before the softmax: 1/sqrt(head width), times YaRN's temperature squared."""
-    scale = model.qk_head_dim**-0.5
+    scale = mixer_of(model).heads.query ** -0.5
     yarn = model.rope_scaling
     if yarn is not None and yarn.mscale_all_dim:
         scale *= yarn_mscale(yarn.factor, yarn.mscale_all_dim) ** 2
@@ -33,7 +35,7 @@ def softmax_scale(model: ModelConfig) -> float:
 
 def inverse_frequencies(model: ModelConfig) -> torch.Tensor:
     """Radians a position turns each pair (P,), FP32."""
-    dim = model.qk_rope_head_dim
+    dim = mixer_of(model).heads.rotated
     frequencies_P = model.rope_theta ** (torch.arange(0, dim, 2, dtype=torch.float32, device="cpu") / dim)
     yarn = model.rope_scaling
     if yarn is None:
@@ -43,7 +45,8 @@ def inverse_frequencies(model: ModelConfig) -> torch.Tensor:
 
 
 def _yarn_ramp(yarn: YarnConfig, dim: int, theta: float) -> torch.Tensor:
-    """0 for pairs that turn fast enough to keep their frequency, 1 for those fully stretched (P,)."""
+    """0 for pairs that turn fast enough to keep their frequency, 1 for those fully stretched
+    (P,)."""
 
     def pair_of(rotations: float) -> float:
         context = yarn.original_max_position_embeddings
@@ -60,9 +63,9 @@ def _yarn_ramp(yarn: YarnConfig, dim: int, theta: float) -> torch.Tensor:
 class RotaryTables:
     """How far each position turns each pair, in the type it is used in.
 
-    cos, sin: (S, P). turns: (S, nope / 2 + P), the same as complex numbers after as many ones as there are pairs of
-    features before the rotated ones; None where a pair cannot be seen as a complex number (odd nope, types but FP32
-    and FP64, GPUs). turns_back: its conjugate.
+    cos, sin: (S, P). turns: (S, nope / 2 + P), the same as complex numbers after as many ones as
+    there are pairs of features before the rotated ones; None where a pair cannot be seen as a
+    complex number (odd nope, types but FP32 and FP64, GPUs). turns_back: its conjugate.
     """
 
     cos: torch.Tensor
@@ -101,7 +104,7 @@ def rotary_tables(
     angles_SP = positions_S[:, None] * inverse_frequencies(model)
     factor = _table_factor(model.rope_scaling)
     cos_SP, sin_SP = ((t_SP * factor).to(device, dtype) for t_SP in (angles_SP.cos(), angles_SP.sin()))
-    return RotaryTables.of(cos_SP, sin_SP, model.qk_nope_head_dim)
+    return RotaryTables.of(cos_SP, sin_SP, mixer_of(model).heads.unrotated)
 
 
 def _table_factor(yarn: YarnConfig | None) -> float:
@@ -113,10 +116,12 @@ def _table_factor(yarn: YarnConfig | None) -> float:
 
 
 def _rotate(out_XSK: torch.Tensor, x_XSK: torch.Tensor, tables: RotaryTables, back: bool = False) -> None:
-    """Write x, or only its rotated features where it holds no others, turned (back) by the tables into `out`."""
+    """Write x, or only its rotated features where it holds no others, turned (back) by the tables
+    into `out`."""
     turns_SC = tables.turns_back if back else tables.turns
     if turns_SC is not None and _paired(x_XSK) and _paired(out_XSK):
-        # One multiplication a pair: one pass, no strides of two. Pairs that stay are multiplied by one.
+        # One multiplication a pair: one pass, no strides of two. Pairs that stay are multiplied by
+        # one.
         pairs = x_XSK.shape[-1] // 2
         turns_SC = turns_SC.narrow(1, turns_SC.shape[1] - pairs, pairs)
         torch.mul(x_XSK.view(turns_SC.dtype), turns_SC, out=out_XSK.view(turns_SC.dtype))
@@ -142,7 +147,8 @@ def _paired(x: torch.Tensor) -> bool:
 
 
 def rotary_queries(q_BSHK: torch.Tensor, tables: RotaryTables, heads_inside: bool = False) -> torch.Tensor:
-    """Queries with their last 2P features rotated, contiguous: (B, H, S, K), or (B, S, H, K) with heads_inside.
+    """Queries with their last 2P features rotated, contiguous: (B, H, S, K), or (B, S, H, K) with
+    heads_inside.
 
     Tables of S positions, in q's type.
     """
@@ -150,7 +156,8 @@ def rotary_queries(q_BSHK: torch.Tensor, tables: RotaryTables, heads_inside: boo
 
 
 def _empty_heads(like_BSHC: torch.Tensor, features: int, heads_inside: bool) -> torch.Tensor:
-    """(B, H, S, features); in memory positions lie before heads with heads_inside, else behind them."""
+    """(B, H, S, features); in memory positions lie before heads with heads_inside, else behind
+    them."""
     batch, length, heads, _ = like_BSHC.shape
     if heads_inside:
         return like_BSHC.new_empty(batch, length, heads, features).transpose(1, 2)
@@ -184,10 +191,11 @@ class _RotaryQueries(torch.autograd.Function):
 def rotary_keys(
     kv_BSHC: torch.Tensor, k_rope_BSR: torch.Tensor, tables: RotaryTables, heads_inside: bool = False
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Keys (B, H, S, nope + 2P) and values (B, H, S, V) from the MLA up-projection and the shared rotary key.
+    """Keys (B, H, S, nope + 2P) and values (B, H, S, V) from the MLA up-projection and the shared
+    rotary key.
 
-    Contiguous; with heads_inside as (B, S, H, features). kv_BSHC holds each head's unrotated key (first `nope`
-    features) and its value.
+    Contiguous; with heads_inside as (B, S, H, features). kv_BSHC holds each head's unrotated key
+    (first `nope` features) and its value.
     """
     return _RotaryKeys.apply(kv_BSHC, k_rope_BSR, tables, heads_inside)
 

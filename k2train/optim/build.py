@@ -11,12 +11,12 @@ from typing import Literal
 
 import torch
 
+from k2train.architecture.tensors import TensorSpec
 from k2train.config.errors import ConfigError
 from k2train.config.model import ModelConfig
 from k2train.config.optim import OptimConfig
 from k2train.device.protocol import Device
 from k2train.layout.staging import CHUNK_ELEMENTS, slot_elements
-from k2train.layout.tensors import TensorSpec
 from k2train.model.pieces import Piece
 from k2train.optim.adam import build_rules, check_host_adam
 from k2train.optim.buckets import Bucket

@@ -1,29 +1,26 @@
-"""QK-Clip across ranks: which named tensors it touches, and all layers' logits as one tensor for a maximum over the world."""
+"""QK-Clip across ranks: which named tensors it touches, and all layers' logits as one tensor for a
+maximum over the world."""
 
 from __future__ import annotations
 
 import dataclasses
 from collections.abc import Iterable, Mapping
-from typing import Literal
 
 import torch
 
+from k2train.architecture.heads import ClipRows
+from k2train.architecture.layer import mixer_of
+from k2train.architecture.tensors import TensorSpec
 from k2train.config.model import ModelConfig
-from k2train.layout.tensors import TensorSpec
-from k2train.optim.qk_clip import HeadRows, clip_key_rows, clip_query_rows, head_rows, qk_clip_scale
-
-_ROLES: dict[str, Literal["query", "key"]] = {
-    "self_attn.q_b_proj.weight": "query",
-    "self_attn.q_proj.weight": "query",
-    "self_attn.kv_b_proj.weight": "key",
-}
+from k2train.optim.qk_clip import clip_rows, qk_clip_scale
 
 
 @dataclasses.dataclass(frozen=True)
 class ReducedLogits:
     """Of the largest logits of the whole batch, on the device.
 
-    gamma: (layers, H), None where tau is. numbers: (2,) FP64, the largest logit and how many heads are to be clipped.
+    gamma: (layers, H), None where tau is. numbers: (2,) FP64, the largest logit and how many heads
+    are to be clipped.
     """
 
     gamma: torch.Tensor | None
@@ -31,7 +28,7 @@ class ReducedLogits:
 
 
 class QkClipper:
-    """Applies QK-Clip to the query and key up-projections among the tensors of a rank.
+    """Applies QK-Clip to the projections among the tensors of a rank that its mixer names.
 
     tau None never clips; logits are reduced and reported all the same.
     """
@@ -39,16 +36,17 @@ class QkClipper:
     def __init__(
         self, model: ModelConfig, tensors: Iterable[TensorSpec], tau: float | None, like: torch.Tensor
     ) -> None:
-        """tensors: those of this rank. like: a tensor whose type and device the reduced logits take."""
-        self._rows: HeadRows = head_rows(model)
+        """tensors: those of this rank. like: a tensor whose type and device the reduced logits
+        take."""
         self._tau = tau
         self._shape = (model.num_hidden_layers, model.num_attention_heads)
         self._like = like
-        self._targets: dict[str, tuple[int, Literal["query", "key"]]] = {}
+        self._targets: dict[str, tuple[int, tuple[ClipRows, ...]]] = {}
+        clipped = {f"self_attn.{name}.weight": rows for name, rows in mixer_of(model).clipped.items()}
         for spec in tensors:
-            role = _ROLES.get(".".join(spec.name.split(".")[-3:]))
-            if role is not None and spec.layer is not None:
-                self._targets[spec.name] = (spec.layer, role)
+            rows = clipped.get(".".join(spec.name.split(".")[-3:]))
+            if rows is not None and spec.layer is not None:
+                self._targets[spec.name] = (spec.layer, rows)
 
     @property
     def num_targets(self) -> int:
@@ -56,10 +54,11 @@ class QkClipper:
         return len(self._targets)
 
     def of_rank(self, max_logits: Mapping[int, torch.Tensor]) -> torch.Tensor:
-        """This rank's part (layers, H) of a maximum over the world: minus infinity for layers that live elsewhere.
+        """This rank's part (layers, H) of a maximum over the world: minus infinity for layers that
+        live elsewhere.
 
-        Raises ValueError where this rank holds the attention of a layer it gives no logits for: a clip asked for would
-        silently not happen.
+        Raises ValueError where this rank holds the attention of a layer it gives no logits for: a
+        clip asked for would silently not happen.
         """
         missing = {layer for layer, _ in self._targets.values()} - set(max_logits)
         if self._tau is not None and missing:
@@ -79,12 +78,12 @@ class QkClipper:
         return ReducedLogits(gamma_LH, torch.stack([largest, clipped]))
 
     def apply(self, masters: Iterable[tuple[str, torch.Tensor]], logits: ReducedLogits) -> None:
-        """Scale the given masters in place where they are query or key projections, on whatever device. Local."""
+        """Scale the given masters in place where they are query or key projections, on whatever
+        device. Local."""
         if logits.gamma is None:
             return
         for name, master in masters:
             if name not in self._targets:
                 continue
-            layer, role = self._targets[name]
-            clip = clip_query_rows if role == "query" else clip_key_rows
-            clip(master, logits.gamma[layer].to(master.device), self._rows)
+            layer, rows = self._targets[name]
+            clip_rows(master, logits.gamma[layer].to(master.device), rows)

@@ -24,8 +24,8 @@ from typing import Literal
 
 import torch
 
+from k2train.architecture.tensors import TensorSpec
 from k2train.layout.ownership import assign_owners, row_ranges
-from k2train.layout.tensors import TensorSpec
 from k2train.model.pieces import Piece
 from k2train.update_rules.rule import Rules, UpdateRule
 

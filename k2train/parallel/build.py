@@ -14,7 +14,8 @@ from k2train.parallel.side_stream import SideStream
 
 
 def build_deepep(config: Config, groups: Groups, device: Device) -> Dispatcher:
-    """DeepEP's dispatcher. Every rank of the ep group must call it; raises ConfigError where it cannot run."""
+    """DeepEP's dispatcher. Every rank of the ep group must call it; raises ConfigError where it
+    cannot run."""
     check_deepep(device.torch_device, DTYPES[config.train.dtype], config.model.hidden_size)
     buffer = build_buffer(groups.ep, config.model.hidden_size)
     return DeepEPDispatcher(buffer, config.model.n_routed_experts, SideStream(device))

@@ -8,7 +8,8 @@ its legacy one; what is relied upon is its documentation, and a stand-in that fo
 place in tests.
 
     get_dispatch_layout    from a rank's choices: how many tokens go where
-    dispatch               tokens, choices and weights; rows come by source and token, a row once for a rank, with
+    dispatch               tokens, choices and weights; rows come by source and token, a row once
+                           for a rank, with
                            choices of other ranks' experts as -1. The handle it returns is the route
     dispatch(handle)       tokens alone the same way: the backward of combine
     combine                rows added up at their tokens, weights beside them

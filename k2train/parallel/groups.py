@@ -17,11 +17,11 @@ from k2train.schedule.messages import Messages
 class Groups:
     """One rank's groups.
 
-    world: all ranks. pp: the same place in every stage. ep: the ranks that share out one copy of the experts.
-    edp: the replicas of this rank's experts. dp: the whole stage (edp x ep), which replicates everything else.
-    relay: the ranks of the ep group among which a token is passed on, None where none is. rail: those at this rank's place
-    in every such part of the ep group, None where there is one. channels: the messages between stages, None where
-    there are none.
+    world: all ranks. pp: the same place in every stage. ep: the ranks that share out one copy of
+    the experts. edp: the replicas of this rank's experts. dp: the whole stage (edp x ep), which
+    replicates everything else. relay: the ranks of the ep group among which a token is passed on,
+    None where none is. rail: those at this rank's place in every such part of the ep group, None
+    where there is one. channels: the messages between stages, None where there are none.
     """
 
     world: Communicator
@@ -43,10 +43,11 @@ def build_groups(
 ) -> Groups:
     """One rank's groups, each used once. Every rank of the world must call it.
 
-    relay_ranks: `Layout.relay_ranks`; None where every expert is sent its own copy. messages: what the schedules ask of
-    the channels between stages; None where no messages are sent. agree: called with the group of all
-    ranks before another one is made, to raise where ranks would make different ones. Groups of equal ranks are still separate, so that one
-    axis's traffic does not queue behind another's. Raises ConfigError where the schedules need more than the world
+    relay_ranks: `Layout.relay_ranks`; None where every expert is sent its own copy. messages: what
+    the schedules ask of the channels between stages; None where no messages are sent. agree: called
+    with the group of all ranks before another one is made, to raise where ranks would make
+    different ones. Groups of equal ranks are still separate, so that one axis's traffic does not
+    queue behind another's. Raises ConfigError where the schedules need more than the world
     provides.
     """
     assert grid.world == world.size, f"the layout has {grid.world} ranks, the world {world.size}"
@@ -73,11 +74,13 @@ def build_groups(
 
 
 def warm_up(groups: Groups, device: torch.device) -> None:
-    """Run every collective that a group is used for, once, and wait for it. Every rank of the world must call it.
+    """Run every collective that a group is used for, once, and wait for it. Every rank of the world
+    must call it.
 
-    NCCL makes a communicator and its connections, and loads its kernels, when they are first used, and may hold the host
-    or the device meanwhile. A posted receive keeps the device busy until its message comes; a first use behind it could
-    wait for a rank that waits for this one. All ranks go through the groups in one order, so nothing waits in a circle.
+    NCCL makes a communicator and its connections, and loads its kernels, when they are first used,
+    and may hold the host or the device meanwhile. A posted receive keeps the device busy until its
+    message comes; a first use behind it could wait for a rank that waits for this one. All ranks go
+    through the groups in one order, so nothing waits in a circle.
     """
     for group in (groups.world, groups.pp):
         group.all_reduce(torch.zeros(1, device=device))

@@ -8,7 +8,8 @@ carries one row instead of four (the way of DeepEP, github.com/deepseek-ai/DeepE
 
     two nodes of two, a token of rank 0 with experts on ranks 2 and 3:
 
-    hop between nodes     0 -> 2            each rank to those at its own place on other nodes, by its own network card
+    hop between nodes     0 -> 2            each rank to those at its own place on other nodes, by
+                          its own network card
     hop inside a node     2 -> 2, 2 -> 3    each rank to those of its node
     at ranks 2 and 3      a row for each expert chosen there
 

@@ -128,10 +128,8 @@ def _memory(stage: StageMemory) -> dict[str, Any]:
 
 def _activations(plan: Plan) -> list[dict[str, Any]]:
     """Bytes for a token and layer of every name, once for each kind of layer that has it."""
-    estimator, model = plan.program.estimator, plan.config.model
+    estimator = plan.program.estimator
     tokens = estimator.workload.tokens
-    kinds = [("moe", estimator.moe)] if model.num_moe_layers else []
-    kinds += [("dense", estimator.dense)] if model.first_k_dense_replace else []
     return [
         {
             "layer": kind,
@@ -141,6 +139,6 @@ def _activations(plan: Plan) -> list[dict[str, Any]]:
             "device_bytes_per_token": tensor.device_bytes / tokens,
             "host_bytes_per_token": tensor.host_bytes / tokens,
         }
-        for kind, layer in kinds
+        for kind, layer in estimator.layers.items()
         for tensor in layer.saved
     ]

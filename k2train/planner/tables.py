@@ -7,6 +7,7 @@ from collections.abc import Callable, Sequence
 from rich.console import RenderableType
 from rich.table import Table
 
+from k2train.architecture.layer import KIND_WORDS
 from k2train.config.ops import attention_words, exact_above
 from k2train.estimate.activations import SavedTensor
 from k2train.estimate.parameters import model_parameters
@@ -178,23 +179,25 @@ def _grouped(
 
 def activation_table(plan: Plan) -> Table:
     """Bytes of every named activation, for a token and layer."""
-    estimator, model = plan.program.estimator, plan.config.model
+    estimator = plan.program.estimator
     tokens = estimator.workload.tokens
     table = new_table(
         "Activations between forward and backward, bytes for a token and layer",
         ["name", "policy", "as computed", "on device", "on host"],
         text_columns=2,
     )
-    kinds = [("MoE layer", estimator.moe)] if model.num_moe_layers else []
-    kinds += [("dense layer", estimator.dense)] if model.first_k_dense_replace else []
     shown: set[str] = set()
-    for title, layer in kinds:
+    for kind, layer in estimator.layers.items():
         for tensor in layer.saved:
             if tensor.name not in shown:
                 table.add_row(tensor.name, tensor.policy.replace("_", " + "), *_per_token([tensor], tokens))
         shown |= {tensor.name for tensor in layer.saved}
         table.add_row(
-            f"{title}, all names", "", *_per_token(layer.saved, tokens), style="bold", end_section=True
+            f"{KIND_WORDS[kind]}, all names",
+            "",
+            *_per_token(layer.saved, tokens),
+            style="bold",
+            end_section=True,
         )
     return table
 

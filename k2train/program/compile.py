@@ -1,7 +1,7 @@
 """`compile_program`: the one way from a config to a layout and action lists.
 
-The kind of schedule decides where the parts of the model stand (DualPipeV folds them into a V), so the
-model is cut for that placement, and the schedule is built over the same one.
+The kind of schedule decides where the parts of the model stand (DualPipeV folds them into a V), so
+the model is cut for that placement, and the schedule is built over the same one.
 """
 
 from __future__ import annotations
@@ -40,7 +40,8 @@ def _checked(config: Config) -> tuple[Layout, ScheduleSpec]:
 
 
 def program_layout(config: Config) -> Layout:
-    """Who is where, with the model cut for the placement of the config's schedule. Raises ConfigError."""
+    """Who is where, with the model cut for the placement of the config's schedule. Raises
+    ConfigError."""
     section = config.layout
     kind = config.schedule.kind
     # Before the placement is written out, whose length nothing has bounded yet.
@@ -50,7 +51,8 @@ def program_layout(config: Config) -> Layout:
 
 
 def schedule_spec(config: Config, microbatches: int) -> ScheduleSpec:
-    """The schedule section with degrees filled in. Something is offloaded as soon as one policy says so.
+    """The schedule section with degrees filled in. Something is offloaded as soon as one policy
+    says so.
 
     microbatches: those of one pipeline in a step. Raises ConfigError for what cannot be scheduled.
     """

@@ -26,13 +26,14 @@ MICROBATCHES_PER_STAGE = 8
 """A step with so many microbatches for each stage has usually reached its peaks of memory."""
 
 DECISIVE = ("model", "layout", "schedule", "activations", "optim", "train", "ops", "cluster")
-"""The sections of a config that decide what a step does. The others name files and reports, which may
-differ from machine to machine."""
+"""The sections of a config that decide what a step does. The others name files and reports, which
+may differ from machine to machine."""
 
 
 @dataclass(frozen=True)
 class Program:
-    """What a config was compiled to; made by `compile_program`. Ranks that are threads share one."""
+    """What a config was compiled to; made by `compile_program`. Ranks that are threads share
+    one."""
 
     config: Config
     layout: Layout
@@ -64,17 +65,20 @@ class Program:
 
     @cached_property
     def report(self) -> ScheduleReport:
-        """The proof of training's lists. Raises ConfigError, with the cycle of waits, where they cannot run."""
+        """The proof of training's lists. Raises ConfigError, with the cycle of waits, where they
+        cannot run."""
         with told_as_config(self.config.schedule):
             return validate(self.schedule)
 
     @cached_property
     def messages(self) -> Messages:
-        """What training's and evaluation's lists ask of the channels between stages, all of them proved."""
+        """What training's and evaluation's lists ask of the channels between stages, all of them
+        proved."""
         return plan_messages(self.schedule, self.report)
 
     def evaluation(self, num_microbatches: int) -> Schedule:
-        """Evaluation's lists for any number of microbatches, proved for the channels that `messages` asks for."""
+        """Evaluation's lists for any number of microbatches, proved for the channels that
+        `messages` asks for."""
         if num_microbatches not in self._evaluations:
             lists, report = proved_forward(self.schedule, num_microbatches)
             fits = all(map(int.__le__, report.peak_sends, self.messages.max_sends))
@@ -84,7 +88,8 @@ class Program:
 
     @cached_property
     def short_schedule(self) -> Schedule:
-        """Training's lists for a step just long enough for its peaks of memory; the whole step where it is shorter."""
+        """Training's lists for a step just long enough for its peaks of memory; the whole step
+        where it is shorter."""
         enough = MICROBATCHES_PER_STAGE * self.layout.pp
         if self.schedule.num_microbatches <= enough:
             return self.schedule
@@ -107,7 +112,8 @@ class Program:
 
     @cached_property
     def words(self) -> dict[str, Any]:
-        """What the config says on what a step does, by dotted key; plain values that JSON can hold."""
+        """What the config says on what a step does, by dotted key; plain values that JSON can
+        hold."""
         return {
             key: value
             for name in DECISIVE

@@ -1,4 +1,5 @@
-"""A rehearsal as a JSON document. Bytes, seconds and FLOPs as plain numbers; nothing is rounded, keys are stable."""
+"""A rehearsal as a JSON document. Bytes, seconds and FLOPs as plain numbers; nothing is rounded,
+keys are stable."""
 
 from __future__ import annotations
 

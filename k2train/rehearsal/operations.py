@@ -1,8 +1,9 @@
-"""What an operation of torch costs on the device: its FLOPs, the bytes it moves, and its kernel's kind.
+"""What an operation of torch costs on the device: its FLOPs, the bytes it moves, and its kernel's
+kind.
 
-Products come from torch's own table (`torch.utils.flop_counter`); a fused attention kernel skips what causality hides,
-which that table does not know. Everything else is bounded by memory: inputs read once, outputs written once. An
-operation that only makes a view or allocates launches nothing.
+Products come from torch's own table (`torch.utils.flop_counter`); a fused attention kernel skips
+what causality hides, which that table does not know. Everything else is bounded by memory: inputs
+read once, outputs written once. An operation that only makes a view or allocates launches nothing.
 """
 
 from __future__ import annotations
@@ -16,16 +17,37 @@ import torch
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry
 
-from k2train.estimate.work import Kind
+from k2train.architecture.work import Kind
 
 HOST_COPY = "copy to or from the host"
 _ALLOCATING = {
-    "empty", "empty_like", "empty_strided", "new_empty", "new_empty_strided", "detach", "alias", "_unsafe_view", "set_",
-    "lift_fresh", "record_stream", "resize_", "nonzero_static_size",
-}  # fmt: skip
+    "empty",
+    "empty_like",
+    "empty_strided",
+    "new_empty",
+    "new_empty_strided",
+    "detach",
+    "alias",
+    "_unsafe_view",
+    "set_",
+    "lift_fresh",
+    "record_stream",
+    "resize_",
+    "nonzero_static_size",
+}
 _FILLING = {
-    "zeros", "zeros_like", "new_zeros", "zero_", "ones", "ones_like", "full", "full_like", "new_full", "fill_", "arange",
-}  # fmt: skip
+    "zeros",
+    "zeros_like",
+    "new_zeros",
+    "zero_",
+    "ones",
+    "ones_like",
+    "full",
+    "full_like",
+    "new_full",
+    "fill_",
+    "arange",
+}
 _SCATTERING = {"index_add_", "scatter_add_", "scatter_"}
 _FORMULAS = {str(packet).rsplit(".", 1)[-1]: formula for packet, formula in flop_registry.items()}
 _GATHERING = {"index_select", "embedding", "gather", "index"}
@@ -33,7 +55,8 @@ _GATHERING = {"index_select", "embedding", "gather", "index"}
 
 @dataclass(frozen=True)
 class Work:
-    """One launch. dtype: of a product's factors, else of the first output. shapes: of a product's factors, for reports."""
+    """One launch. dtype: of a product's factors, else of the first output. shapes: of a product's
+    factors, for reports."""
 
     name: str
     kind: Kind
@@ -74,9 +97,11 @@ def measure(function: Any, arguments: Sequence[Any], keywords: dict[str, Any], r
 
 
 def _product_flops(name: str, arguments: Sequence[Any], result: Any) -> float | None:
-    """FLOPs of a matrix product, None for anything else. An operation in place counts as the one it is made of."""
+    """FLOPs of a matrix product, None for anything else. An operation in place counts as the one it
+    is made of."""
     if name == "_grouped_mm":
-        # Rows times their group's matrix, or, where both are flat, every group's rows times its rows.
+        # Rows times their group's matrix, or, where both are flat, every group's rows times its
+        # rows.
         a, b = arguments[:2]
         return 2.0 * a.shape[0] * a.shape[1] * b.shape[-1]
     formula = _FORMULAS.get(name.removesuffix("_"))
@@ -92,7 +117,8 @@ def _moved(name: str, inputs: Sequence[torch.Tensor], outputs: Sequence[torch.Te
     if name in _GATHERING:
         return 2.0 * _bytes(outputs) + sum(_bytes([t]) for t in inputs[1:] if not t.is_floating_point())
     if name in ("attention_best_blocks", "attention_other_blocks"):
-        # Queries and keys are read where a head's logits may pass the limit; a rehearsal's never do.
+        # Queries and keys are read where a head's logits may pass the limit; a rehearsal's never
+        # do.
         return _bytes(inputs[2:])
     if name in _SCATTERING:
         # What is added is read, and its targets are read and written.
@@ -121,8 +147,8 @@ def _visible_pairs(q_BHSK: torch.Tensor) -> float:
 
 
 def _products(queries: int, values: int, first: int = 0) -> Callable[[Sequence[Any]], float]:
-    """So many products over query features and so many over value features for every visible pair; the query is
-    argument `first`."""
+    """So many products over query features and so many over value features for every visible pair;
+    the query is argument `first`."""
 
     def count(arguments: Sequence[Any]) -> float:
         q, _, v = arguments[first : first + 3]

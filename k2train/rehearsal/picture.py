@@ -1,4 +1,5 @@
-"""Memory over one step as a picture: the rehearsed level action by action, over the level that was planned."""
+"""Memory over one step as a picture: the rehearsed level action by action, over the level that was
+planned."""
 
 from __future__ import annotations
 
@@ -19,13 +20,31 @@ def render_memory(rehearsal: Rehearsal, path: str) -> None:
     FigureCanvasAgg(figure)
     axes = figure.subplots()
     levels = rehearsal.observer.levels
-    axes.step(range(len(levels)), [highest / 1e9 for _, _, highest in levels], where="mid", linewidth=0.9,
-              color=TRAIN_COLOUR, label="rehearsed, highest within the action")  # fmt: skip
-    axes.step(range(len(levels)), [after / 1e9 for _, after, _ in levels], where="mid", linewidth=0.7,
-              color=RATE_COLOUR, label="rehearsed, after the action")  # fmt: skip
+    axes.step(
+        range(len(levels)),
+        [highest / 1e9 for _, _, highest in levels],
+        where="mid",
+        linewidth=0.9,
+        color=TRAIN_COLOUR,
+        label="rehearsed, highest within the action",
+    )
+    axes.step(
+        range(len(levels)),
+        [after / 1e9 for _, after, _ in levels],
+        where="mid",
+        linewidth=0.7,
+        color=RATE_COLOUR,
+        label="rehearsed, after the action",
+    )
     numbers, planned = planned_levels(rehearsal)
-    axes.step(numbers, [level / 1e9 for level in planned], where="mid", linewidth=0.9, color=HELD_OUT_COLOUR,
-              label="planned, highest within the action")  # fmt: skip
+    axes.step(
+        numbers,
+        [level / 1e9 for level in planned],
+        where="mid",
+        linewidth=0.9,
+        color=HELD_OUT_COLOUR,
+        label="planned, highest within the action",
+    )
     title = f"{rehearsal.config.name}, stage {rehearsal.stage}: device memory over one step"
     axes.set(title=title, xlabel="action of the stage's list", ylabel="GB (1e9 bytes)", ylim=(0, None))
     axes.legend(frameon=False, loc="lower right")
@@ -34,7 +53,8 @@ def render_memory(rehearsal: Rehearsal, path: str) -> None:
 
 
 def planned_levels(rehearsal: Rehearsal) -> tuple[list[int], list[int]]:
-    """The number of each compute step in the stage's list, and the most bytes that are planned during it."""
+    """The number of each compute step in the stage's list, and the most bytes that are planned
+    during it."""
     program, stage = rehearsal.plan.program, rehearsal.stage
     simulation = simulate(program.schedule, program.costs, record=True)
     records = simulation.compute_records[stage]

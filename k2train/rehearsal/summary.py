@@ -1,7 +1,8 @@
-"""A rehearsal in figures, beside the plan's: bytes at the peak by cause, seconds by phase, traffic, launches, host waits.
+"""A rehearsal in figures, beside the plan's: bytes at the peak by cause, seconds by phase, traffic,
+launches, host waits.
 
-Seconds are rooflines of the config's cluster, by the same rates as the plan's, of the operations that were really
-launched. The plan's figures are of the same number of microbatches.
+Seconds are rooflines of the config's cluster, by the same rates as the plan's, of the operations
+that were really launched. The plan's figures are of the same number of microbatches.
 """
 
 from __future__ import annotations
@@ -21,7 +22,8 @@ from k2train.rehearsal.run import Rehearsal, kind_of_place
 from k2train.schedule.costs import Stream
 
 FP32_SLOWDOWN = 15.0
-"""Matrix rate of BF16 over that of FP32 without TF32 on Hopper: 989 over 67 TFLOP/s (H100 data sheet)."""
+"""Matrix rate of BF16 over that of FP32 without TF32 on Hopper: 989 over 67 TFLOP/s (H100 data
+sheet)."""
 COMPUTE_KINDS = ("F", "I", "W")
 _STATES = {"model/": "parameters", "optim/buckets.py": "gradients", "optim/": "optimizer"}
 
@@ -82,7 +84,8 @@ def _by_line(storages: Iterable[Living], most: int) -> list[tuple[str, str, int,
 
 
 def memory_beside(rehearsal: Rehearsal) -> list[Beside]:
-    """The fullest moment of the action list, planned and rehearsed; the driver's share is in neither."""
+    """The fullest moment of the action list, planned and rehearsed; the driver's share is in
+    neither."""
     planned = rehearsal.plan.memory[rehearsal.stage]
     return [
         Beside("states", planned.states, rehearsal.states_bytes),
@@ -91,7 +94,8 @@ def memory_beside(rehearsal: Rehearsal) -> list[Beside]:
 
 
 def seconds_of(work: Work, flops: float, num_bytes: float, launches: int, machine: Machine) -> float:
-    """The roofline of `launches` calls of one operation; of a copy to or from the host, by its bus."""
+    """The roofline of `launches` calls of one operation; of a copy to or from the host, by its
+    bus."""
     if work.name == HOST_COPY:
         return launches * Network(machine.cluster).host_copy(num_bytes / launches)
     slowdown = FP32_SLOWDOWN if work.dtype == torch.float32 else 1.0
@@ -112,7 +116,8 @@ def seconds_by_place(rehearsal: Rehearsal, stream: str = "main") -> dict[str, fl
 
 
 def seconds_beside(rehearsal: Rehearsal) -> list[Beside]:
-    """Compute seconds of the whole action list: forwards, input gradients, weight gradients, and their sum."""
+    """Compute seconds of the whole action list: forwards, input gradients, weight gradients, and
+    their sum."""
     rehearsed: dict[str, float] = collections.defaultdict(float)
     for place, seconds in seconds_by_place(rehearsal).items():
         rehearsed[kind_of_place(place)] += seconds
@@ -163,7 +168,8 @@ def launches_by_kind(rehearsal: Rehearsal) -> Mapping[str, int]:
 
 
 def reserved(rehearsal: Rehearsal) -> dict[str, Reserved]:
-    """The caching allocator's peaks over the whole step, with segments of its own and with expandable ones."""
+    """The caching allocator's peaks over the whole step, with segments of its own and with
+    expandable ones."""
     events = rehearsal.observer.memory_events
     return {"segments": replay(events, expandable=False), "expandable": replay(events, expandable=True)}
 

@@ -19,7 +19,9 @@ def rehearsal_tables(rehearsal: Rehearsal) -> list[RenderableType]:
     return [
         heading(rehearsal),
         memory_table(rehearsal),
-        lines_table(f"Alive at the peak, in {place_of_peak(rehearsal)}", summary.peak_by_line(rehearsal.pipeline_peak)),
+        lines_table(
+            f"Alive at the peak, in {place_of_peak(rehearsal)}", summary.peak_by_line(rehearsal.pipeline_peak)
+        ),
         left_table(rehearsal),
         accounts_line(rehearsal),
         allocator_table(rehearsal),
@@ -29,7 +31,7 @@ def rehearsal_tables(rehearsal: Rehearsal) -> list[RenderableType]:
         wide_line(rehearsal),
         traffic_table(rehearsal),
         waits_table(rehearsal),
-    ]  # fmt: skip
+    ]
 
 
 def heading(rehearsal: Rehearsal) -> str:
@@ -158,8 +160,9 @@ def traffic_table(rehearsal: Rehearsal) -> Table:
 def waits_table(rehearsal: Rehearsal) -> Table:
     """Where the host stands still."""
     waits = rehearsal.observer.device.host_waits
-    table = new_table(f"Waits of the host for the device: {sum(waits.values()):,}", ["for", "line", "times"],
-                      text_columns=2)  # fmt: skip
+    table = new_table(
+        f"Waits of the host for the device: {sum(waits.values()):,}", ["for", "line", "times"], text_columns=2
+    )
     for (what, line), times in waits.most_common():
         table.add_row(what, line, f"{times:,}")
     return table

@@ -11,7 +11,8 @@ from k2train.schedule.program import Schedule
 class Route:
     """Where a virtual stage's outputs go and its inputs come from.
 
-    previous and next are virtual stages (None at the ends); the stages are the pipeline ranks they live on.
+    previous and next are virtual stages (None at the ends); the stages are the pipeline ranks they
+    live on.
     """
 
     stage: int

@@ -1,10 +1,13 @@
-"""The handlers of one rank: its virtual stages, what is under way in them, and the messages to its neighbours.
+"""The handlers of one rank: its virtual stages, what is under way in them, and the messages to its
+neighbours.
 
 A microbatch on a virtual stage goes through these hands, each named by (virtual stage, microbatch):
 
-    inputs     activations that have arrived: local ones as results, remote ones as a receive to be waited for
+    inputs     activations that have arrived: local ones as results, remote ones as a receive to be
+               waited for
     records    what the phases keep from forward to backward, with the microbatch's context
-    outputs    activations to be sent        gradients, received_gradients    the same on the way back
+    outputs    activations to be sent        gradients, received_gradients    the same on the way
+               back
 
 All of them must be empty at the end of a step, and `finish_step` proves it.
 """
@@ -40,7 +43,8 @@ class Arrival(Protocol):
 
 
 class Transport(Protocol):
-    """Messages between pipeline stages. Between two stages they arrive in the order they were sent in."""
+    """Messages between pipeline stages. Between two stages they arrive in the order they were sent
+    in."""
 
     def send(self, tensor: torch.Tensor, stage: int) -> None: ...
 
@@ -65,11 +69,11 @@ class Transport(Protocol):
 class StepInputs:
     """What one pass over an action list works on.
 
-    tokens(microbatch) gives its (B, S) ids and is called where the model begins. num_rows is B * S, the
-    same for every microbatch. make_context(virtual_stage, microbatch) gives what its phases may touch.
-    before_forward(virtual_stage) is called ahead of each forward, weight_gradients_done(virtual_stage)
-    once its last weight gradient is in, which needs num_microbatches. wait(arrival) waits for a
-    message; a recorder puts its own here.
+    tokens(microbatch) gives its (B, S) ids and is called where the model begins. num_rows is B * S,
+    the same for every microbatch. make_context(virtual_stage, microbatch) gives what its phases may
+    touch. before_forward(virtual_stage) is called ahead of each forward,
+    weight_gradients_done(virtual_stage) once its last weight gradient is in, which needs
+    num_microbatches. wait(arrival) waits for a message; a recorder puts its own here.
     """
 
     tokens: Callable[[int], torch.Tensor]
@@ -99,10 +103,11 @@ class PipelineStage:
         gradients: GradientSink | None,
         device: Device,
     ) -> None:
-        """transport may be None where all virtual stages live here; gradients is None in evaluation.
+        """transport may be None where all virtual stages live here; gradients is None in
+        evaluation.
 
-        Messages have streams of their own. A phase then waits for its own message, and a message for the result
-        it carries, whatever else the main stream has been given by then.
+        Messages have streams of their own. A phase then waits for its own message, and a message
+        for the result it carries, whatever else the main stream has been given by then.
         """
         self.models, self.routes, self.transport, self.gradients = models, routes, transport, gradients
         self._arriving, self._leaving = device.stream("arriving messages"), device.stream("leaving messages")
@@ -118,7 +123,8 @@ class PipelineStage:
 
     @contextlib.contextmanager
     def step(self, inputs: StepInputs) -> Iterator[None]:
-        """A pass over an action list, from `begin_step` to `finish_step`, or to `abandon_step` where it fails."""
+        """A pass over an action list, from `begin_step` to `finish_step`, or to `abandon_step`
+        where it fails."""
         self.begin_step(inputs)
         try:
             yield
@@ -133,8 +139,8 @@ class PipelineStage:
         self._weight_gradients.clear()
 
     def tensors(self) -> Iterator[torch.Tensor]:
-        """What is under way between two actions: messages, and what weight gradients wait for; for whoever counts storages.
-        What phases have saved is the store's."""
+        """What is under way between two actions: messages, and what weight gradients wait for; for
+        whoever counts storages. What phases have saved is the store's."""
         for messages in (self._inputs, self._outputs, self._arrived_gradients, self._gradients):
             for message in messages.values():
                 held = message.tensors if isinstance(message, Results) else (message.tensor,)
@@ -231,7 +237,8 @@ class PipelineStage:
         return self._arrived(self._inputs.pop(key))
 
     def _arrived(self, arrival: Arrival | Results) -> Results:
-        """A message and the event at which it is there; the main stream does not wait for it here."""
+        """A message and the event at which it is there; the main stream does not wait for it
+        here."""
         if isinstance(arrival, Results):
             return arrival
         with self._arriving.issue():

@@ -3,12 +3,17 @@
 A schedule is one list of actions for each pipeline stage (docs/schedule.md). This room builds it,
 proves that it can run, and answers what it costs; the runtime executes the same list.
 
-    spec = ScheduleSpec.preset("k2", pp=16, num_microbatches=64, vpp=2)     # or ScheduleSpec(pp, ..., kind=...)
-    schedule = build_schedule(spec)                  Schedule: stages, placement, chains; to_text / parse_schedule
-    report = validate(schedule)                      ScheduleReport, or ScheduleError with the cycle of waits
-    simulation = simulate(schedule, costs, record=True)      Simulation: makespan, waits, memory, events
+    spec = ScheduleSpec.preset("k2", pp=16, num_microbatches=64, vpp=2)     # or ScheduleSpec(pp,
+        ..., kind=...)
+    schedule = build_schedule(spec)                  Schedule: stages, placement, chains; to_text /
+                                                     parse_schedule
+    report = validate(schedule)                      ScheduleReport, or ScheduleError with the cycle
+                                                     of waits
+    simulation = simulate(schedule, costs, record=True)      Simulation: makespan, waits, memory,
+                                                             events
     render_text(simulation)                          text for a terminal
-    render_timeline(simulation, path)                a picture; also render_window, render_comparison, render_cells
+    render_timeline(simulation, path)                a picture; also render_window,
+                                                     render_comparison, render_cells
     write_trace(simulation, path)                    opens in Perfetto
 
 Costs (`Costs`, `VirtualStageCosts`, `Phase`) are defined here and filled in by `estimate`;

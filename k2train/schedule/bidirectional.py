@@ -1,16 +1,18 @@
 """Published orders built for comparison: ZB-H1, DualPipe and DualPipeV.
 
-They are here so that `plan` can put them beside K2's schedule at equal cost; ZB-H1 and DualPipeV can
-be trained too. Their orders already split weight gradients
-off and pair forwards with backwards, so only communication and offload are inserted by passes.
+They are here so that `plan` can put them beside K2's schedule at equal cost; ZB-H1 and DualPipeV
+can be trained too. Their orders already split weight gradients off and pair forwards with
+backwards, so only communication and offload are inserted by passes.
 
-DualPipe sends half of the microbatches down the stages and half up, each direction through its own copy of the
-parameters. DualPipeV folds the pipeline: stage s holds the s-th piece from the front and the s-th from the back, and a
-microbatch goes down and comes back, with one copy. Seen from one stage both are the same order over two **lanes**:
-lane 0 comes first, lane 1 joins; DualPipe over pp stages behaves like DualPipeV over pp / 2, mirrored.
+DualPipe sends half of the microbatches down the stages and half up, each direction through its own
+copy of the parameters. DualPipeV folds the pipeline: stage s holds the s-th piece from the front
+and the s-th from the back, and a microbatch goes down and comes back, with one copy. Seen from one
+stage both are the same order over two **lanes**: lane 0 comes first, lane 1 joins; DualPipe over pp
+stages behaves like DualPipeV over pp / 2, mirrored.
 
-Sources: Qi et al., "Zero bubble pipeline parallelism" (arXiv 2401.10241), H1; DeepSeek-V3 report (arXiv 2412.19437),
-3.2.1, and the published DualPipe order, whose eight steps are kept here one by one.
+Sources: Qi et al., "Zero bubble pipeline parallelism" (arXiv 2401.10241), H1; DeepSeek-V3 report
+(arXiv 2412.19437), 3.2.1, and the published DualPipe order, whose eight steps are kept here one by
+one.
 """
 
 from __future__ import annotations
@@ -26,8 +28,9 @@ from k2train.schedule.program import Schedule
 def zb_h1(pp: int, num_microbatches: int) -> Schedule:
     """1F1B with the weight gradient split off and, on stage s, run s microbatches late.
 
-    Late weight gradients fill the cool-down of the late stages; what they keep waiting equals what the early stages hold
-    as activations in flight, so the largest stage needs no more than 1F1B does.
+    Late weight gradients fill the cool-down of the late stages; what they keep waiting equals what
+    the early stages hold as activations in flight, so the largest stage needs no more than 1F1B
+    does.
     """
     lines = [_zb_h1_line(pp, stage, num_microbatches) for stage in range(pp)]
     return Schedule("zb_h1", num_microbatches, tuple(range(pp)), (tuple(range(pp)),), tuple(lines))
@@ -47,7 +50,8 @@ def _zb_h1_line(pp: int, stage: int, num_microbatches: int) -> tuple[Step, ...]:
 
 
 def dualpipe(pp: int, num_microbatches: int) -> Schedule:
-    """DualPipe. pp even; microbatches even and at least 2 pp; the first half of them goes down, the second up."""
+    """DualPipe. pp even; microbatches even and at least 2 pp; the first half of them goes down, the
+    second up."""
     half = num_microbatches // 2
     lines = []
     for stage in range(pp):
@@ -79,7 +83,8 @@ class _TwoLanes:
         self._line: list[Step] = []
 
     def line(self, position: int, depth: int, count: int) -> tuple[Step, ...]:
-        """position: distance from the lane-0 end; depth: stages up to the fold; count: microbatches of a lane."""
+        """position: distance from the lane-0 end; depth: stages up to the fold; count: microbatches
+        of a lane."""
         before, after = depth - 1 - position, position + 1
         for _ in range(2 * before):
             self._forward(0)

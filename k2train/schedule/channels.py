@@ -4,9 +4,11 @@ A communicator is a queue. NCCL runs what a rank gives to one communicator in th
 was given, and a message of more than a few megabytes moves only while both of its ends are at the
 head of their queues (rendezvous). So it matters which messages share a communicator:
 
-    ordered pair     one for each ordered pair of stages: stage 3 to stage 4 is one queue, stage 4 to stage 3 another
-    unordered pair   one for each two stages: what goes back queues behind what goes forward. torch does this with
-                     single sends and receives in a group over NCCL that was made without a `device_id`
+    ordered pair     one for each ordered pair of stages: stage 3 to stage 4 is one queue, stage 4
+                     to stage 3 another
+    unordered pair   one for each two stages: what goes back queues behind what goes forward. torch
+                     does this with single sends and receives in a group over NCCL that was made
+                     without a `device_id`
     one              one for all stages. torch does this where a `device_id` was given
 
 The schedules are built for ordered pairs, and `validate` proves them for ordered pairs. `replay.py`

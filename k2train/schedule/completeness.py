@@ -1,7 +1,7 @@
 """The validator's first check: every action is where it belongs and none is missing or doubled.
 
-Actions of one kind are a table of flags, one cell for each (virtual stage, microbatch), so that half a million actions are
-compared with what a step needs in a few array operations.
+Actions of one kind are a table of flags, one cell for each (virtual stage, microbatch), so that
+half a million actions are compared with what a step needs in a few array operations.
 """
 
 from __future__ import annotations
@@ -23,7 +23,8 @@ _Table = dict[Kind, np.ndarray]
 
 
 def check_complete(schedule: Schedule, backward: bool = True) -> bool:
-    """Raise ScheduleError unless the actions are exactly those the step needs. Returns whether it has messages.
+    """Raise ScheduleError unless the actions are exactly those the step needs. Returns whether it
+    has messages.
 
     backward: False for evaluation's lists, which need forwards and their messages and nothing else.
     """
@@ -86,7 +87,8 @@ def _misplaced(schedule: Schedule, stage: int, action: Action) -> ScheduleError:
 
 
 def _needed(schedule: Schedule, seen: _Table, has_messages: bool) -> _Table:
-    """What must be there, given which backwards are whole and which are split, and what is offloaded."""
+    """What must be there, given which backwards are whole and which are split, and what is
+    offloaded."""
     passes = np.zeros((schedule.num_virtual_stages, schedule.num_microbatches), dtype=bool)
     for index, chain in enumerate(schedule.chains):
         run = schedule.microbatches_of(index)

@@ -5,8 +5,10 @@ Seconds and bytes of one microbatch on one rank. A forward or an input-gradient 
 of phases that run one after another, each on the compute stream or, for all-to-alls, on the
 expert-parallel (EP) channel:
 
-    MoE layer, forward     attention (compute) | route (ep) | dispatch (ep) | experts (compute) | combine (ep)
-    MoE layer, backward    combine (ep) | experts (compute) | dispatch (ep) | route (ep, 0 s) | attention (compute)
+    MoE layer, forward     attention (compute) | route (ep) | dispatch (ep) | experts (compute) |
+                           combine (ep)
+    MoE layer, backward    combine (ep) | experts (compute) | dispatch (ep) | route (ep, 0 s) |
+                           attention (compute)
 
 `route` is where ranks tell each other their choices and the host waits for the counts. Its backward
 does nothing; it is a step all the same, so that the halves of a pair stay in time.

@@ -1,4 +1,5 @@
-"""The panels of a timeline picture: boxes by stage, shares by column, streams of a window, memory."""
+"""The panels of a timeline picture: boxes by stage, shares by column, streams of a window,
+memory."""
 
 from __future__ import annotations
 
@@ -41,7 +42,8 @@ _CHARACTER = 0.0042
 
 
 def draw_boxes(axes: Axes, simulation: Simulation, window: Window, title: str) -> None:
-    """One row a stage; compute boxes with their microbatch, all-to-alls as a thin line below them."""
+    """One row a stage; compute boxes with their microbatch, all-to-alls as a thin line below
+    them."""
     stages = simulation.schedule.num_stages
     boxes = defaultdict(list)
     for event in simulation.events(*window):
@@ -87,7 +89,8 @@ def draw_streams(
 
 
 def draw_shares(axes: Axes, simulation: Simulation, title: str) -> None:
-    """One row a stage; in each column the share of its time that every category takes, one on top of the other."""
+    """One row a stage; in each column the share of its time that every category takes, one on top
+    of the other."""
     end = simulation.makespan_seconds
     stages = simulation.schedule.num_stages
     edges = np.linspace(0.0, end, _COLUMNS + 1)
@@ -104,7 +107,8 @@ def draw_shares(axes: Axes, simulation: Simulation, title: str) -> None:
 
 
 def _shares(simulation: Simulation, stage: int, edges: np.ndarray) -> dict[str, np.ndarray]:
-    """For each compute category, the share of every column that it takes: differences of its running total."""
+    """For each compute category, the share of every column that it takes: differences of its
+    running total."""
     knots: dict[str, tuple[list[float], list[float]]] = {
         n: ([0.0], [0.0]) for n in (FORWARD, BACKWARD, WEIGHT)
     }
@@ -127,7 +131,8 @@ def _stage_rows(axes: Axes, stages: int) -> None:
 
 
 def draw_memory(axes: Axes, simulation: Simulation, stages: tuple[int, ...]) -> None:
-    """Bytes of activations, transient buffers and weight-gradient queue on the device, at the peak of each column."""
+    """Bytes of activations, transient buffers and weight-gradient queue on the device, at the peak
+    of each column."""
     end = simulation.makespan_seconds
     edges = np.linspace(0.0, end, _COLUMNS + 1)
     # Orange stands for backwards elsewhere; lines here differ in dash as well as in colour.
@@ -167,7 +172,8 @@ def _frame(axes: Axes, window: Window, title: str) -> None:
 
 
 def _shades(simulation: Simulation) -> dict[int, float]:
-    """How much white goes into the colour of each virtual stage: none for the first on its stage, more for later ones."""
+    """How much white goes into the colour of each virtual stage: none for the first on its stage,
+    more for later ones."""
     shades = {}
     for stage in range(simulation.schedule.num_stages):
         for place, virtual_stage in enumerate(simulation.schedule.virtual_stages_of(stage)):
@@ -219,7 +225,8 @@ def _labels(
     named: bool = False,
     shade: dict[int, float] | None = None,
 ) -> None:
-    """Microbatch numbers, or phase and microbatch, in boxes wide enough for them; the longest form that fits."""
+    """Microbatch numbers, or phase and microbatch, in boxes wide enough for them; the longest form
+    that fits."""
     span = window[1] - window[0]
     for event in events:
         left, right = max(event.start, window[0]), min(event.end, window[1])

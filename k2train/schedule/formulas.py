@@ -28,7 +28,8 @@ def bubble_seconds(spec: ScheduleSpec, forward: float, backward_input: float, we
     # A weight gradient that runs in place is not on the way of the gradient from stage to stage.
     slot = forward + backward_input + (0.0 if spec.split_weight_grad else weight_grad)
     bubble = hops * slot
-    if spec.kind in INTERLEAVED:  # a group smaller than pp waits for itself before each further virtual stage
+    if spec.kind in INTERLEAVED:
+        # A group smaller than pp waits for itself before each further virtual stage.
         bubble += (spec.vpp - 1) * max(0, spec.pp - spec.num_microbatches) * slot
     return bubble
 

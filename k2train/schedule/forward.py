@@ -17,10 +17,12 @@ def proved_forward(schedule: Schedule, num_microbatches: int) -> tuple[Schedule,
 
 
 def forward_only(schedule: Schedule, num_microbatches: int) -> Schedule:
-    """The forwards of `num_microbatches` microbatches on the virtual stages of a schedule with one chain.
+    """The forwards of `num_microbatches` microbatches on the virtual stages of a schedule with one
+    chain.
 
-    pp microbatches at a time go through the first virtual stage of every stage, then through the second, and so on: with
-    that many under way no stage waits for the one behind it, and two stages exchange messages in one order.
+    pp microbatches at a time go through the first virtual stage of every stage, then through the
+    second, and so on: with that many under way no stage waits for the one behind it, and two stages
+    exchange messages in one order.
     """
     assert len(schedule.chains) == 1, "the microbatches of two chains are numbered by their total"
     lines = tuple(_line(schedule, stage, num_microbatches) for stage in range(schedule.num_stages))

@@ -1,4 +1,5 @@
-"""What the action lists of a run, those of training and those of evaluation, ask of the channels between its stages."""
+"""What the action lists of a run, those of training and those of evaluation, ask of the channels
+between its stages."""
 
 from __future__ import annotations
 
@@ -18,23 +19,25 @@ class Messages:
     """Made by `plan_messages`, once for all ranks."""
 
     schedules: tuple[Schedule, ...]
-    """Training's lists, and evaluation's for a few groups of microbatches; longer evaluations repeat them."""
+    """Training's lists, and evaluation's for a few groups of microbatches; longer evaluations
+    repeat them."""
     pairs: tuple[tuple[int, int], ...]
     """The ordered pairs of stages (from, to) that exchange messages."""
     max_sends: tuple[int, ...]
     """For each stage, how many messages it may have under way to any one other stage.
 
-    One more than the schedules need where all compute steps take equally long, so that a message may take a step to
-    move. It does not grow with the number of microbatches: it is 2 for `gpipe`, `1f1b`, `zb_h1` and evaluation, and for
-    `k2` and `interleaved_1f1b` at most two for each stage, because at most so many microbatches wait for a stage's
-    next virtual stage.
+    One more than the schedules need where all compute steps take equally long, so that a message
+    may take a step to move. It does not grow with the number of microbatches: it is 2 for `gpipe`,
+    `1f1b`, `zb_h1` and evaluation, and for `k2` and `interleaved_1f1b` at most two for each stage,
+    because at most so many microbatches wait for a stage's next virtual stage.
     """
 
 
 def plan_messages(schedule: Schedule, report: ScheduleReport | None = None) -> Messages:
     """For a training schedule with sends and receives. Raises ScheduleError where it cannot run.
 
-    report: what `validate` said of the schedule; None proves it here. Evaluation's lists are proved here.
+    report: what `validate` said of the schedule; None proves it here. Evaluation's lists are proved
+    here.
     """
     training = report or validate(schedule)
     evaluation, forwards = proved_forward(schedule, 3 * schedule.num_stages + 1)
@@ -43,7 +46,8 @@ def plan_messages(schedule: Schedule, report: ScheduleReport | None = None) -> M
 
 
 def check_channels(messages: Messages, form: ChannelForm) -> None:
-    """Raise ConfigError, with the cycle of waits, where a world provides less than the schedules need."""
+    """Raise ConfigError, with the cycle of waits, where a world provides less than the schedules
+    need."""
     if form is ChannelForm.ORDERED_PAIR:
         return  # what `validate` has proved
     for schedule in messages.schedules:

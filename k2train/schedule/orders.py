@@ -1,17 +1,17 @@
 """Base orders of forwards and full backwards: GPipe, 1F1B and interleaved 1F1B.
 
-Each stage has a fixed order of forwards, a fixed order of backwards, and a number of forwards it runs before the
-first backward (its warm-up); after that they alternate. In interleaved 1F1B a stage takes microbatches in groups:
-a group goes through its first virtual stage, then its second, and so on, backwards in the opposite order. A
-microbatch comes back to a stage for its next virtual stage pp slots later, so a group of at least pp microbatches never
-waits for itself.
+Each stage has a fixed order of forwards, a fixed order of backwards, and a number of forwards it
+runs before the first backward (its warm-up); after that they alternate. In interleaved 1F1B a stage
+takes microbatches in groups: a group goes through its first virtual stage, then its second, and so
+on, backwards in the opposite order. A microbatch comes back to a stage for its next virtual stage
+pp slots later, so a group of at least pp microbatches never waits for itself.
 
-Microbatches that are not a multiple of pp are spread over groups of pp or slightly more. Fewer than pp are treated as
-a group of pp whose missing members are then struck out: what is struck out belongs to microbatches that nothing
-else depends on, so a valid order stays valid.
+Microbatches that are not a multiple of pp are spread over groups of pp or slightly more. Fewer than
+pp are treated as a group of pp whose missing members are then struck out: what is struck out
+belongs to microbatches that nothing else depends on, so a valid order stays valid.
 
-Sources: Narayanan et al., "Efficient large-scale language model training on GPU clusters using Megatron-LM"
-(arXiv 2104.04473); Huang et al., GPipe (arXiv 1811.06965).
+Sources: Narayanan et al., "Efficient large-scale language model training on GPU clusters using
+Megatron-LM" (arXiv 2104.04473); Huang et al., GPipe (arXiv 1811.06965).
 """
 
 from __future__ import annotations
@@ -24,7 +24,8 @@ from k2train.schedule.program import Schedule
 
 
 def microbatch_groups(num_microbatches: int, pp: int) -> tuple[int, ...]:
-    """Sizes of the groups, larger ones first: as many as fit with at least pp in each, or a single one."""
+    """Sizes of the groups, larger ones first: as many as fit with at least pp in each, or a single
+    one."""
     count = max(1, num_microbatches // pp)
     size, larger = divmod(num_microbatches, count)
     return (size + 1,) * larger + (size,) * (count - larger)
@@ -33,8 +34,9 @@ def microbatch_groups(num_microbatches: int, pp: int) -> tuple[int, ...]:
 def interleaved_warmup(pp: int, vpp: int, stage: int, group: int, stride: int) -> int:
     """Forwards a stage runs before its first forward-backward slot.
 
-    group: the largest group of microbatches. stride: how many more the stage before runs; 2 where a slot's forward and
-    backward go to the neighbours together (interleaving, pairs), 1 in plain 1F1B.
+    group: the largest group of microbatches. stride: how many more the stage before runs; 2 where a
+    slot's forward and backward go to the neighbours together (interleaving, pairs), 1 in plain
+    1F1B.
     """
     return stride * (pp - 1 - stage) + (vpp - 1) * group
 
@@ -52,7 +54,8 @@ def one_f_one_b(pp: int, num_microbatches: int) -> Schedule:
 
 
 def interleaved(name: str, pp: int, vpp: int, num_microbatches: int, stride: int = 2) -> Schedule:
-    """Interleaved 1F1B for any number of microbatches of at least pp; see `build_schedule` for fewer."""
+    """Interleaved 1F1B for any number of microbatches of at least pp; see `build_schedule` for
+    fewer."""
     groups = microbatch_groups(num_microbatches, pp)
     forwards = _grouped(groups, range(vpp))
     backwards = _grouped(groups, range(vpp - 1, -1, -1))

@@ -7,8 +7,10 @@ previous stage are one peer, so activations and gradients share a channel; there
 part of the schedule and not left to the runtime.
 
     SEND   asynchronous. It returns at once, and its buffer lives until the message has gone.
-    RECV   asynchronous. It posts a buffer ahead of the step that needs it; that step waits for the message.
-    a message moves when both are posted and every earlier message of its channel has moved (rendezvous)
+    RECV   asynchronous. It posts a buffer ahead of the step that needs it; that step waits for the
+           message.
+    a message moves when both are posted and every earlier message of its channel has moved
+        (rendezvous)
 
 Nothing ever blocks on a SEND or a RECV, only a compute step on its inputs. A receive is posted one
 compute step ahead of the step that needs it: while a weight gradient runs, in the steady phase of

@@ -6,7 +6,8 @@ steps are equally long. The rules are those of NCCL's communicators (`channels.p
     compute   waits for its inputs: results of its own stage, and messages that have moved
     SEND      goes to the end of its communicator's queue on this stage; the stage goes on
     RECV      likewise
-    a message moves when its SEND is at the head of the sender's queue and its RECV at the head of the receiver's
+    a message moves when its SEND is at the head of the sender's queue and its RECV at the head of
+        the receiver's
 
 Each queue has one writer and one reader, so what a stage may do next, nobody can take away again.
 Therefore all runs end alike, whatever the steps' lengths: a schedule that completes here completes

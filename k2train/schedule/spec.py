@@ -1,7 +1,8 @@
 """`ScheduleSpec`: what a schedule is built from, and the checks on it.
 
-The fields carry the names of the config's `schedule` section, so that one is copied into the other word by word.
-`ScheduleSpec.preset("k2", pp, num_microbatches, vpp)` sets the switches that a kind is known for.
+The fields carry the names of the config's `schedule` section, so that one is copied into the other
+word by word. `ScheduleSpec.preset("k2", pp, num_microbatches, vpp)` sets the switches that a kind
+is known for.
 """
 
 from __future__ import annotations
@@ -18,7 +19,8 @@ from k2train.config.sections import ScheduleKind, check_pairs_are_split
 from k2train.layout.placement import folded, looped
 
 KINDS: tuple[ScheduleKind, ...] = get_args(ScheduleKind)
-"""Every base order. `k2` and `interleaved_1f1b` are the same one; what makes K2's schedule is its switches."""
+"""Every base order. `k2` and `interleaved_1f1b` are the same one; what makes K2's schedule is its
+switches."""
 INTERLEAVED = ("k2", "interleaved_1f1b")
 """Kinds that take layout.vpp; the others fix their virtual stages themselves."""
 MAX_CHUNKS = 2**20
@@ -62,7 +64,8 @@ class ScheduleSpec:
 
     @classmethod
     def preset(cls, kind: str, pp: int, num_microbatches: int, vpp: int = 1, **changes: Any) -> ScheduleSpec:
-        """A kind with the switches of configs/schedule/KIND.yaml, and K2's with offload; `changes` override single fields."""
+        """A kind with the switches of configs/schedule/KIND.yaml, and K2's with offload; `changes`
+        override single fields."""
         known = {field.name for field in fields(cls)}
         assert changes.keys() <= known, f"unknown fields: {changes.keys() - known}"
         switches = {"offload": kind == "k2", **preset_switches(kind), **changes}
@@ -80,7 +83,8 @@ def preset_switches(kind: str) -> Mapping[str, Any]:
 
 
 def num_parts(kind: str, pp: int, vpp: int) -> int:
-    """Parts that the model is cut into under a kind of schedule: as many as `placement` has entries."""
+    """Parts that the model is cut into under a kind of schedule: as many as `placement` has
+    entries."""
     return 2 * pp if kind == "dualpipe_v" else pp * vpp
 
 

@@ -1,17 +1,22 @@
-"""The validator: proves that a schedule computes every microbatch once, in order, and cannot stand still.
+"""The validator: proves that a schedule computes every microbatch once, in order, and cannot stand
+still.
 
 Four checks, in this order, each a `ScheduleError` with a few lines:
 
-1. completeness (`completeness.py`): every action is on its stage and on its microbatch's chain; F once; B once or I and W
+1. completeness (`completeness.py`): every action is on its stage and on its microbatch's chain; F
+once; B once or I and W
    once each; a SEND and a RECV for every hop between two stages and no others;
-2. order within a stage: messages and copies around the compute they belong to, W after its I, every OFFLOAD
+2. order within a stage: messages and copies around the compute they belong to, W after its I, every
+OFFLOAD
    reloaded before the backward that needs it, nothing left out at the end;
-3. order of messages (`channels.py`): for every ordered pair of stages the receives are posted in the order of the sends;
-4. progress (`deadlock.py`): a run in which messages queue up in their communicators and move by rendezvous (`replay.py`).
+3. order of messages (`channels.py`): for every ordered pair of stages the receives are posted in
+the order of the sends;
+4. progress (`deadlock.py`): a run in which messages queue up in their communicators and move by
+rendezvous (`replay.py`).
    Where it stops, the error names the cycle of waits.
 
-The proof holds for one form of channels, `ChannelForm.ORDERED_PAIR` unless another is asked for. It does not depend on how
-long anything takes.
+The proof holds for one form of channels, `ChannelForm.ORDERED_PAIR` unless another is asked for. It
+does not depend on how long anything takes.
 """
 
 from __future__ import annotations
@@ -32,14 +37,15 @@ class ScheduleReport:
     """What a valid schedule needs."""
 
     peak_in_flight: tuple[int, ...]
-    """For each stage, the most chunks (microbatches on a virtual stage) with a forward done and no B or I yet; the
-    forward of a pair counts before its backward frees anything."""
+    """For each stage, the most chunks (microbatches on a virtual stage) with a forward done and no
+    B or I yet; the forward of a pair counts before its backward frees anything."""
     peak_weight_queue: tuple[int, ...]
     """For each stage, the most chunks with I done and W outstanding."""
     num_warmup: tuple[int, ...]
     """For each stage, the forwards before the first backward or pair."""
     peak_sends: tuple[int, ...]
-    """For each stage, the most messages under way to any one other stage, where all compute steps take equally long."""
+    """For each stage, the most messages under way to any one other stage, where all compute steps
+    take equally long."""
     num_actions: int
     num_messages: int
 
@@ -92,7 +98,8 @@ class _Counts:
 
 
 def _check_stage(schedule: Schedule, stage: int, has_messages: bool) -> _Counts:
-    """Order within one stage. Whether F stands before its backward is left to `check_progress`, which knows the cycle."""
+    """Order within one stage. Whether F stands before its backward is left to `check_progress`,
+    which knows the cycle."""
     check = _StageOrder(schedule, stage, has_messages)
     for step in schedule.stages[stage]:
         for action in parts(step):

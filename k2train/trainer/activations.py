@@ -18,9 +18,11 @@ from k2train.trainer.host_memory import activation_share
 
 
 def build_activations(program: Program, stage: int, device: Device) -> ActivationStore | None:
-    """The store of a rank of a stage; None where every tensor is kept as it is, which is autograd's own way.
+    """The store of a rank of a stage; None where every tensor is kept as it is, which is autograd's
+    own way.
 
-    Host memory is limited to `activation_share`, which was checked at start-up against what the plan needs.
+    Host memory is limited to `activation_share`, which was checked at start-up against what the
+    plan needs.
     """
     policies = program.config.activations
     if all(policy == "keep" for policy in dataclasses.asdict(policies).values()):
@@ -33,9 +35,11 @@ def build_activations(program: Program, stage: int, device: Device) -> Activatio
 
 
 def host_traffic(store: ActivationStore | None) -> dict[str, int]:
-    """A step's metrics of this rank's offloading, counted anew from here; empty where nothing can be offloaded.
+    """A step's metrics of this rank's offloading, counted anew from here; empty where nothing can
+    be offloaded.
 
-    offloaded_bytes: copied to the host. host_bytes_peak: the most in host buffers at once, since the start.
+    offloaded_bytes: copied to the host. host_bytes_peak: the most in host buffers at once, since
+    the start.
     """
     if store is None:
         return {}
@@ -46,7 +50,8 @@ def host_traffic(store: ActivationStore | None) -> dict[str, int]:
 
 
 def non_finite_tiles(store: ActivationStore | None, world: Communicator, device: Device) -> dict[str, int]:
-    """Tiles with a value that is not finite that FP8 storage has met in the run, by name, over all ranks.
+    """Tiles with a value that is not finite that FP8 storage has met in the run, by name, over all
+    ranks.
 
     Every rank must call it: one sum over the world where there is a store. Waits for the device.
     """

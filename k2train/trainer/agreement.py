@@ -1,8 +1,8 @@
 """Ranks that are processes compile for themselves; here they make sure that they compiled the same.
 
-Each was started with words of its own, perhaps on another machine with another version of this program.
-Two programs that differ would meet in the middle of a step, as a message that never comes or as numbers
-that are silently wrong.
+Each was started with words of its own, perhaps on another machine with another version of this
+program. Two programs that differ would meet in the middle of a step, as a message that never comes
+or as numbers that are silently wrong.
 """
 
 from __future__ import annotations
@@ -20,8 +20,8 @@ from k2train.program import Program
 def agree_on_program(program: Program, world: Communicator, device: torch.device) -> None:
     """Raise the same ConfigError on every rank where a rank has another program than rank 0.
 
-    Every rank of the world must call it, before any other group is made: two broadcasts and a gather,
-    and two more broadcasts where a rank differs.
+    Every rank of the world must call it, before any other group is made: two broadcasts and a
+    gather, and two more broadcasts where a rank differs.
     """
     mine = {"words": program.words, "fingerprint": program.fingerprint}
     first = broadcast_object(world, mine, 0, device)
@@ -36,7 +36,8 @@ def agree_on_program(program: Program, world: Communicator, device: torch.device
 
 
 def first_difference(theirs: dict[str, Any], mine: dict[str, Any]) -> list[Any] | None:
-    """[key, rank 0's value, this rank's] of the first key that two configs give different values; None for none."""
+    """[key, rank 0's value, this rank's] of the first key that two configs give different values;
+    None for none."""
     for key in sorted(theirs.keys() | mine.keys()):
         pair = [theirs.get(key), mine.get(key)]
         if pair[0] != pair[1]:

@@ -80,7 +80,8 @@ def check_run_dir(config: Config) -> bool:
 
 
 def check_folder(field: str, folder: Path) -> None:
-    """Raise ConfigError where `folder` is not there and cannot be made, or cannot be written into."""
+    """Raise ConfigError where `folder` is not there and cannot be made, or cannot be written
+    into."""
     existing = next(path for path in (folder, *folder.absolute().parents) if os.path.lexists(path))
     try:
         os.rmdir(tempfile.mkdtemp(prefix=".k2train-", dir=existing))

@@ -16,9 +16,11 @@ stays. Not yet run on a GPU.
 
 The kernel's sysfs says which GPU, core and node belong together:
 
-    /sys/bus/pci/devices/0000:1b:00.0/numa_node                     0, or -1 where the firmware does not say
+    /sys/bus/pci/devices/0000:1b:00.0/numa_node                     0, or -1 where the firmware does
+                                                                    not say
     /sys/devices/system/node/node0/cpulist                          0-55,112-167
-    /sys/devices/system/cpu/cpu3/topology/thread_siblings_list      3,115: the CPUs of one physical core
+    /sys/devices/system/cpu/cpu3/topology/thread_siblings_list      3,115: the CPUs of one physical
+                                                                    core
 """
 
 from __future__ import annotations

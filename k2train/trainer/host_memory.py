@@ -1,9 +1,11 @@
-"""Refuse at start-up what this machine's host memory cannot hold, with the numbers, before any tensor is made.
+"""Refuse at start-up what this machine's host memory cannot hold, with the numbers, before any
+tensor is made.
 
-Counted is what the plan counts: optimizer states that live in host memory (on a CPU device they all do) and the most
-bytes of activations that are offloaded at once, of every rank on this machine. They are compared with the node of the config
-(`cluster.host_memory_bytes`) and with what the machine has available at this moment. Everything is computed from the
-config, so no rank has to ask another; and the step is simulated only where something is offloaded.
+Counted is what the plan counts: optimizer states that live in host memory (on a CPU device they all
+do) and the most bytes of activations that are offloaded at once, of every rank on this machine.
+They are compared with the node of the config (`cluster.host_memory_bytes`) and with what the
+machine has available at this moment. Everything is computed from the config, so no rank has to ask
+another; and the step is simulated only where something is offloaded.
 """
 
 from __future__ import annotations
@@ -65,7 +67,8 @@ def check_host_memory(
 
 
 def refuse_too_little(need: HostNeed, room: HostRoom, movable: bool) -> None:
-    """Raise ConfigError for more bytes than either limit. movable: whether the states could live on the device instead."""
+    """Raise ConfigError for more bytes than either limit. movable: whether the states could live on
+    the device instead."""
     if need.total <= min(room.cluster, room.available):
         return
     if need.total > room.cluster:
@@ -75,27 +78,34 @@ def refuse_too_little(need: HostNeed, room: HostRoom, movable: bool) -> None:
     remedies = ["set optim.states=device"] if movable else []
     if need.activations:
         remedies.append("offload less (activations=recompute_fp8 or activations=none)")
-    raise ConfigError(field, _gb(limit),
-                      f"{need.num_ranks} rank(s) on this machine keep {_gb(need.total)} in host memory: {_gb(need.activations)} "
-                      f"of offloaded activations and {_gb(need.optimizer)} of optimizer states; the config gives a node "
-                      f"{_gb(room.cluster)}, and {_gb(room.available)} are available",
-                      "; or ".join([*remedies, "use more nodes (layout.nodes)"]))  # fmt: skip
+    raise ConfigError(
+        field,
+        _gb(limit),
+        f"{need.num_ranks} rank(s) on this machine keep {_gb(need.total)} in host memory: {_gb(need.activations)} "
+        f"of offloaded activations and {_gb(need.optimizer)} of optimizer states; the config gives a node "
+        f"{_gb(room.cluster)}, and {_gb(room.available)} are available",
+        "; or ".join([*remedies, "use more nodes (layout.nodes)"]),
+    )
 
 
 def refuse_small_share(stage: int, peak: int, share: int) -> None:
-    """Raise ConfigError where a rank of a stage offloads more at once than its share, though the node may have it."""
+    """Raise ConfigError where a rank of a stage offloads more at once than its share, though the
+    node may have it."""
     if peak > share:
-        raise ConfigError("cluster.host_memory_bytes", _gb(share),
-                          f"is one rank's share of a node without its optimizer states, and a rank of stage {stage} offloads "
-                          f"up to {_gb(peak)} of activations",
-                          "offload less (activations=recompute_fp8 or activations=none); or use more nodes (layout.nodes)")  # fmt: skip
+        raise ConfigError(
+            "cluster.host_memory_bytes",
+            _gb(share),
+            f"is one rank's share of a node without its optimizer states, and a rank of stage {stage} offloads "
+            f"up to {_gb(peak)} of activations",
+            "offload less (activations=recompute_fp8 or activations=none); or use more nodes (layout.nodes)",
+        )
 
 
 def activation_share(program: Program, stage: int, device: torch.device) -> int:
     """The host memory that a rank of a stage may fill with offloaded activations.
 
-    Its equal share of the node that the config describes, less its own optimizer states where they live there too. The
-    store is limited to this, and a plan that needs more is refused.
+    Its equal share of the node that the config describes, less its own optimizer states where they
+    live there too. The store is limited to this, and a plan that needs more is refused.
     """
     cluster = program.config.cluster
     share = round(cluster.host_memory_bytes / min(cluster.gpus_per_node, program.layout.world))
@@ -111,7 +121,8 @@ def states_in_host_memory(config: Config, device: torch.device) -> bool:
 def host_need(
     program: Program, ranks: range, device: torch.device, peaks: Sequence[int] | None = None
 ) -> HostNeed:
-    """What these ranks keep in host memory. peaks: the program's `offload_peaks`, where they are known."""
+    """What these ranks keep in host memory. peaks: the program's `offload_peaks`, where they are
+    known."""
     by_stage = Counter(rank // program.layout.dp for rank in ranks)
     optimizer = 0
     if states_in_host_memory(program.config, device):
@@ -122,7 +133,8 @@ def host_need(
 
 
 def states_bytes(program: Program, stage: int, num_ranks: int) -> int:
-    """Optimizer states of some ranks of a stage: of the fullest, but no more than the whole stage has."""
+    """Optimizer states of some ranks of a stage: of the fullest, but no more than the whole stage
+    has."""
     config, layout = program.config, program.layout
     pieces, owners = program.pieces_of(stage), (layout.dp, layout.edp)
     states = stage_states(pieces, config.model, config.optim, config.train.dtype, layout.ep, owners)
@@ -132,7 +144,8 @@ def states_bytes(program: Program, stage: int, num_ranks: int) -> int:
 def offload_peaks(program: Program) -> tuple[int, ...]:
     """The most bytes a rank of each stage has offloaded at once.
 
-    A short step is simulated, if anything is offloaded: it reaches the most early in its steady phase.
+    A short step is simulated, if anything is offloaded: it reaches the most early in its steady
+    phase.
     """
     if not program.config.activations.offloads:
         return (0,) * program.layout.pp
@@ -140,7 +153,8 @@ def offload_peaks(program: Program) -> tuple[int, ...]:
 
 
 def ranks_here(layout: Layout, kind: WorldKind, environment: Mapping[str, str]) -> range:
-    """The ranks on this machine: all of them where they are threads, else as many as the launcher started here."""
+    """The ranks on this machine: all of them where they are threads, else as many as the launcher
+    started here."""
     if kind != "processes":
         return range(layout.world)
     rank, local = (int(environment.get(name, "0")) for name in ("RANK", "LOCAL_RANK"))
@@ -149,7 +163,8 @@ def ranks_here(layout: Layout, kind: WorldKind, environment: Mapping[str, str]) 
 
 
 def available_bytes(meminfo: Path = Path("/proc/meminfo")) -> int:
-    """Memory that programs can still have on this machine; where the system does not say, all that it has."""
+    """Memory that programs can still have on this machine; where the system does not say, all that
+    it has."""
     try:
         lines = meminfo.read_text(encoding="ascii").splitlines()
     except OSError:

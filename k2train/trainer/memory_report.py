@@ -1,10 +1,11 @@
 """Bytes of every saved tensor, predicted beside measured: what `k2train report memory` prints.
 
-Measured means: one microbatch forward through one dense and one MoE layer of the config, with the store that training uses and
-the offload executed, and then the tensors counted that are really held, here and on the host. Beside the store's own sum stands
-that of the storages which are really alive because of the microbatch: those that go when it is forgotten. A model whose layers are too
-large for that is measured at a fraction of its widths (hidden, latents, feed-forwards, number of heads; head sizes, experts and
-choices stay), and the prediction beside it is for the same widths.
+Measured means: one microbatch forward through one dense and one MoE layer of the config, with the
+store that training uses and the offload executed, and then the tensors counted that are really
+held, here and on the host. Beside the store's own sum stands that of the storages which are really
+alive because of the microbatch: those that go when it is forgotten. A model whose layers are too
+large for that is measured at a fraction of its widths (hidden, latents, feed-forwards, number of
+heads; head sizes, experts and choices stay), and the prediction beside it is for the same widths.
 """
 
 from __future__ import annotations
@@ -19,15 +20,16 @@ import torch
 from k2train.activations.arena import HostArena
 from k2train.activations.offload import OffloadEngine
 from k2train.activations.store import ActivationStore
+from k2train.architecture.layer import KIND_WORDS, LayerKind, layer_kinds, layer_of, mixer_of
+from k2train.architecture.microbatch import workload
+from k2train.architecture.work import Workload
 from k2train.config.model import ModelConfig
 from k2train.config.schema import Config
 from k2train.config.sections import ActivationsConfig
 from k2train.device.living import LivingStorages
 from k2train.device.protocol import Device
 from k2train.estimate.activations import SavedTensor, saved_tensors
-from k2train.estimate.layer_ops import Workload, workload
 from k2train.layout.build import build_layout
-from k2train.layout.tensors import layer_tensors
 from k2train.model.context import MicrobatchContext, Statistics
 from k2train.model.loss import CrossEntropy
 from k2train.model.model import build_model, forward
@@ -67,10 +69,11 @@ class NameBytes:
 
 @dataclasses.dataclass(frozen=True)
 class MemoryReport:
-    """`divisor` of the widths at which was measured; the names of each kind of layer, "MoE layer" and "dense layer".
+    """`divisor` of the widths at which was measured; the names of each kind of layer, "MoE layer"
+    and "dense layer".
 
-    stored_bytes: on the device after the offload, the ends of the model included, as the store says. alive_bytes: of
-    storages that were freed when the microbatch was forgotten.
+    stored_bytes: on the device after the offload, the ends of the model included, as the store
+    says. alive_bytes: of storages that were freed when the microbatch was forgotten.
     """
 
     divisor: int
@@ -81,7 +84,8 @@ class MemoryReport:
 
     @property
     def other_bytes(self) -> int:
-        """Alive and not the store's: the row counts by which exchanges are undone, a few numbers for each expert."""
+        """Alive and not the store's: the row counts by which exchanges are undone, a few numbers
+        for each expert."""
         return self.alive_bytes - self.stored_bytes
 
     @property
@@ -102,23 +106,17 @@ def measure_memory(config: Config, device: Device) -> MemoryReport:
     whole = workload(config.model, config.train, layout.ep, layout.relay_ranks, config.ops)
     layers = {}
     for layer, kind in enumerate(kinds):
-        moe = kind == "MoE layer"
-        planned = {tensor.name: tensor for tensor in saved_tensors(whole, config.activations, moe)}
-        layers[kind] = tuple(
+        planned = {tensor.name: tensor for tensor in saved_tensors(whole, config.activations, kind)}
+        layers[KIND_WORDS[kind]] = tuple(
             row(tensor, planned[tensor.name], measured.by_name.get((layer, tensor.name), (0, 0)), here, whole)
-            for tensor in saved_tensors(here, config.activations, moe)
+            for tensor in saved_tensors(here, config.activations, kind)
         )
     return MemoryReport(divisor, here.tokens, layers, measured.stored, measured.alive)
 
 
-def layer_kinds(model: ModelConfig) -> list[str]:
-    """The kinds of layer a model has, dense first."""
-    kinds = ["dense layer"] if model.first_k_dense_replace else []
-    return [*kinds, "MoE layer"] if model.num_moe_layers else kinds
-
-
 def smallest_divisor(model: ModelConfig) -> int:
-    """The smallest power of two by which widths must be divided for the layers to fit MAX_ELEMENTS."""
+    """The smallest power of two by which widths must be divided for the layers to fit
+    MAX_ELEMENTS."""
     divisor = 1
     while num_elements(narrowed(model, divisor)) > MAX_ELEMENTS:
         divisor *= 2
@@ -126,36 +124,32 @@ def smallest_divisor(model: ModelConfig) -> int:
 
 
 def num_elements(model: ModelConfig) -> int:
-    """Parameters of a dense and a MoE layer."""
-    layers = {0, model.num_hidden_layers - 1}
-    return sum(spec.num_elements for layer in layers for spec in layer_tensors(model, layer))
+    """Parameters of a layer of each kind."""
+    layers = (layer_of(model, kind) for kind in layer_kinds(model))
+    return sum(spec.num_elements for layer in layers for spec in layer.tensors(0))
 
 
 def narrowed(model: ModelConfig, divisor: int) -> ModelConfig:
     """The model with its widths and heads divided, at least 1 each."""
-    names = [
-        "hidden_size",
-        "intermediate_size",
-        "moe_intermediate_size",
-        "kv_lora_rank",
-        "num_attention_heads",
-    ]
-    names += ["q_lora_rank"] * (model.q_lora_rank is not None)
-    return dataclasses.replace(model, **{name: max(getattr(model, name) // divisor, 1) for name in names})
+    names = ("hidden_size", "intermediate_size", "moe_intermediate_size")
+    widths = {name: max(getattr(model, name) // divisor, 1) for name in names}
+    narrow = dataclasses.replace(model, **widths)
+    return mixer_of(model).narrowed(narrow, divisor)
 
 
-def two_layers(model: ModelConfig, kinds: list[str]) -> ModelConfig:
+def two_layers(model: ModelConfig, kinds: tuple[LayerKind, ...]) -> ModelConfig:
     """One layer of each kind, and a small vocabulary."""
     return dataclasses.replace(
         model,
         num_hidden_layers=len(kinds),
-        first_k_dense_replace=kinds.count("dense layer"),
+        first_k_dense_replace=kinds.count("dense"),
         vocab_size=VOCABULARY,
     )
 
 
 def microbatch(config: Config, model: ModelConfig, device: Device) -> Workload:
-    """One sequence of the config's, cut to MAX_TOKENS, on a rank that holds all experts, where it is measured."""
+    """One sequence of the config's, cut to MAX_TOKENS, on a rank that holds all experts, where it
+    is measured."""
     here: Literal["cpu", "cuda"] = "cuda" if device.torch_device.type == "cuda" else "cpu"
     seq_len = min(config.train.seq_len, MAX_TOKENS)
     train = dataclasses.replace(config.train, seq_len=seq_len, microbatch_size=1, device=here)
@@ -164,7 +158,8 @@ def microbatch(config: Config, model: ModelConfig, device: Device) -> Workload:
 
 @dataclasses.dataclass(frozen=True)
 class Measured:
-    """by_name: bytes of every (layer, name) on the device and on the host. The others: see MemoryReport."""
+    """by_name: bytes of every (layer, name) on the device and on the host. The others: see
+    MemoryReport."""
 
     by_name: Mapping[tuple[int | None, str], tuple[int, int]]
     stored: int
@@ -174,7 +169,8 @@ class Measured:
 def measure(
     model: ModelConfig, here: Workload, policies: ActivationsConfig, device: Device, backend: OpsBackend
 ) -> Measured:
-    """A microbatch's forward and its offload; then everything is counted, and the microbatch forgotten."""
+    """A microbatch's forward and its offload; then everything is counted, and the microbatch
+    forgotten."""
     store = ActivationStore(policies, OffloadEngine(device, HostArena(device)))
     built = build_model(model, whole_model(model), DTYPES[here.dtype], device.torch_device, backend=backend)
     for parameter in {piece.parameter for piece in built.pieces()}:
@@ -217,7 +213,8 @@ def bytes_by_name(store: ActivationStore) -> dict[tuple[int | None, str], tuple[
 def row(
     tensor: SavedTensor, planned: SavedTensor, measured: tuple[int, int], here: Workload, whole: Workload
 ) -> NameBytes:
-    """A name's line. tensor, here: as measured; planned, whole: as configured; measured: bytes on the device, on the host."""
+    """A name's line. tensor, here: as measured; planned, whole: as configured; measured: bytes on
+    the device, on the host."""
     return NameBytes(
         tensor.name,
         tensor.policy,

@@ -20,9 +20,20 @@ from k2train.config.schema import Config
 # and the next.
 FIXED_ON_RESUME = ("model.", "train.dtype", "optim.name")
 # Sections that say where and how a run is carried out, not what it computes.
-NEUTRAL_ON_RESUME = ("run_dir", "name", "telemetry.", "plan.", "cluster.", "world", "train.keep_checkpoints", "data.cache_dir",
-                     "train.checkpoint_every_steps", "train.checkpoint_every_minutes",
-                     "train.device", "train.timeout_seconds")  # fmt: skip
+NEUTRAL_ON_RESUME = (
+    "run_dir",
+    "name",
+    "telemetry.",
+    "plan.",
+    "cluster.",
+    "world",
+    "train.keep_checkpoints",
+    "data.cache_dir",
+    "train.checkpoint_every_steps",
+    "train.checkpoint_every_minutes",
+    "train.device",
+    "train.timeout_seconds",
+)
 
 
 def choose_run_dir(config: Config) -> Path:
@@ -75,8 +86,12 @@ def config_changes(path: Path, config: Config) -> list[str]:
         if before.get(key) == now.get(key) or key.startswith(NEUTRAL_ON_RESUME):
             continue
         if key.startswith(FIXED_ON_RESUME):
-            raise ConfigError(key, now.get(key), f"the run in {path.parent} was made with {before.get(key)}",
-                              "set it back, or start anew with another run_dir")  # fmt: skip
+            raise ConfigError(
+                key,
+                now.get(key),
+                f"the run in {path.parent} was made with {before.get(key)}",
+                "set it back, or start anew with another run_dir",
+            )
         changes.append(f"{key}: {before.get(key)} -> {now.get(key)}")
     return changes
 

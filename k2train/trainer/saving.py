@@ -113,7 +113,8 @@ def start_from(run: Run, directory: Path) -> None:
 
 
 def open_named(field: str, directory: Path) -> Checkpoint:
-    """The checkpoint that the key `field` names. Raises ConfigError of that key where it cannot be opened."""
+    """The checkpoint that the key `field` names. Raises ConfigError of that key where it cannot be
+    opened."""
     try:
         return open_checkpoint(directory)
     except ConfigError as error:

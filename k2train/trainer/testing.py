@@ -1,4 +1,5 @@
-"""`run_on_ranks`: a config's run on every rank of its layout, as threads or as gloo processes, for tests."""
+"""`run_on_ranks`: a config's run on every rank of its layout, as threads or as gloo processes, for
+tests."""
 
 from __future__ import annotations
 
@@ -25,7 +26,8 @@ def run_on_ranks(
     timeout_seconds: float = 120.0,
     make_device: Callable[[torch.device], Device] = build_device,
 ) -> list[T]:
-    """What fn returned on every rank, by rank. It is called with the rank's run, before its first step, on the CPU.
+    """What fn returned on every rank, by rank. It is called with the rank's run, before its first
+    step, on the CPU.
 
     make_device: by default the CPU as it is.
     """

@@ -1,7 +1,8 @@
-"""What all ranks must agree on in a step, as riders on the optimizer's one sum and one maximum over the world.
+"""What all ranks must agree on in a step, as riders on the optimizer's one sum and one maximum over
+the world.
 
-A sum: loss, balance loss, tokens that chose each expert. A maximum: the signal by which a rank was asked to stop.
-Letters: L MoE layers of the whole model, E experts.
+A sum: loss, balance loss, tokens that chose each expert. A maximum: the signal by which a rank was
+asked to stop. Letters: L MoE layers of the whole model, E experts.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ from typing import NamedTuple
 
 import torch
 
+from k2train.architecture.layer import moe_layers
 from k2train.config.model import ModelConfig
 from k2train.model.context import Statistics
 from k2train.model.routing import load_violation
@@ -18,7 +20,8 @@ from k2train.optim.optimizer import Riders
 
 
 class Reported(NamedTuple):
-    """What the host reads of a step's totals. load_violation: of the worst layer. stop_signal: 0 for none."""
+    """What the host reads of a step's totals. load_violation: of the worst layer. stop_signal: 0
+    for none."""
 
     loss: float
     balance_loss: float
@@ -33,7 +36,7 @@ class StepTotals:
         self, model: ModelConfig, statistics: Statistics, stop_signal: int, device: torch.device
     ) -> None:
         """stop_signal: the number of a signal this rank has received, 0 for none."""
-        self._layers = [layer for layer in range(model.num_hidden_layers) if model.is_moe(layer)]
+        self._layers = moe_layers(model)
         self._shape = (len(self._layers), model.n_routed_experts)
         # Counts are exact in FP64 as long as a step has fewer than 2^53 tokens.
         loads_LE = torch.zeros(self._shape, dtype=torch.float64, device=device)
@@ -48,7 +51,8 @@ class StepTotals:
         )
 
     def loads(self) -> dict[int, torch.Tensor]:
-        """Tokens of the global batch that chose each expert (E,), by MoE layer of the whole model."""
+        """Tokens of the global batch that chose each expert (E,), by MoE layer of the whole
+        model."""
         return dict(zip(self._layers, self._loads, strict=True))
 
     @property
@@ -62,7 +66,8 @@ def _report(shape: tuple[int, int], sums: torch.Tensor, maxima: torch.Tensor) ->
 
 
 def losses_of_rank(statistics: Statistics, device: torch.device) -> torch.Tensor:
-    """This rank's parts of loss and balance loss (2,), FP64, on the device; zero where it has none."""
+    """This rank's parts of loss and balance loss (2,), FP64, on the device; zero where it has
+    none."""
     zero = torch.zeros((), dtype=torch.float64, device=device)
     parts = (statistics.loss, statistics.balance_loss)
     return torch.stack([zero if part is None else part.double() for part in parts])

@@ -9,7 +9,17 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parents[2]
-PURE = ["config", "telemetry", "update_rules", "layout", "schedule", "estimate", "program", "planner"]
+PURE = [
+    "config",
+    "telemetry",
+    "architecture",
+    "update_rules",
+    "layout",
+    "schedule",
+    "estimate",
+    "program",
+    "planner",
+]
 
 
 @pytest.mark.parametrize("room", PURE)

@@ -1,4 +1,5 @@
-"""Every benchmark runs to its end in its smallest form: what it imports is there, and its two sides still agree."""
+"""Every benchmark runs to its end in its smallest form: what it imports is there, and its two sides
+still agree."""
 
 from __future__ import annotations
 
@@ -18,13 +19,40 @@ NARROW = [
 ]
 FORMS = {
     "activations": ["--rounds", "1", "--microbatches", "4", "--override", *NARROW],
-    "fp8_quality": ["--steps", "1", "--every", "1", "--seeds", "0", "--tokens", "128", "--final-tokens", "128",
-                    "--picture", "quality.png", "--override", "train.global_batch_tokens=2048"],
+    "fp8_quality": [
+        "--steps",
+        "1",
+        "--every",
+        "1",
+        "--seeds",
+        "0",
+        "--tokens",
+        "128",
+        "--final-tokens",
+        "128",
+        "--picture",
+        "quality.png",
+        "--override",
+        "train.global_batch_tokens=2048",
+    ],
     "model": ["--only", "k2_tiny/8x256", "--pairs", "1", "--batch", "1", "--threads", "1"],
     "optimizer": ["--millions", "0.01", "--rounds", "1", "--experts", "4"],
-    "pipeline": ["--rounds", "1", "--hidden", "8", "--microbatches", "4", "--tokens", "4", "--layers", "1", "--vocab", "16"],
+    "pipeline": [
+        "--rounds",
+        "1",
+        "--hidden",
+        "8",
+        "--microbatches",
+        "4",
+        "--tokens",
+        "4",
+        "--layers",
+        "1",
+        "--vocab",
+        "16",
+    ],
     "plan": ["--quick", "--repeats", "1", "--only", "k2, 512 nodes"],
-}  # fmt: skip
+}
 OWN_TEST = {"gpu"}
 
 

@@ -1,4 +1,5 @@
-"""The tokenizer beside an exported model: the run's ids, and a model that stops at the end of a text."""
+"""The tokenizer beside an exported model: the run's ids, and a model that stops at the end of a
+text."""
 
 from __future__ import annotations
 
@@ -22,15 +23,28 @@ from k2train.model.model import build_model
 from k2train.model.pieces import whole_model
 
 MODEL = ModelConfig(
-    vocab_size=300, hidden_size=32, num_hidden_layers=2, first_k_dense_replace=1, intermediate_size=40,
-    moe_intermediate_size=16, n_routed_experts=4, num_experts_per_tok=2, n_shared_experts=1, num_attention_heads=2,
-    q_lora_rank=12, kv_lora_rank=16, qk_nope_head_dim=8, qk_rope_head_dim=4, v_head_dim=6,
-)  # fmt: skip
+    vocab_size=300,
+    hidden_size=32,
+    num_hidden_layers=2,
+    first_k_dense_replace=1,
+    intermediate_size=40,
+    moe_intermediate_size=16,
+    n_routed_experts=4,
+    num_experts_per_tok=2,
+    n_shared_experts=1,
+    num_attention_heads=2,
+    q_lora_rank=12,
+    kv_lora_rank=16,
+    qk_nope_head_dim=8,
+    qk_rope_head_dim=4,
+    v_head_dim=6,
+)
 TEXTS = ["", "plain text", "Ünïcode, 漢字 and 🙂\n\ttabs", "<|endoftext|> quoted", "\x00\x7f bytes"]
 
 
 def checkpoint_that_ends_every_text(directory: Path, tokenizer: TokenizerConfig, eod_id: int) -> Path:
-    """Layers add nothing to a stream of ones, and the head answers it with the end-of-document id."""
+    """Layers add nothing to a stream of ones, and the head answers it with the end-of-document
+    id."""
     model = build_model(MODEL, whole_model(MODEL), torch.float32, torch.device("cpu"))
     for piece in model.pieces():
         piece.tensor.data.fill_(1.0 if "norm" in piece.name or "embed" in piece.name else 0.0)

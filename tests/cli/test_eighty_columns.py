@@ -1,4 +1,5 @@
-"""Every table of every command is whole at 80 columns: nothing is cut off, and no number of the wide form is missing."""
+"""Every table of every command is whole at 80 columns: nothing is cut off, and no number of the
+wide form is missing."""
 
 from __future__ import annotations
 
@@ -55,8 +56,16 @@ def test_a_command_is_whole_at_80_columns(
 def test_the_report_of_a_run_is_whole_at_80_columns(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    line = {"tokens": 10**12, "loss": 2.3456789, "eval_loss": 2.4567891, "grad_norm": 0.123456789, "lr": 1.23456e-4,
-            "max_logit": 99.87654, "load_violation": 0.0123456, "tokens_per_second": 1234567.8}  # fmt: skip
+    line = {
+        "tokens": 10**12,
+        "loss": 2.3456789,
+        "eval_loss": 2.4567891,
+        "grad_norm": 0.123456789,
+        "lr": 1.23456e-4,
+        "max_logit": 99.87654,
+        "load_violation": 0.0123456,
+        "tokens_per_second": 1234567.8,
+    }
     (tmp_path / "metrics.jsonl").write_text(
         "".join(json.dumps({"step": step, **line}) + "\n" for step in range(1, 30))
     )

@@ -11,9 +11,19 @@ import pytest
 from k2train.cli.main import main
 from k2train.telemetry.metrics import read_metrics
 
-TINY = {"hidden_size": 16, "num_hidden_layers": 2, "intermediate_size": 24, "moe_intermediate_size": 8, "n_routed_experts": 4,
-        "num_attention_heads": 2, "q_lora_rank": 8, "kv_lora_rank": 8, "qk_nope_head_dim": 4, "qk_rope_head_dim": 4,
-        "v_head_dim": 4}  # fmt: skip
+TINY = {
+    "hidden_size": 16,
+    "num_hidden_layers": 2,
+    "intermediate_size": 24,
+    "moe_intermediate_size": 8,
+    "n_routed_experts": 4,
+    "num_attention_heads": 2,
+    "q_lora_rank": 8,
+    "kv_lora_rank": 8,
+    "qk_nope_head_dim": 4,
+    "qk_rope_head_dim": 4,
+    "v_head_dim": 4,
+}
 
 
 def built(directory: Path, name: str, text: str) -> Path:
@@ -26,15 +36,25 @@ def built(directory: Path, name: str, text: str) -> Path:
 
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A run of three steps with held-out text of its own; its directory is run/ of what is returned."""
+    """A run of three steps with held-out text of its own; its directory is run/ of what is
+    returned."""
     root = tmp_path_factory.mktemp("evaluate")
     corpus, held_out = built(root, "corpus", "some text to train on"), built(root, "held_out", "other text")
     words = [
-        *(f"model.{key}={value}" for key, value in TINY.items()), f"data.blend=[{{prefix: {corpus}}}]",
-        f"data.valid=[{{prefix: {held_out}}}]", "data.split='1,0,0'", f"data.cache_dir={root / 'cache'}",
-        "train.dtype=float64", "train.seq_len=16", "train.global_batch_tokens=64", "train.microbatch_size=1", "train.steps=3",
-        "train.final_eval_tokens=256", "telemetry.tensorboard=false", f"run_dir={root / 'run'}",
-    ]  # fmt: skip
+        *(f"model.{key}={value}" for key, value in TINY.items()),
+        f"data.blend=[{{prefix: {corpus}}}]",
+        f"data.valid=[{{prefix: {held_out}}}]",
+        "data.split='1,0,0'",
+        f"data.cache_dir={root / 'cache'}",
+        "train.dtype=float64",
+        "train.seq_len=16",
+        "train.global_batch_tokens=64",
+        "train.microbatch_size=1",
+        "train.steps=3",
+        "train.final_eval_tokens=256",
+        "telemetry.tensorboard=false",
+        f"run_dir={root / 'run'}",
+    ]
     assert main(["train", *words]) == 0
     return root
 

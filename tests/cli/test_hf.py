@@ -29,21 +29,63 @@ from k2train.model.model import logits as model_logits
 from k2train.model.pieces import whole_model
 
 SIZES = {
-    "vocab_size": 61, "hidden_size": 32, "intermediate_size": 40, "moe_intermediate_size": 16, "num_hidden_layers": 3,
-    "num_attention_heads": 4, "num_key_value_heads": 4, "n_routed_experts": 8, "num_experts_per_tok": 2,
-    "kv_lora_rank": 16, "qk_nope_head_dim": 8, "qk_rope_head_dim": 4, "v_head_dim": 6, "max_position_embeddings": 128,
+    "vocab_size": 61,
+    "hidden_size": 32,
+    "intermediate_size": 40,
+    "moe_intermediate_size": 16,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 4,
+    "n_routed_experts": 8,
+    "num_experts_per_tok": 2,
+    "kv_lora_rank": 16,
+    "qk_nope_head_dim": 8,
+    "qk_rope_head_dim": 4,
+    "v_head_dim": 6,
+    "max_position_embeddings": 128,
     "num_nextn_predict_layers": 0,
-}  # fmt: skip
-YARN = {"rope_type": "yarn", "rope_theta": 50000.0, "factor": 4.0, "original_max_position_embeddings": 32,
-        "beta_fast": 1.0, "beta_slow": 1.0, "mscale": 1.0, "mscale_all_dim": 1.0}  # fmt: skip
+}
+YARN = {
+    "rope_type": "yarn",
+    "rope_theta": 50000.0,
+    "factor": 4.0,
+    "original_max_position_embeddings": 32,
+    "beta_fast": 1.0,
+    "beta_slow": 1.0,
+    "mscale": 1.0,
+    "mscale_all_dim": 1.0,
+}
 FAMILIES = {
-    "k2": {**SIZES, "q_lora_rank": 12, "n_group": 1, "topk_group": 1, "first_k_dense_replace": 1, "n_shared_experts": 1,
-           "routed_scaling_factor": 2.827, "rope_parameters": YARN},
-    "deepseek_v3": {**SIZES, "q_lora_rank": 12, "n_group": 4, "topk_group": 2, "first_k_dense_replace": 2,
-                    "n_shared_experts": 1, "rope_parameters": {**YARN, "beta_fast": 32.0}},
-    "moonlight": {**SIZES, "q_lora_rank": None, "n_group": 1, "topk_group": 1, "first_k_dense_replace": 1,
-                  "n_shared_experts": 2, "rms_norm_eps": 1e-5, "rope_parameters": {"rope_type": "default", "rope_theta": 5e4}},
-}  # fmt: skip
+    "k2": {
+        **SIZES,
+        "q_lora_rank": 12,
+        "n_group": 1,
+        "topk_group": 1,
+        "first_k_dense_replace": 1,
+        "n_shared_experts": 1,
+        "routed_scaling_factor": 2.827,
+        "rope_parameters": YARN,
+    },
+    "deepseek_v3": {
+        **SIZES,
+        "q_lora_rank": 12,
+        "n_group": 4,
+        "topk_group": 2,
+        "first_k_dense_replace": 2,
+        "n_shared_experts": 1,
+        "rope_parameters": {**YARN, "beta_fast": 32.0},
+    },
+    "moonlight": {
+        **SIZES,
+        "q_lora_rank": None,
+        "n_group": 1,
+        "topk_group": 1,
+        "first_k_dense_replace": 1,
+        "n_shared_experts": 2,
+        "rms_norm_eps": 1e-5,
+        "rope_parameters": {"rope_type": "default", "rope_theta": 5e4},
+    },
+}
 
 
 NO_SHARED_EXPERTS = {**FAMILIES["k2"], "n_shared_experts": 0}
@@ -172,8 +214,10 @@ def test_a_mistake_is_exit_status_2_and_no_traceback(tmp_path: Path, capsys) -> 
 def test_help_explains_every_key(command: str, capsys) -> None:
     assert main([command, "--help"]) == 0
     said = capsys.readouterr().out
-    keys = {"import-hf": ["out", "verify", "max_shard_bytes"],
-            "export-hf": ["run_dir", "checkpoint", "dtype", "max_shard_bytes"]}[command]  # fmt: skip
+    keys = {
+        "import-hf": ["out", "verify", "max_shard_bytes"],
+        "export-hf": ["run_dir", "checkpoint", "dtype", "max_shard_bytes"],
+    }[command]
     assert all(re.search(rf"^  {key}  <", said, re.MULTILINE) for key in keys)
     assert f"usage: k2train {command} DIR" in said
 
@@ -208,7 +252,8 @@ def test_multi_token_prediction_layers_are_left_out_with_a_note(tmp_path: Path, 
 
 
 def lively(config: ModelConfig) -> Model:
-    """Our own model with weights that spread the logits over several units and biases that change the choice of experts."""
+    """Our own model with weights that spread the logits over several units and biases that change
+    the choice of experts."""
     model = build_model(config, whole_model(config))
     generator = torch.Generator().manual_seed(11)
     for piece in model.pieces():
@@ -225,8 +270,15 @@ def lively(config: ModelConfig) -> Model:
 @pytest.mark.parametrize("family", FAMILIES)
 def test_transformers_gives_an_exported_model_of_ours_the_same_logits(family: str, tmp_path: Path) -> None:
     """FP32 rounding in another order of sums is all that may differ: 1e-5 of the largest logit."""
-    config = to_model_config({"model_type": "deepseek_v3", "norm_topk_prob": True, "rms_norm_eps": 1e-6,
-                              "routed_scaling_factor": 2.5, **FAMILIES[family]})  # fmt: skip
+    config = to_model_config(
+        {
+            "model_type": "deepseek_v3",
+            "norm_topk_prob": True,
+            "rms_norm_eps": 1e-6,
+            "routed_scaling_factor": 2.5,
+            **FAMILIES[family],
+        }
+    )
     ours = lively(config)
     tensors = ((f"master/{p.name}" if p.trained else f"model/{p.name}", p.tensor) for p in ours.pieces())
     write_checkpoint(tmp_path / "ck", tensors, {"model": to_dict(config), "dtype": "float32"})
@@ -248,10 +300,22 @@ def test_a_model_without_shared_experts_goes_both_ways(tmp_path: Path) -> None:
 
 
 WIDE = ModelConfig(
-    vocab_size=16, hidden_size=512, num_hidden_layers=2, first_k_dense_replace=1, intermediate_size=1024,
-    moe_intermediate_size=1024, n_routed_experts=16, num_experts_per_tok=2, n_shared_experts=1, num_attention_heads=2,
-    q_lora_rank=16, kv_lora_rank=16, qk_nope_head_dim=8, qk_rope_head_dim=8, v_head_dim=8,
-)  # fmt: skip
+    vocab_size=16,
+    hidden_size=512,
+    num_hidden_layers=2,
+    first_k_dense_replace=1,
+    intermediate_size=1024,
+    moe_intermediate_size=1024,
+    n_routed_experts=16,
+    num_experts_per_tok=2,
+    n_shared_experts=1,
+    num_attention_heads=2,
+    q_lora_rank=16,
+    kv_lora_rank=16,
+    qk_nope_head_dim=8,
+    qk_rope_head_dim=8,
+    v_head_dim=8,
+)
 
 MEASURED = """
 import resource, sys
@@ -267,14 +331,20 @@ print("grew", peak() - before)
 
 
 def test_memory_stays_at_a_few_tensors_while_a_model_is_copied(tmp_path: Path) -> None:
-    """110 MB of FP32 weights in shards of 50 MB, no matrix above 2.1 MB: the process may grow by 20 MB at its peak."""
+    """110 MB of FP32 weights in shards of 50 MB, no matrix above 2.1 MB: the process may grow by 20
+    MB at its peak."""
     hf = tmp_path / "hf"
     hf.mkdir()
     (hf / "config.json").write_text(json.dumps(to_hf_config(WIDE, "float32")))
     save_file({spec.name: torch.zeros(spec.shape) for spec in model_tensors(WIDE)}, hf / "model.safetensors")
     assert (hf / "model.safetensors").stat().st_size > 110_000_000
-    done = subprocess.run([sys.executable, "-c", MEASURED, hf, tmp_path / "ck", tmp_path / "out"], capture_output=True,
-                          text=True, check=True, env={**os.environ, "OMP_NUM_THREADS": "1"})  # fmt: skip
+    done = subprocess.run(
+        [sys.executable, "-c", MEASURED, hf, tmp_path / "ck", tmp_path / "out"],
+        capture_output=True,
+        text=True,
+        check=True,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+    )
     assert int(done.stdout.split("grew")[1]) < 20_000_000
     shards = open_checkpoint(tmp_path / "ck").manifest.shards
     assert max(shard.num_bytes for shard in shards) > 45_000_000

@@ -1,4 +1,5 @@
-"""`k2train plan` at the command line: tables, files, sweeps, and every mistake answered with exit status 2."""
+"""`k2train plan` at the command line: tables, files, sweeps, and every mistake answered with exit
+status 2."""
 
 import json
 
@@ -90,7 +91,8 @@ def device_bytes(*words):
 
 
 def test_advice_prefers_a_switch_that_leaves_room_to_one_that_fits_to_the_last_byte():
-    """Recomputation alone would fit with a hundredth free, and FP8 storage with more than a twentieth."""
+    """Recomputation alone would fit with a hundredth free, and FP8 storage with more than a
+    twentieth."""
     capacity = device_bytes("activations=recompute") / 0.99
     assert device_bytes("activations=recompute_fp8") < (1 - ROOM) * capacity < device_bytes()
     advice = advise(build_plan(load_config([*SMALL, f"cluster.device_memory_bytes={capacity}"])))
@@ -122,35 +124,46 @@ def test_help_explains_the_keys(capsys):
     assert "layout.nodes" in capsys.readouterr().out
 
 
-@pytest.mark.parametrize(("words", "part"), [
-    (["layout.pp=-1"], "layout.pp=-1: must be at least 1"),
-    (["layout.ep=0"], "layout.ep=0: must be at least 1"),
-    (["layout.pp=100"], "use at most layout.pp=6"),
-    (["layout.pp=1e18"], "layout.pp"),
-    (["layout.edp=1e18"], "layout.edp"),
-    (["layout.ep=3"], "layout.ep=3: must divide"),
-    (["layout.edp=3", "train.global_batch_tokens=8192"], "train.global_batch_tokens=8192: must be a multiple of"),
-    (["experiment=k2", "layout.nodes=40"], "nearest are 32 and 64"),
-    (["experiment=k2", "layout.nodes=0"], "layout.nodes=0"),
-    (["-m", "experiment=k2", "layout.nodes=40,41"], "nearest are 32 and 64"),
-    (["layout.pp=2", "layout.layers_per_virtual_stage=[4]"], "layout.layers_per_virtual_stage"),
-    (["plan.compare=[k3]"], "plan.compare"),
-    (["schedule.extra_warmup_microbatches=0", *SMALL], "extra_warmup_microbatches=1"),
-    (["plan.json=/nowhere/at/all/plan.json"], "plan.json=/nowhere/at/all/plan.json: cannot be written"),
-    (["plan.timeline=."], "plan.timeline=.: cannot be written"),
-    (["plan.timeline=picture.jpeg"], "plan.timeline=picture.jpeg"),
-    (["plan.trace=/proc/trace.json"], "plan.trace=/proc/trace.json: cannot be written"),
-    (["-m", "layout.edp=1,2", "plan.timeline=t.png"], "shows one plan"),
-    (["plan.compare=[k2]", "plan.trace=t.json"], "shows one plan"),
-    (["train.global_batch_tokens=8192000000000"], "smaller global batch"),
-    (["schedule=dualpipe", "layout.pp=2", "layout.vpp=1", "train.global_batch_tokens=6144"],
-     "train.global_batch_tokens=3 microbatches a pipeline: DualPipe halves them"),
-    (["model.num_hidden_layers=1000000000"], "model.num_hidden_layers"),
-    (["model.n_routed_experts=1600000000"], "model.n_routed_experts"),
-    (["train.global_batch_tokens=-8192"], "train.global_batch_tokens"),
-    (["layout.ep=2", "layout.dispatch=deepep"], "layout.dispatch=deepep: its kernels run on GPUs, and cluster=cpu has none"),
-    (["experiment=k2", "layout.nodes=16"], "layout.pp=8"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("words", "part"),
+    [
+        (["layout.pp=-1"], "layout.pp=-1: must be at least 1"),
+        (["layout.ep=0"], "layout.ep=0: must be at least 1"),
+        (["layout.pp=100"], "use at most layout.pp=6"),
+        (["layout.pp=1e18"], "layout.pp"),
+        (["layout.edp=1e18"], "layout.edp"),
+        (["layout.ep=3"], "layout.ep=3: must divide"),
+        (
+            ["layout.edp=3", "train.global_batch_tokens=8192"],
+            "train.global_batch_tokens=8192: must be a multiple of",
+        ),
+        (["experiment=k2", "layout.nodes=40"], "nearest are 32 and 64"),
+        (["experiment=k2", "layout.nodes=0"], "layout.nodes=0"),
+        (["-m", "experiment=k2", "layout.nodes=40,41"], "nearest are 32 and 64"),
+        (["layout.pp=2", "layout.layers_per_virtual_stage=[4]"], "layout.layers_per_virtual_stage"),
+        (["plan.compare=[k3]"], "plan.compare"),
+        (["schedule.extra_warmup_microbatches=0", *SMALL], "extra_warmup_microbatches=1"),
+        (["plan.json=/nowhere/at/all/plan.json"], "plan.json=/nowhere/at/all/plan.json: cannot be written"),
+        (["plan.timeline=."], "plan.timeline=.: cannot be written"),
+        (["plan.timeline=picture.jpeg"], "plan.timeline=picture.jpeg"),
+        (["plan.trace=/proc/trace.json"], "plan.trace=/proc/trace.json: cannot be written"),
+        (["-m", "layout.edp=1,2", "plan.timeline=t.png"], "shows one plan"),
+        (["plan.compare=[k2]", "plan.trace=t.json"], "shows one plan"),
+        (["train.global_batch_tokens=8192000000000"], "smaller global batch"),
+        (
+            ["schedule=dualpipe", "layout.pp=2", "layout.vpp=1", "train.global_batch_tokens=6144"],
+            "train.global_batch_tokens=3 microbatches a pipeline: DualPipe halves them",
+        ),
+        (["model.num_hidden_layers=1000000000"], "model.num_hidden_layers"),
+        (["model.n_routed_experts=1600000000"], "model.n_routed_experts"),
+        (["train.global_batch_tokens=-8192"], "train.global_batch_tokens"),
+        (
+            ["layout.ep=2", "layout.dispatch=deepep"],
+            "layout.dispatch=deepep: its kernels run on GPUs, and cluster=cpu has none",
+        ),
+        (["experiment=k2", "layout.nodes=16"], "layout.pp=8"),
+    ],
+)
 def test_mistakes_exit_with_2_and_name_the_field(tmp_path, monkeypatch, capsys, words, part):
     monkeypatch.chdir(tmp_path)
     assert main(["plan", *words]) == 2

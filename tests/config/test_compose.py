@@ -4,6 +4,7 @@ import dataclasses
 
 import pytest
 
+from k2train.architecture.layer import mixer_of
 from k2train.config.compose import expand_sweep, load_config
 from k2train.config.convert import from_dict, to_dict
 from k2train.config.errors import ConfigError
@@ -100,5 +101,5 @@ def test_a_sweep_expands_to_its_product_in_order() -> None:
 
 def test_group_sizes_of_the_published_models_hold() -> None:
     k2, deepseek = load_config(["model=k2"]).model, load_config(["model=deepseek_v3"]).model
-    assert (k2.sparsity, k2.num_moe_layers, k2.qk_head_dim) == (48.0, 60, 192)
+    assert (k2.sparsity, k2.num_moe_layers, mixer_of(k2).heads.query) == (48.0, 60, 192)
     assert (deepseek.n_group, deepseek.topk_group, deepseek.num_moe_layers) == (8, 4, 58)

@@ -1,4 +1,5 @@
-"""Every mistake is told in words: bad words, keys that errors name, and remedies that work when followed."""
+"""Every mistake is told in words: bad words, keys that errors name, and remedies that work when
+followed."""
 
 from __future__ import annotations
 
@@ -25,8 +26,22 @@ PACKAGE = Path(__file__).resolve().parents[2] / "k2train"
 ROOTS = (Config, DataBuildConfig, ShowConfig, ReportConfig, ExportConfig, ImportConfig)
 KEYS = {entry.name.replace("[]", "") for root in ROOTS for entry in keys_of(root)}
 # Words of the command line that are no keys of a config.
-WORDS = {"command", "flag", "override", "config", "data", "bench", "doctor", "DIR", "checkpoint", "--help", "--config-dir",
-         "K2TRAIN_CONFIG_DIR", "hydra/launcher", "experiment"}  # fmt: skip
+WORDS = {
+    "command",
+    "flag",
+    "override",
+    "config",
+    "data",
+    "bench",
+    "doctor",
+    "DIR",
+    "checkpoint",
+    "--help",
+    "--config-dir",
+    "K2TRAIN_CONFIG_DIR",
+    "hydra/launcher",
+    "experiment",
+}
 # Arguments of functions that no config reaches: a caller's mistake, named by the argument.
 ARGUMENTS = {"costs", "num_rows", "num_owners", "shape", "spec", "num_microbatches"}
 
@@ -108,31 +123,53 @@ NODES = ["experiment=k2", "layout.nodes=16"]
 SMALL = ["model=k2", "layout=k2", "cluster=h800", "layout.nodes=256"]
 
 
-@pytest.mark.parametrize(("words", "remedy", "followed"), [
-    (NODES, "nearest is 32", ["layout.nodes=32"]),
-    (NODES, "layout.pp=8", ["layout.pp=8"]),
-    (["experiment=k2", "layout.nodes=40"], "nearest are 32 and 64", ["layout.nodes=64"]),
-    (SMALL, "nearest is 262144", ["train.global_batch_tokens=262144"]),
-    (SMALL, "train.seq_len=128, train.microbatch_size=16",
-     ["train.seq_len=4", "train.microbatch_size=1", "train.global_batch_tokens=2048"]),
-    (["experiment=k2", "train.global_batch_tokens=100000"], "nearest are 65536 and 131072",
-     ["train.global_batch_tokens=131072"]),
-    (["experiment=k2", "train.global_batch_tokens=10000"], "nearest is 65536", ["train.global_batch_tokens=65536"]),
-    (["train.global_batch_tokens=5000"], "nearest are 4096 and 6144", ["train.global_batch_tokens=6144"]),
-    (["layout.ep=3"], "nearest are 2 and 4", ["layout.ep=4", "train.global_batch_tokens=8192"]),
-    (["layout=k2", "layout.edp=3", "layout.nodes=32", "model=k2"], "layout.edp=1",
-     ["layout.edp=1", "train.global_batch_tokens=32768"]),
-    (["layout.pp=100"], "layout.pp=6", ["layout.pp=6"]),
-    (["layout.pp=4", "layout.vpp=3"], "layout.vpp=1", ["layout.vpp=1"]),
-    (["data.tokenizer.kind=tiktoken"], "data.tokenizer.kind=byte", ["data.tokenizer.kind=byte"]),
-    (["data.tokenizer.kind=tiktoken"], "data.tokenizer.path=FILE", ["data.tokenizer.path=FILE"]),
-    (["schedule=1f1b", "schedule.pair_forward_backward=true"], "schedule.split_weight_grad=true",
-     ["schedule.split_weight_grad=true"]),
-    (["model.topk_group=2"], "model.n_group=1", ["model.topk_group=1"]),
-    (["model.num_experts_per_tok=17"], "use at most 16", ["model.num_experts_per_tok=16"]),
-    (["experiment=null"], "~experiment",
-     ["~experiment", "train.seq_len=8", "train.microbatch_size=4", "train.global_batch_tokens=32"]),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("words", "remedy", "followed"),
+    [
+        (NODES, "nearest is 32", ["layout.nodes=32"]),
+        (NODES, "layout.pp=8", ["layout.pp=8"]),
+        (["experiment=k2", "layout.nodes=40"], "nearest are 32 and 64", ["layout.nodes=64"]),
+        (SMALL, "nearest is 262144", ["train.global_batch_tokens=262144"]),
+        (
+            SMALL,
+            "train.seq_len=128, train.microbatch_size=16",
+            ["train.seq_len=4", "train.microbatch_size=1", "train.global_batch_tokens=2048"],
+        ),
+        (
+            ["experiment=k2", "train.global_batch_tokens=100000"],
+            "nearest are 65536 and 131072",
+            ["train.global_batch_tokens=131072"],
+        ),
+        (
+            ["experiment=k2", "train.global_batch_tokens=10000"],
+            "nearest is 65536",
+            ["train.global_batch_tokens=65536"],
+        ),
+        (["train.global_batch_tokens=5000"], "nearest are 4096 and 6144", ["train.global_batch_tokens=6144"]),
+        (["layout.ep=3"], "nearest are 2 and 4", ["layout.ep=4", "train.global_batch_tokens=8192"]),
+        (
+            ["layout=k2", "layout.edp=3", "layout.nodes=32", "model=k2"],
+            "layout.edp=1",
+            ["layout.edp=1", "train.global_batch_tokens=32768"],
+        ),
+        (["layout.pp=100"], "layout.pp=6", ["layout.pp=6"]),
+        (["layout.pp=4", "layout.vpp=3"], "layout.vpp=1", ["layout.vpp=1"]),
+        (["data.tokenizer.kind=tiktoken"], "data.tokenizer.kind=byte", ["data.tokenizer.kind=byte"]),
+        (["data.tokenizer.kind=tiktoken"], "data.tokenizer.path=FILE", ["data.tokenizer.path=FILE"]),
+        (
+            ["schedule=1f1b", "schedule.pair_forward_backward=true"],
+            "schedule.split_weight_grad=true",
+            ["schedule.split_weight_grad=true"],
+        ),
+        (["model.topk_group=2"], "model.n_group=1", ["model.topk_group=1"]),
+        (["model.num_experts_per_tok=17"], "use at most 16", ["model.num_experts_per_tok=16"]),
+        (
+            ["experiment=null"],
+            "~experiment",
+            ["~experiment", "train.seq_len=8", "train.microbatch_size=4", "train.global_batch_tokens=32"],
+        ),
+    ],
+)
 def test_a_remedy_that_is_followed_works(words: list[str], remedy: str, followed: list[str]) -> None:
     with pytest.raises(ConfigError) as caught:
         composes_and_divides(words)
@@ -145,8 +182,9 @@ def test_an_error_of_a_shared_section_is_placed_where_it_is_held() -> None:
     error = ConfigError("tokenizer.path", None, "rule", "set tokenizer.path=X, or give a tokenizer.json")
     placed = error.placed("data.tokenizer")
     assert (placed.field, placed.remedy) == (
-        "data.tokenizer.path", "set data.tokenizer.path=X, or give a tokenizer.json",
-    )  # fmt: skip
+        "data.tokenizer.path",
+        "set data.tokenizer.path=X, or give a tokenizer.json",
+    )
     assert error.placed("tokenizer") is error
     assert ConfigError("train.steps", 0, "rule").placed("train").field == "train.steps"
     assert ConfigError("data.blend.weight", 0, "rule").placed("data.blend[1]").field == "data.blend[1].weight"

@@ -1,4 +1,5 @@
-"""The experiments that come with the package: what a run on a cluster must have, and K2's recipe."""
+"""The experiments that come with the package: what a run on a cluster must have, and K2's
+recipe."""
 
 from __future__ import annotations
 
@@ -30,7 +31,8 @@ def test_k2_s_experiments_are_meant_for_a_cluster() -> None:
 
 @pytest.mark.parametrize("name", CLUSTERS)
 def test_an_experiment_for_a_cluster_saves_by_time(name: str) -> None:
-    """Within an hour, which is what a lost node may cost; steps take seconds or minutes, by the number of nodes."""
+    """Within an hour, which is what a lost node may cost; steps take seconds or minutes, by the
+    number of nodes."""
     assert 0 < CLUSTERS[name].train.checkpoint_every_minutes <= 60
 
 
@@ -48,7 +50,8 @@ def test_an_experiment_for_a_laptop_needs_no_corpus(name: str) -> None:
 
 
 def test_k2_s_pretraining_is_as_long_as_its_phases() -> None:
-    """15.5T tokens and 400B of annealing (K2 report, 2.5), rounded up to whole steps of 67.1M tokens."""
+    """15.5T tokens and 400B of annealing (K2 report, 2.5), rounded up to whole steps of 67.1M
+    tokens."""
     k2 = EXPERIMENTS["k2"].train
     assert 0 <= k2.steps * k2.global_batch_tokens - 15.9e12 < k2.global_batch_tokens
     long = EXPERIMENTS["k2_long_context"].train
@@ -57,7 +60,8 @@ def test_k2_s_pretraining_is_as_long_as_its_phases() -> None:
 
 
 def test_k2_s_learning_rate_passes_through_the_report_s_figures() -> None:
-    """The peak until 10T tokens, 2e-5 at 15.5T, 7e-6 at the end, and between the last two a straight line."""
+    """The peak until 10T tokens, 2e-5 at 15.5T, 7e-6 at the end, and between the last two a
+    straight line."""
     config = EXPERIMENTS["k2_long_context"]
     schedule, tokens = rates(config), config.train.global_batch_tokens
     assert schedule.at(499) == schedule.at(int(10e12 / tokens) - 1) == 2e-4
@@ -96,8 +100,10 @@ def test_momentum_looks_ahead_where_a_recipe_was_tuned_with_it_alone() -> None:
 
 
 def test_steps_follow_the_phases_and_the_batch() -> None:
-    words = ["train.steps=phases", "optim.lr_phases=[{kind: constant, to: 1e-3, steps: 3}, "
-             "{kind: linear, to: 1e-4, tokens: 10241}]"]  # fmt: skip
+    words = [
+        "train.steps=phases",
+        "optim.lr_phases=[{kind: constant, to: 1e-3, steps: 3}, {kind: linear, to: 1e-4, tokens: 10241}]",
+    ]
     for batch, steps in ((2048, 3 + 6), (4096, 3 + 3), (20480, 3 + 1)):
         assert load_config([*words, f"train.global_batch_tokens={batch}"]).train.steps == steps
 

@@ -1,4 +1,5 @@
-"""A user's own folder of config files: found by flag, by variable and beside where one stands, for every group."""
+"""A user's own folder of config files: found by flag, by variable and beside where one stands, for
+every group."""
 
 from __future__ import annotations
 
@@ -22,13 +23,22 @@ from k2train.config.folders import (
 )
 
 GROUPS = sorted(group_options())
-DEFAULTS = {"model": "k2_tiny", "layout": "single", "schedule": "k2", "activations": "none", "optim": "muonclip",
-            "data": "stdlib", "cluster": "cpu", "experiment": "tiny"}  # fmt: skip
+DEFAULTS = {
+    "model": "k2_tiny",
+    "layout": "single",
+    "schedule": "k2",
+    "activations": "none",
+    "optim": "muonclip",
+    "data": "stdlib",
+    "cluster": "cpu",
+    "experiment": "tiny",
+}
 
 
 @pytest.fixture
 def own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A folder with a file `mine` in every group, a copy of the default's, from a working directory elsewhere."""
+    """A folder with a file `mine` in every group, a copy of the default's, from a working directory
+    elsewhere."""
     folder = tmp_path / "it's a folder, mine"
     for group, name in DEFAULTS.items():
         (folder / group).mkdir(parents=True)
@@ -65,9 +75,15 @@ def test_the_default_of_every_group_is_known_here() -> None:
     assert sorted(DEFAULTS) == GROUPS
 
 
-@pytest.mark.parametrize(("group", "way"), [
-    *((group, by_place) for group in GROUPS), ("model", by_flag), ("layout", by_two_words), ("optim", by_variable),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("group", "way"),
+    [
+        *((group, by_place) for group in GROUPS),
+        ("model", by_flag),
+        ("layout", by_two_words),
+        ("optim", by_variable),
+    ],
+)
 def test_a_file_of_a_user_s_folder_is_found(
     group: str, way: Callable[..., object], own: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

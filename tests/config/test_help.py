@@ -77,11 +77,14 @@ def test_a_help_word_that_fits_nothing_is_told(capsys: pytest.CaptureFixture[str
     assert "did you mean optim" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize(("command", "absent"), [
-    ("plan", ["world", "run_dir", "telemetry.progress", "rehearse.stage"]),
-    ("rehearse", ["world", "run_dir", "plan.trace"]),
-    ("train", ["plan.trace", "rehearse.stage"]),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("command", "absent"),
+    [
+        ("plan", ["world", "run_dir", "telemetry.progress", "rehearse.stage"]),
+        ("rehearse", ["world", "run_dir", "plan.trace"]),
+        ("train", ["plan.trace", "rehearse.stage"]),
+    ],
+)
 def test_help_leaves_out_what_a_command_does_not_read(
     command: str, absent: list[str], capsys: pytest.CaptureFixture[str]
 ) -> None:

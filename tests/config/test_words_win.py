@@ -1,4 +1,5 @@
-"""What the user writes wins: over the default experiment, over a chosen one, in a run and in a sweep."""
+"""What the user writes wins: over the default experiment, over a chosen one, in a run and in a
+sweep."""
 
 from __future__ import annotations
 
@@ -18,8 +19,16 @@ from k2train.config.sweep import run_sweep
 
 FILES = {group: files for group, files in group_files([config_dir()]).items() if group != "experiment"}
 # One file a group that differs from what any experiment takes, and both optimizers.
-CHOSEN = ["model=moonlight_16b_a3b", "layout=two_nodes", "schedule=1f1b", "activations=recompute", "optim=adamw",
-          "optim=muonclip", "data=stdlib", "cluster=h200"]  # fmt: skip
+CHOSEN = [
+    "model=moonlight_16b_a3b",
+    "layout=two_nodes",
+    "schedule=1f1b",
+    "activations=recompute",
+    "optim=adamw",
+    "optim=muonclip",
+    "data=stdlib",
+    "cluster=h200",
+]
 
 
 def written(path: Path) -> dict[str, Any]:
@@ -61,13 +70,16 @@ def test_an_experiment_s_nodes_do_not_outlive_its_layout() -> None:
     assert config.name == "deepseek_v3"
 
 
-@pytest.mark.parametrize(("words", "name"), [
-    ([], "tiny"),
-    (["experiment=k2"], "k2"),
-    (["experiment=k2", "model=deepseek_v3"], "deepseek_v3"),
-    (["model=deepseek_v3", "name=mine"], "mine"),
-    (["cluster=h100"], "tiny"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("words", "name"),
+    [
+        ([], "tiny"),
+        (["experiment=k2"], "k2"),
+        (["experiment=k2", "model=deepseek_v3"], "deepseek_v3"),
+        (["model=deepseek_v3", "name=mine"], "mine"),
+        (["cluster=h100"], "tiny"),
+    ],
+)
 def test_a_run_is_called_after_the_model_where_it_is_not_the_experiment_s(
     words: list[str], name: str
 ) -> None:
@@ -93,8 +105,11 @@ def test_what_a_job_of_a_sweep_raises_is_no_mistake_in_the_words(
 
     with pytest.raises(ValueError, match="a fault of the program"):
         run_sweep(["train.steps=1,2"], job)
-    for word, message in (("hydra/launcher=submitit_slurm", "k2train.slurm"), ("hydra/launcher=nope", "leave it out"),
-                          ("hydra.nope=3", "hydra.nope")):  # fmt: skip
+    for word, message in (
+        ("hydra/launcher=submitit_slurm", "k2train.slurm"),
+        ("hydra/launcher=nope", "leave it out"),
+        ("hydra.nope=3", "hydra.nope"),
+    ):
         with pytest.raises(ConfigError, match=message):
             run_sweep([word, "train.steps=1,2"], job)
 

@@ -1,4 +1,5 @@
-"""Reading ahead: the same items in the same order, so many at once and no more, and errors where the item is taken."""
+"""Reading ahead: the same items in the same order, so many at once and no more, and errors where
+the item is taken."""
 
 from __future__ import annotations
 

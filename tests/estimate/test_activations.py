@@ -4,28 +4,33 @@ import dataclasses
 
 import pytest
 
+from k2train.architecture.layer import layer_of
+from k2train.architecture.microbatch import workload
 from k2train.config.compose import load_config
 from k2train.config.errors import ConfigError
 from k2train.config.ops import OpsConfig
 from k2train.config.sections import ActivationsConfig
 from k2train.estimate.activations import check_policies, saved_tensors
-from k2train.estimate.layer_ops import attention_phase, workload
 
 NAMES = [field.name for field in dataclasses.fields(ActivationsConfig)]
 
 
-def by_name(w, policies, moe=True):
-    return {tensor.name: tensor for tensor in saved_tensors(w, policies, moe)}
+def by_name(w, policies, kind="moe"):
+    return {tensor.name: tensor for tensor in saved_tensors(w, policies, kind)}
 
 
 def test_every_name_belongs_to_a_dense_or_a_moe_layer(model, train, policies):
     w = workload(model, train, 1)
-    moe, dense = by_name(w, policies()), by_name(w, policies(), moe=False)
+    moe, dense = by_name(w, policies()), by_name(w, policies(), kind="dense")
     assert set(moe) | set(dense) == set(NAMES)
     assert set(moe) - set(dense) == {
-        "routing", "expert_input", "swiglu_input", "swiglu_output", "shared_swiglu_input",
+        "routing",
+        "expert_input",
+        "swiglu_input",
+        "swiglu_output",
+        "shared_swiglu_input",
         "shared_swiglu_output",
-    }  # fmt: skip
+    }
 
 
 def test_bytes_of_single_names_by_hand(model, train, policies):
@@ -43,7 +48,8 @@ def test_bytes_of_single_names_by_hand(model, train, policies):
     # Keys and values are two tensors, and FP8 tiles lie along a head's features.
     stored = by_name(w, policies(key_value="fp8"))["key_value"].stored_bytes
     assert stored == tokens * 4 * (48 + 4 + 24 + 4)
-    # Scores and weights in FP32, three indices of 8 bytes a row, 12 local experts' offsets, 2 sequences' loads.
+    # Scores and weights in FP32, three indices of 8 bytes a row, 12 local experts' offsets, 2
+    # sequences' loads.
     assert saved["routing"].full_bytes == tokens * 24 * 4 + rows * (4 + 3 * 8) + 12 * 4 + 2 * 24 * 8
 
 
@@ -70,9 +76,14 @@ def test_policies_only_move_bytes_or_drop_them(model, train, policies, policy):
 
 @pytest.mark.parametrize(
     ("device", "dtype", "backend", "kernel"),
-    [("cuda", "bfloat16", "auto", "cudnn"), ("auto", "bfloat16", "triton", "triton"), ("cuda", "bfloat16", "te", "te"),
-     ("cpu", "bfloat16", "auto", "tiles"), ("cuda", "float32", "torch", "tiles")],
-)  # fmt: skip
+    [
+        ("cuda", "bfloat16", "auto", "cudnn"),
+        ("auto", "bfloat16", "triton", "triton"),
+        ("cuda", "bfloat16", "te", "te"),
+        ("cpu", "bfloat16", "auto", "tiles"),
+        ("cuda", "float32", "torch", "tiles"),
+    ],
+)
 def test_fused_attention_keeps_a_log_sum_and_triton_rebuilds_scores_twice(
     model, train, policies, device, dtype, backend, kernel
 ):
@@ -82,11 +93,12 @@ def test_fused_attention_keeps_a_log_sum_and_triton_rebuilds_scores_twice(
     output = by_name(w, policies())["attention_output"]
     statistics = 4 * w.tokens * model.num_attention_heads if fused else 0
     assert output.full_bytes == output.numbers * w.element_bytes + statistics
-    (attention,) = (op for op in attention_phase(w, False) if op.name == "attention")
-    query, value = model.qk_head_dim, model.v_head_dim
+    (attention,) = (op for op in layer_of(model, "dense").attention_ops(w) if op.name == "attention")
+    heads = layer_of(model, "dense").mixer.heads
+    query, value = heads.query, heads.value
     products = (4 * query + 3 * value) if kernel == "triton" else (3 * query + 2 * value)
     assert attention.backward_flops == pytest.approx(attention.flops * products / (query + value))
-    assert any(op.name == "row_statistics" for op in attention_phase(w, False)) == fused
+    assert any(op.name == "row_statistics" for op in layer_of(model, "dense").attention_ops(w)) == fused
 
 
 def test_a_model_without_query_latent_or_shared_experts_has_no_such_names(model, train, policies):
@@ -98,15 +110,21 @@ def test_a_model_without_query_latent_or_shared_experts_has_no_such_names(model,
 def test_k2_policies_leave_a_tenth_or_less_on_the_device():
     config = load_config(["experiment=k2"])
     w = workload(config.model, config.train, 16)
-    before = sum(tensor.device_bytes for tensor in saved_tensors(w, ActivationsConfig(), True))
-    after = sum(tensor.device_bytes for tensor in saved_tensors(w, config.activations, True))
+    before = sum(tensor.device_bytes for tensor in saved_tensors(w, ActivationsConfig(), "moe"))
+    after = sum(tensor.device_bytes for tensor in saved_tensors(w, config.activations, "moe"))
     assert after <= before / 10
 
 
-@pytest.mark.parametrize(("name", "policy"), [
-    ("layer_input", "recompute"), ("expert_input", "recompute"), ("routing", "recompute"), ("routing", "fp8"),
-    ("routing", "fp8_offload"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("name", "policy"),
+    [
+        ("layer_input", "recompute"),
+        ("expert_input", "recompute"),
+        ("routing", "recompute"),
+        ("routing", "fp8"),
+        ("routing", "fp8_offload"),
+    ],
+)
 def test_policies_that_cannot_be_carried_out_are_refused(policies, name, policy):
     with pytest.raises(ConfigError, match=f"activations.{name}={policy}"):
         check_policies(policies(**{name: policy}))

@@ -1,10 +1,13 @@
-"""Exchanges of tokens against exact enumeration of routings, and their times against bytes over bandwidth."""
+"""Exchanges of tokens against exact enumeration of routings, and their times against bytes over
+bandwidth."""
 
 import dataclasses
 import itertools
 
 import pytest
 
+from k2train.architecture.microbatch import workload
+from k2train.architecture.routing_tables import hit_probability
 from k2train.estimate.exchange import (
     ROUTE_OPERATIONS,
     combine_seconds,
@@ -13,7 +16,6 @@ from k2train.estimate.exchange import (
     route_seconds,
     token_bytes,
 )
-from k2train.estimate.layer_ops import hit_probability, workload
 
 
 @pytest.mark.parametrize("copies", ["per_expert", "per_rank", "per_node"])
@@ -28,7 +30,8 @@ def test_expected_copies_equal_the_mean_over_all_choices(
     near, far, choices = 0.0, 0.0, list(itertools.combinations(range(12), 3))
     for chosen in choices:
         ranks = [expert // (12 // ep) for expert in chosen]
-        # Every rank of the first node in turn is the sender, so that the sender's own share averages out.
+        # Every rank of the first node in turn is the sender, so that the sender's own share
+        # averages out.
         local = min(ep, gpus)
         for sender in range(local):
             if copies != "per_expert":
@@ -78,7 +81,8 @@ def test_copying_per_node_sends_less_than_per_rank_and_that_less_than_per_expert
 def test_a_route_costs_what_ranks_tell_each_other_its_kernels_and_the_hosts_wait(
     model, train, make_layout, cluster
 ):
-    """Rates without latency: choices of 4 bytes to each of 3 neighbours over NVLink, and two constants."""
+    """Rates without latency: choices of 4 bytes to each of 3 neighbours over NVLink, and two
+    constants."""
     w = workload(model, train, 4)
     slow = dataclasses.replace(cluster, kernel_latency_seconds=1e-6, host_read_seconds=1e-3)
     waits = {
@@ -109,7 +113,8 @@ def test_without_expert_parallelism_an_exchange_copies_rows_and_adds_them_up(
 
 
 def test_weights_add_a_packing_of_what_they_travel_with(model, train, make_layout, cluster):
-    """per_rank in one node: tokens are packed on the way to the experts, a rank's copies on the way back."""
+    """per_rank in one node: tokens are packed on the way to the experts, a rank's copies on the way
+    back."""
     w, layout = workload(model, train, 4), make_layout(ep=4, dispatch="per_rank")
     bandwidth = cluster.memory_bytes_per_second * cluster.memory_efficiency
     (hop,) = dispatch_hops(w, layout)

@@ -91,7 +91,8 @@ def test_one_rank_needs_no_gradient_traffic_and_replicas_do(model, make_layout, 
 
 @pytest.mark.parametrize("name", NAMES)
 def test_host_states_of_muon_cross_the_bus_and_of_adamw_only_gradients_do(model, make_layout, cluster, name):
-    """FP32: Muon's master and momentum out, 8 bytes; AdamW's gradient out, 4; then every master in for the gather, 4."""
+    """FP32: Muon's master and momentum out, 8 bytes; AdamW's gradient out, 4; then every master in
+    for the gather, 4."""
     slow = dataclasses.replace(cluster, host_link_bytes_per_second=1e6, host_link_efficiency=1.0)
     layout, optim = make_layout(), optim_of(name, states="host")
     states = states_of(model, layout, 0, optim)
@@ -102,7 +103,8 @@ def test_host_states_of_muon_cross_the_bus_and_of_adamw_only_gradients_do(model,
 
 
 def test_host_states_wait_for_the_host_where_it_is_slowest(model, make_layout, cluster):
-    """Seven FP32 numbers of an AdamW parameter are read or written; the link of the round cluster moves 2e10 bytes/s."""
+    """Seven FP32 numbers of an AdamW parameter are read or written; the link of the round cluster
+    moves 2e10 bytes/s."""
     slow = dataclasses.replace(cluster, host_update_bytes_per_second=1e6)
     layout, optim = make_layout(), optim_of("adamw", states="host")
     states = states_of(model, layout, 0, optim)

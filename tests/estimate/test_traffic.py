@@ -2,20 +2,23 @@
 
 import pytest
 
-from k2train.estimate.layer_ops import workload
+from k2train.architecture.microbatch import workload
 from k2train.estimate.traffic import Network, local_peers, message_seconds
 
 
-@pytest.mark.parametrize(("size", "stride", "gpus", "expected"), [
-    (16, 1, 8, 8),  # K2: one expert group on two nodes
-    (8, 1, 8, 8),
-    (4, 1, 8, 4),
-    (4, 16, 8, 1),  # replicas of an expert, each on nodes of its own
-    (2, 4, 8, 2),
-    (4, 4, 8, 2),
-    (3, 1, 8, 1),  # groups 0-2, 3-5, 6-8: the third straddles
-    (1, 1, 8, 1),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("size", "stride", "gpus", "expected"),
+    [
+        (16, 1, 8, 8),  # K2: one expert group on two nodes
+        (8, 1, 8, 8),
+        (4, 1, 8, 4),
+        (4, 16, 8, 1),  # replicas of an expert, each on nodes of its own
+        (2, 4, 8, 2),
+        (4, 4, 8, 2),
+        (3, 1, 8, 1),  # groups 0-2, 3-5, 6-8: the third straddles
+        (1, 1, 8, 1),
+    ],
+)
 def test_local_peers_counts_the_worst_rank(size, stride, gpus, expected):
     assert local_peers(size, stride, gpus) == expected
 

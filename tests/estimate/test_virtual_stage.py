@@ -10,11 +10,19 @@ from k2train.layout.layout import VirtualStage
 def test_phases_of_a_moe_layer_forward_and_backward(make_estimator):
     estimate = make_estimator(ep=2).virtual_stage(VirtualStage(1, 2))
     assert [(p.name, p.stream) for p in estimate.forward] == [
-        ("attention", "compute"), ("route", "ep"), ("dispatch", "ep"), ("experts", "compute"), ("combine", "ep"),
-    ]  # fmt: skip
+        ("attention", "compute"),
+        ("route", "ep"),
+        ("dispatch", "ep"),
+        ("experts", "compute"),
+        ("combine", "ep"),
+    ]
     assert [(p.name, p.stream) for p in estimate.backward_input] == [
-        ("combine", "ep"), ("experts", "compute"), ("dispatch", "ep"), ("route", "ep"), ("attention", "compute"),
-    ]  # fmt: skip
+        ("combine", "ep"),
+        ("experts", "compute"),
+        ("dispatch", "ep"),
+        ("route", "ep"),
+        ("attention", "compute"),
+    ]
 
 
 def test_a_dense_layer_has_no_all_to_all_and_one_rank_none_but_the_hosts_wait(make_estimator):
@@ -71,9 +79,10 @@ def test_impossible_policies_are_refused(make_estimator, policies):
 
 @pytest.mark.parametrize("layers", [1, 2, 5])
 def test_put_off_weight_gradients_pile_up_layer_after_layer(make_estimator, layers):
-    """A layer that is done has left its queue and let go of what it saved; the one at work has its buffers beside that."""
+    """A layer that is done has left its queue and let go of what it saved; the one at work has its
+    buffers beside that."""
     estimator = make_estimator()
-    moe, piece = estimator.moe, VirtualStage(1, 1 + layers)
+    moe, piece = estimator.layers["moe"], VirtualStage(1, 1 + layers)
     grows = moe.weight_queue_bytes - sum(tensor.stored_bytes for tensor in moe.saved)
     want = moe.backward_transient_bytes + (layers - 1) * max(grows, 0)
     assert estimator.virtual_stage(piece, put_off=True).backward_transient_bytes == want

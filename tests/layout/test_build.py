@@ -1,17 +1,20 @@
-"""Layouts from configs: everything is placed exactly once, and what cannot be is refused with a way out."""
+"""Layouts from configs: everything is placed exactly once, and what cannot be is refused with a way
+out."""
 
 import dataclasses
 import itertools
 
 import pytest
 
+from k2train.architecture.head import head_flops
+from k2train.architecture.layer import mixer_of
 from k2train.config.compose import load_config
 from k2train.config.errors import ConfigError
 from k2train.config.sections import LayoutConfig, TrainConfig
 from k2train.layout.build import build_layout, num_microbatches
 from k2train.layout.ownership import assign_owners
 from k2train.layout.tensors import model_tensors
-from k2train.layout.weights import head_flops, layer_flops
+from k2train.layout.weights import layer_flops
 from k2train.update_rules.rules.muon import newton_schulz_cost
 
 GRIDS = list(itertools.product(range(1, 5), range(1, 4), range(1, 5)))
@@ -88,8 +91,9 @@ def test_k2_stages_weigh_the_same_but_for_the_lighter_last(model):
         for stage in range(16)
     ]
     assert sizes == [4] * 15 + [1]
-    # Parameters alone give 2.35 (K2 report); with causal attention's quadratic term a layer weighs 8 % more.
-    ratio = head_flops(config.model) / layer_flops(config.model, 1, 4096)
+    # Parameters alone give 2.35 (K2 report); with causal attention's quadratic term a layer weighs 8 %
+    # more.
+    ratio = head_flops(config.model) / layer_flops(config.model, "moe", 4096)
     assert ratio == pytest.approx(2.0 * 163840 * 7168 / (2 * 500.2e6 + 4097 * 64 * 320), rel=1e-3)
 
 
@@ -103,22 +107,33 @@ def test_nodes_that_do_not_hold_whole_model_parallel_groups_name_the_nearest():
     ]
 
 
-@pytest.mark.parametrize(("fields", "field", "part"), [
-    ({"pp": 2, "ep": 4, "nodes": 2, "edp": 3}, "layout.edp", "layout.edp=2"),
-    ({"pp": 3, "ep": 1, "nodes": 1}, "layout.nodes", "nearest is 3"),
-    ({"pp": 15}, "layout.pp", "layout.pp=14"),
-    ({"pp": 4, "vpp": 4}, "layout.vpp", "layout.vpp=3"),
-    ({"pp": 10**18}, "layout.pp", "use at most"),
-    ({"vpp": 10**18}, "layout.vpp", "use at most"),
-    ({"edp": 10**18}, "layout.edp", "the most is"),
-    ({"nodes": 10**18}, "layout.nodes", "the most is"),
-    ({"ep": 5}, "layout.ep", "must divide"),
-    ({"pp": 2, "layers_per_virtual_stage": (12,)}, "layout.layers_per_virtual_stage", "1 entries"),
-    ({"pp": 2, "layers_per_virtual_stage": (13, -1)}, "layout.layers_per_virtual_stage", "negative"),
-    ({"pp": 2, "layers_per_virtual_stage": (5, 6)}, "layout.layers_per_virtual_stage", "places 11 layers"),
-    ({"ep": 12, "dispatch": "per_node"}, "layout.dispatch", "use layout.dispatch=per_rank"),
-    ({"ep": 3, "dispatch": "per_node"}, "layout.dispatch", "layout.ep=3 must divide cluster.gpus_per_node=8"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("fields", "field", "part"),
+    [
+        ({"pp": 2, "ep": 4, "nodes": 2, "edp": 3}, "layout.edp", "layout.edp=2"),
+        ({"pp": 3, "ep": 1, "nodes": 1}, "layout.nodes", "nearest is 3"),
+        ({"pp": 15}, "layout.pp", "layout.pp=14"),
+        ({"pp": 4, "vpp": 4}, "layout.vpp", "layout.vpp=3"),
+        ({"pp": 10**18}, "layout.pp", "use at most"),
+        ({"vpp": 10**18}, "layout.vpp", "use at most"),
+        ({"edp": 10**18}, "layout.edp", "the most is"),
+        ({"nodes": 10**18}, "layout.nodes", "the most is"),
+        ({"ep": 5}, "layout.ep", "must divide"),
+        ({"pp": 2, "layers_per_virtual_stage": (12,)}, "layout.layers_per_virtual_stage", "1 entries"),
+        ({"pp": 2, "layers_per_virtual_stage": (13, -1)}, "layout.layers_per_virtual_stage", "negative"),
+        (
+            {"pp": 2, "layers_per_virtual_stage": (5, 6)},
+            "layout.layers_per_virtual_stage",
+            "places 11 layers",
+        ),
+        ({"ep": 12, "dispatch": "per_node"}, "layout.dispatch", "use layout.dispatch=per_rank"),
+        (
+            {"ep": 3, "dispatch": "per_node"},
+            "layout.dispatch",
+            "layout.ep=3 must divide cluster.gpus_per_node=8",
+        ),
+    ],
+)
 def test_impossible_layouts_are_refused_with_field_and_remedy(make_layout, fields, field, part):
     with pytest.raises(ConfigError) as caught:
         make_layout(**fields)
@@ -126,10 +141,17 @@ def test_impossible_layouts_are_refused_with_field_and_remedy(make_layout, field
     assert part in str(caught.value)
 
 
-@pytest.mark.parametrize(("ep", "dispatch", "relay_ranks", "relay_parts"), [
-    (1, "per_node", None, 1), (12, "per_expert", None, 1), (12, "per_rank", 12, 1),
-    (8, "per_node", 8, 1), (24, "per_node", 8, 4), (4, "per_node", 4, 1),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("ep", "dispatch", "relay_ranks", "relay_parts"),
+    [
+        (1, "per_node", None, 1),
+        (12, "per_expert", None, 1),
+        (12, "per_rank", 12, 1),
+        (8, "per_node", 8, 1),
+        (24, "per_node", 8, 4),
+        (4, "per_node", 4, 1),
+    ],
+)
 def test_tokens_are_passed_on_inside_nodes_and_in_parts_where_there_are_several(
     make_layout, ep, dispatch, relay_ranks, relay_parts
 ):
@@ -165,13 +187,14 @@ def test_a_batch_that_does_not_divide_names_the_nearest(make_layout, tokens, nea
 
 
 def test_weights_of_a_layer_count_each_active_matrix_once(model):
-    flops = layer_flops(model, 1, seq_len=1)
+    flops = layer_flops(model, "moe", seq_len=1)
     active = dataclasses.replace(model, n_routed_experts=model.num_experts_per_tok)
     expected = sum(
         2 * spec.num_elements for spec in model_tensors(active) if spec.layer == 1 and spec.role == "matrix"
     )
     router = 2 * model.hidden_size * (model.n_routed_experts - model.num_experts_per_tok)
-    one_position = 2 * model.num_attention_heads * (model.qk_head_dim + model.v_head_dim)
+    heads = mixer_of(model).heads
+    one_position = 2 * model.num_attention_heads * (heads.query + heads.value)
     assert flops == pytest.approx(expected + router + one_position)
 
 

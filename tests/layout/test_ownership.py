@@ -1,4 +1,5 @@
-"""Ownership covers everything exactly once, is balanced within the greedy rule's bound, and never depends on chance."""
+"""Ownership covers everything exactly once, is balanced within the greedy rule's bound, and never
+depends on chance."""
 
 import itertools
 
@@ -20,13 +21,15 @@ def test_every_matrix_has_one_owner_and_no_owner_exceeds_the_greedy_bound(costs,
         sum(cost for cost, owner in zip(costs, owners, strict=True) if owner == rank)
         for rank in range(num_owners)
     ]
-    # Graham: the last item of the fullest owner was placed on the least loaded one, at or below the mean of the others.
+    # Graham: the last item of the fullest owner was placed on the least loaded one, at or below the
+    # mean of the others.
     assert max(loads) * num_owners <= sum(costs) + (num_owners - 1) * max(costs, default=0)
 
 
 @given(st.lists(st.integers(0, 5), max_size=40), st.integers(1, 12))
 def test_greedy_is_within_four_thirds_of_the_lower_bound_of_any_assignment(costs, num_owners):
-    """LPT is at most 4/3 - 1/(3m) of the optimum, and the optimum is at least each of these three figures."""
+    """LPT is at most 4/3 - 1/(3m) of the optimum, and the optimum is at least each of these three
+    figures."""
     loads = [0] * num_owners
     for cost, owner in zip(costs, assign_owners(costs, num_owners), strict=True):
         loads[owner] += cost
@@ -70,10 +73,16 @@ def test_newton_schulz_cost_counts_the_products_of_the_wide_form(shape):
     assert newton_schulz_cost(shape, 5) == 5 * sum(2 * a * b * c for a, b, c in products)
 
 
-@pytest.mark.parametrize("call", [
-    lambda: assign_owners([1], 0), lambda: assign_owners([-1], 2), lambda: row_ranges(4, 0), lambda: row_ranges(-1, 2),
-    lambda: newton_schulz_cost((4,), 5),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "call",
+    [
+        lambda: assign_owners([1], 0),
+        lambda: assign_owners([-1], 2),
+        lambda: row_ranges(4, 0),
+        lambda: row_ranges(-1, 2),
+        lambda: newton_schulz_cost((4,), 5),
+    ],
+)
 def test_impossible_requests_are_refused(call):
     with pytest.raises(ConfigError):
         call()

@@ -1,5 +1,5 @@
-"""The balance loss of the router against the paper's sum and against megatron-core, under a correction bias that changes
-what is chosen."""
+"""The balance loss of the router against the paper's sum and against megatron-core, under a
+correction bias that changes what is chosen."""
 
 from __future__ import annotations
 
@@ -13,7 +13,8 @@ from k2train.model.context import MicrobatchContext
 from k2train.model.routing import Router
 
 SEQUENCES, LENGTH, SCALE = 3, 7, 0.25
-# "k2" has one group of experts, "deepseek_v3" several: equation 18 knows none, and neither does Megatron's loss.
+# "k2" has one group of experts, "deepseek_v3" several: equation 18 knows none, and neither does
+# Megatron's loss.
 FAMILIES = ("k2", "deepseek_v3")
 
 
@@ -37,7 +38,8 @@ def tokens_of(config: ModelConfig) -> torch.Tensor:
 def loss_and_gradient(
     router: Router, normed: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """The reported loss, its gradient alone by the router's input, and the experts that were chosen."""
+    """The reported loss, its gradient alone by the router's input, and the experts that were
+    chosen."""
     context = MicrobatchContext(SEQUENCES, balance_loss_scale=SCALE)
     experts, weights, _ = router(normed, context, None)
     (gradient,) = torch.autograd.grad((0.0 * weights).sum(), normed)
@@ -57,7 +59,8 @@ def test_the_bias_of_these_tests_changes_choices(config: ModelConfig, router: Ro
 
 
 def test_it_is_the_papers_sum_written_out(config: ModelConfig, router: Router) -> None:
-    """DeepSeek-V3, equations 17 to 20, one sequence after the other. The rounding of float64 alone may differ."""
+    """DeepSeek-V3, equations 17 to 20, one sequence after the other. The rounding of float64 alone
+    may differ."""
     normed = tokens_of(config)
     scores, top_k = scores_of(router, normed).tolist(), config.num_experts_per_tok
     expected = 0.0
@@ -71,8 +74,8 @@ def test_it_is_the_papers_sum_written_out(config: ModelConfig, router: Router) -
 
 
 def test_loss_and_gradient_are_megatrons(config: ModelConfig, router: Router) -> None:
-    """Megatron's sequence-level loss is its loss of each sequence, averaged. Both sides are sums of some hundred terms
-    in float64, taken in another order."""
+    """Megatron's sequence-level loss is its loss of each sequence, averaged. Both sides are sums of
+    some hundred terms in float64, taken in another order."""
     with warnings.catch_warnings():  # about packages that megatron-core does not find
         warnings.simplefilter("ignore")
         from megatron.core.transformer.moe.moe_utils import (

@@ -1,4 +1,5 @@
-"""Losses of the head: weighted cross-entropy against torch's, and the protocol with an objective of whole responses."""
+"""Losses of the head: weighted cross-entropy against torch's, and the protocol with an objective of
+whole responses."""
 
 from __future__ import annotations
 
@@ -77,8 +78,8 @@ def test_a_target_that_is_no_id_is_an_error_and_not_token_0(target: int) -> None
 
 @dataclasses.dataclass(frozen=True)
 class Responses:
-    """Implements Loss: for each response of `length` tokens (reward - beta log p(response))^2, plus a cross-entropy: a
-    mixture whose first part is no sum over tokens."""
+    """Implements Loss: for each response of `length` tokens (reward - beta log p(response))^2, plus
+    a cross-entropy: a mixture whose first part is no sum over tokens."""
 
     targets: torch.Tensor
     rewards: torch.Tensor
@@ -105,7 +106,8 @@ class Responses:
 
 
 def test_the_head_takes_an_objective_of_whole_responses(families: dict[str, ModelConfig], make_model) -> None:
-    """Its value, the gradients of input, norm and head: those of plain autograd, but for rounding in float64."""
+    """Its value, the gradients of input, norm and head: those of plain autograd, but for rounding
+    in float64."""
     model = make_model(families["k2"], torch.float64, 0)
     head = model.phases[-1]
     assert isinstance(head, HeadPhase)

@@ -1,4 +1,5 @@
-"""Against transformers' DeepseekV3ForCausalLM with the same weights: logits, loss and every gradient."""
+"""Against transformers' DeepseekV3ForCausalLM with the same weights: logits, loss and every
+gradient."""
 
 from __future__ import annotations
 
@@ -32,7 +33,8 @@ def run_both(model, oracle, tokens, targets):
     return loss, expected_loss.detach(), expected.detach(), sink
 
 
-# Shapes: several tiles of attention, one sequence of an odd length, and sequences of a single token.
+# Shapes: several tiles of attention, one sequence of an odd length, and sequences of a single
+# token.
 @pytest.mark.parametrize(("sequences", "length", "seed"), [(2, 70, 0), (1, 17, 1), (3, 1, 2)])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_logits_loss_and_every_gradient_are_those_of_transformers(
@@ -40,7 +42,8 @@ def test_logits_loss_and_every_gradient_are_those_of_transformers(
 ):
     """Logits within 1e-5 of their scale, gradients within 1e-4 of their norm.
 
-    FP32 rounding alone may differ. In float64 ours has none, but transformers still computes norms and router in FP32.
+    FP32 rounding alone may differ. In float64 ours has none, but transformers still computes norms
+    and router in FP32.
     """
     model = make_model(family, dtype, seed)
     oracle = make_oracle(model)
@@ -53,12 +56,14 @@ def test_logits_loss_and_every_gradient_are_those_of_transformers(
         if piece.trained:
             got = piece.view(sink.buffer(piece.parameter))
             want = oracle_gradient(oracle, piece.name)
-            # A gradient that is zero in truth (queries of a lone token) is rounding noise on both sides.
+            # A gradient that is zero in truth (queries of a lone token) is rounding noise on both
+            # sides.
             assert (got - want).norm() <= 1e-4 * want.norm() + 1e-7, piece.name
 
 
 def test_the_oracle_notices_a_wrong_rotary_base_scale_bias_or_factor(families, make_model, make_oracle):
-    """Each rule matters at these weights: change one on our side alone and the logits leave the tolerance by far."""
+    """Each rule matters at these weights: change one on our side alone and the logits leave the
+    tolerance by far."""
     base = families["deepseek_v3"]
     model = make_model(base, torch.float32, 0)
     tokens, _ = batch(base.vocab_size, 2, 70, 0)
@@ -82,7 +87,8 @@ def test_the_oracle_notices_a_wrong_rotary_base_scale_bias_or_factor(families, m
 
 
 def test_our_fp32_is_as_near_to_the_truth_as_transformers(family, make_model, make_oracle):
-    """Truth is our float64, which the tests above hold to transformers' float64; a lossy step would double the error."""
+    """Truth is our float64, which the tests above hold to transformers' float64; a lossy step would
+    double the error."""
     tokens, _ = batch(family.vocab_size, 2, 70, 5)
     truth = logits(make_model(family, torch.float64, 5), tokens)
     model = make_model(family, torch.float32, 5)

@@ -1,4 +1,5 @@
-"""Phase-wise forward and backward against plain autograd through the same mathematics, in float64."""
+"""Phase-wise forward and backward against plain autograd through the same mathematics, in
+float64."""
 
 from __future__ import annotations
 
@@ -74,7 +75,8 @@ def test_phase_by_phase_backward_equals_plain_autograd(family, make_model, queue
 
 
 def test_two_interleaved_microbatches_with_late_weight_gradients_equal_their_sum(family, make_model):
-    """The steady state of K2's pipeline: one's forward phases between the other's backward phases, W at the end."""
+    """The steady state of K2's pipeline: one's forward phases between the other's backward phases,
+    W at the end."""
     model = make_model(family, torch.float64, 1)
     queue, sink = WeightGradQueue(), PlainGradients()
     batches = [batch(family, 2, 9, seed) for seed in (1, 2)]
@@ -121,7 +123,8 @@ def test_communication_phases_run_in_halves(family, make_model):
 
 
 class ReversedExperts(LocalDispatcher):
-    """Holds the experts in reverse order, so that rows come in another order than experts are numbered in."""
+    """Holds the experts in reverse order, so that rows come in another order than experts are
+    numbered in."""
 
     def start_route(self, experts_TK, counts_E, saved, ready=None):
         return super().start_route(len(counts_E) - 1 - experts_TK, counts_E.flip(0), saved, ready)
@@ -155,7 +158,8 @@ def test_the_order_in_which_a_rank_stores_its_experts_changes_nothing(families, 
 
 
 def test_stages_joined_by_hand_equal_the_whole_model(families, make_model):
-    """Cut after the embedding, inside the layers and before the head; what crosses is one tensor each way."""
+    """Cut after the embedding, inside the layers and before the head; what crosses is one tensor
+    each way."""
     config = families["deepseek_v3"]
     model = make_model(config, torch.float64, 4)
     values = {piece.name: piece.tensor for piece in model.pieces()}

@@ -7,8 +7,10 @@ import itertools
 import pytest
 import torch
 
+from k2train.architecture.embedding import EMBEDDING
+from k2train.architecture.head import FINAL_NORM, HEAD
 from k2train.config.compose import load_config
-from k2train.layout.tensors import EMBEDDING, FINAL_NORM, HEAD, model_tensors
+from k2train.layout.tensors import model_tensors
 from k2train.model.model import build_model
 from k2train.model.pieces import ModelPart, whole_model
 
@@ -60,7 +62,8 @@ def test_any_split_of_layers_and_experts_holds_exactly_its_tensors(family):
 
 
 def test_initial_values_depend_on_seed_and_name_alone(families):
-    """A part with some layers and experts starts from the same tensors as the whole model, in every type."""
+    """A part with some layers and experts starts from the same tensors as the whole model, in every
+    type."""
     config = families["odd"]
     whole = build_model(config, whole_model(config))
     whole.initialise(3)

@@ -1,4 +1,5 @@
-"""What lives between forward and backward: exactly the tensors of the `activations` table, nothing unnamed."""
+"""What lives between forward and backward: exactly the tensors of the `activations` table, nothing
+unnamed."""
 
 from __future__ import annotations
 
@@ -9,6 +10,7 @@ import weakref
 import pytest
 import torch
 
+from k2train.architecture.layer import mixer_of
 from k2train.config.sections import ActivationsConfig
 from k2train.model.context import MicrobatchContext
 from k2train.model.loss import CrossEntropy
@@ -19,11 +21,12 @@ SEQUENCES, LENGTH = 2, 24
 
 
 def widths(config) -> dict[str, list[int]]:
-    """Saved elements a token of a MoE layer, by name; a norm's extra 1 is its inverse root mean square."""
+    """Saved elements a token of a MoE layer, by name; a norm's extra 1 is its inverse root mean
+    square."""
     heads, k = config.num_attention_heads, config.num_experts_per_tok
     hidden, width = config.hidden_size, config.moe_intermediate_size
     shared = width * config.n_shared_experts
-    qk, value = config.qk_head_dim, config.v_head_dim
+    qk, value = mixer_of(config).heads.query, mixer_of(config).heads.value
     table = {
         "layer_input": [hidden, 1],
         "input_norm_output": [hidden],
@@ -73,7 +76,8 @@ def test_a_moe_layer_saves_the_named_tensors_and_no_others(family, make_model):
     names = {field.name for field in dataclasses.fields(ActivationsConfig)}
     assert set(table) <= names
     tokens = SEQUENCES * LENGTH
-    # Routing keeps scores, chosen experts and the experts' offsets; a route's tables are held outside of autograd.
+    # Routing keeps scores, chosen experts and the experts' offsets; a route's tables are held
+    # outside of autograd.
     experts, k = family.n_routed_experts, family.num_experts_per_tok
     routing = [experts * tokens, k * tokens, experts]
     expected = [width * tokens for parts in table.values() for width in parts] + routing
@@ -85,8 +89,15 @@ def test_a_dense_layer_saves_the_named_tensors_and_no_others(family, make_model)
     model = make_model(family, torch.float32, 0)
     hidden, width, tokens = family.hidden_size, family.intermediate_size, SEQUENCES * LENGTH
     table = widths(family)
-    moe_only = {"attention_residual", "post_norm_output", "expert_input", "swiglu_input", "swiglu_output",
-                "shared_swiglu_input", "shared_swiglu_output"}  # fmt: skip
+    moe_only = {
+        "attention_residual",
+        "post_norm_output",
+        "expert_input",
+        "swiglu_input",
+        "swiglu_output",
+        "shared_swiglu_input",
+        "shared_swiglu_output",
+    }
     expected = [w for name, parts in table.items() if name not in moe_only for w in parts]
     expected += [hidden, 1, hidden, 2 * width, width]
     got = [t.untyped_storage().nbytes() // t.element_size() for t in saved_by_layer(model, 0)]

@@ -1,4 +1,5 @@
-"""What weight gradients lose on their way from a phase to the FP32 sums: nothing below FP32, for any weight of the model."""
+"""What weight gradients lose on their way from a phase to the FP32 sums: nothing below FP32, for
+any weight of the model."""
 
 from __future__ import annotations
 
@@ -30,9 +31,11 @@ def microbatch(config, seed: int, **options) -> tuple[torch.Tensor, MicrobatchCo
 
 @pytest.mark.parametrize("queued", [False, True])
 def test_no_gradient_of_a_bf16_model_was_rounded_to_bf16(family, queued):
-    """Sums of products over 48 tokens need more than 8 bits, so a gradient that BF16 can hold has been rounded to it.
+    """Sums of products over 48 tokens need more than 8 bits, so a gradient that BF16 can hold has
+    been rounded to it.
 
-    The embedding's is left out: where a token occurs once, its row is the BF16 gradient of that token's activations.
+    The embedding's is left out: where a token occurs once, its row is the BF16 gradient of that
+    token's activations.
     """
     model, sink = bf16_model(family), PlainGradients()
     queue = WeightGradQueue() if queued else None
@@ -50,7 +53,8 @@ def test_no_gradient_of_a_bf16_model_was_rounded_to_bf16(family, queued):
 
 
 def test_every_norm_hands_its_gradient_over_once(family):
-    """A sink is given whole gradients by norms alone: all of them, latent and final ones too, in FP32."""
+    """A sink is given whole gradients by norms alone: all of them, latent and final ones too, in
+    FP32."""
 
     class Given(PlainGradients):
         def add(self, parameter, gradient):

@@ -1,4 +1,5 @@
-"""Norm, SwiGLU, rotary, permutation, routing and cross-entropy: gradcheck, references, and what each saves."""
+"""Norm, SwiGLU, rotary, permutation, routing and cross-entropy: gradcheck, references, and what
+each saves."""
 
 from __future__ import annotations
 
@@ -10,6 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from k2train.architecture.layer import mixer_of
 from k2train.config.compose import load_config
 from k2train.config.model import YarnConfig
 from k2train.estimate.layer_costs import LOGITS_CHUNK_ELEMENTS
@@ -50,7 +52,8 @@ def num_saved(function) -> int:
 
 
 def of_copies(function):
-    """Each backward consumes a copy, so that gradcheck may go through the graph as often as it likes."""
+    """Each backward consumes a copy, so that gradcheck may go through the graph as often as it
+    likes."""
 
     def call(*inputs: torch.Tensor) -> torch.Tensor:
         with torch.autograd.graph.saved_tensors_hooks(torch.clone, torch.clone):
@@ -111,7 +114,8 @@ def test_linear_cross_entropy_adds_the_weight_gradient_to_a_buffer_it_is_given()
 
 
 def test_linear_cross_entropy_of_hopeless_tokens_is_finite():
-    """The target's probability underflows to 0 in FP32, but its logarithm is just the difference of logits."""
+    """The target's probability underflows to 0 in FP32, but its logarithm is just the difference of
+    logits."""
     hidden, weight = torch.ones(1, 1, requires_grad=True), torch.tensor([[0.0], [500.0]])
     loss = linear_cross_entropy(hidden, weight, torch.tensor([0]))
     assert loss.item() == 500.0
@@ -129,7 +133,8 @@ class Products(TorchDispatchMode):
 
 
 def test_linear_cross_entropy_without_gradients_makes_none():
-    """A parameter asks for its gradient inside an autograd function even where gradients are off."""
+    """A parameter asks for its gradient inside an autograd function even where gradients are
+    off."""
     hidden, targets = leaf(4, 3), torch.tensor([0, 6, 2, 1])
     weight = torch.nn.Parameter(torch.randn(7, 3, dtype=torch.float64))
     with Products() as training:
@@ -206,7 +211,7 @@ def test_balance_loss_is_1_when_even_and_the_number_of_experts_over_k_when_one_t
 def test_rotation_keeps_lengths_and_scores_depend_on_distance_alone():
     model = dataclasses.replace(load_config(["model=k2_tiny"]).model, qk_nope_head_dim=2)
     tables = rotary_tables(model, 12, torch.float64, torch.device("cpu"))
-    vector = torch.randn(model.qk_head_dim, dtype=torch.float64)
+    vector = torch.randn(mixer_of(model).heads.query, dtype=torch.float64)
     same = vector.expand(1, 12, 1, -1)
     rotated = rotary_queries(same, tables)[0, 0]
     torch.testing.assert_close(rotated.norm(dim=1), vector.norm().expand(12), rtol=1e-6, atol=1e-6)
@@ -227,7 +232,8 @@ def test_softmax_scale_follows_yarn():
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
 @pytest.mark.parametrize("nope", [2, 3])
 def test_a_pair_turned_as_a_complex_number_is_the_pair_turned_by_hand(dtype, nope):
-    """Even offsets take the complex product, odd ones the two halves; both round each of two products and their sum."""
+    """Even offsets take the complex product, odd ones the two halves; both round each of two
+    products and their sum."""
     q = torch.randn(2, 6, 3, nope + 8, dtype=dtype, requires_grad=True)
     cos, sin = torch.rand(6, 4, dtype=dtype), torch.rand(6, 4, dtype=dtype)
     rotated = rotary_queries(q, RotaryTables.of(cos, sin, nope))
@@ -243,7 +249,8 @@ def test_a_pair_turned_as_a_complex_number_is_the_pair_turned_by_hand(dtype, nop
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
 def test_gradients_of_swiglu_are_those_of_its_reference(dtype):
-    """In bfloat16 the reference rounds at each of its three steps, a relative 2^-8 each; ours rounds once."""
+    """In bfloat16 the reference rounds at each of its three steps, a relative 2^-8 each; ours
+    rounds once."""
     gate_up, dy = leaf(9, 26, dtype=dtype), torch.randn(9, 13, dtype=dtype)
     (want,) = torch.autograd.grad(swiglu_reference(gate_up), gate_up, dy)
     (got,) = torch.autograd.grad(swiglu(gate_up), gate_up, dy)
@@ -266,10 +273,11 @@ def test_swiglu_writes_its_gradient_over_its_input_and_says_so_to_others_that_sa
 @pytest.mark.parametrize("rows", [9, 1, 0])
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
 def test_weighted_swiglu_is_its_reference_times_a_weight_a_row(dtype, rows):
-    """The weights are FP32 beside bfloat16 rows. One of them is 0, which stops its row but not the weight's own gradient.
+    """The weights are FP32 beside bfloat16 rows. One of them is 0, which stops its row but not the
+    weight's own gradient.
 
-    Against float64. In bfloat16 forward rounds three times and backward once, a relative 2^-8 each; a weight's gradient
-    sums 13 products in FP32.
+    Against float64. In bfloat16 forward rounds three times and backward once, a relative 2^-8 each;
+    a weight's gradient sums 13 products in FP32.
     """
     gate_up, dy = leaf(rows, 26, dtype=dtype), torch.randn(rows, 13, dtype=dtype)
     weights = torch.rand(rows, dtype=torch.float64 if dtype == torch.float64 else torch.float32)

@@ -1,6 +1,8 @@
-"""Transformer Engine's attention behind `ops.backend=te`, with a stand-in that has its documented signature.
+"""Transformer Engine's attention behind `ops.backend=te`, with a stand-in that has its documented
+signature.
 
-It has run on no GPU: what is shown is that its arguments are right, and what becomes of what it returns and saves.
+It has run on no GPU: what is shown is that its arguments are right, and what becomes of what it
+returns and saves.
 """
 
 from __future__ import annotations
@@ -16,6 +18,7 @@ import torch
 from k2train.activations.arena import HostArena
 from k2train.activations.offload import OffloadEngine
 from k2train.activations.store import ActivationStore
+from k2train.architecture.layer import mixer_of
 from k2train.config.compose import load_config
 from k2train.config.errors import ConfigError
 from k2train.device.cpu import CpuDevice
@@ -31,7 +34,8 @@ from k2train.ops.weight_grad import PlainGradients
 
 
 class FusedAttnFunc(torch.autograd.Function):
-    """As Transformer Engine's: saves its inputs, its output and tensors of its own, and returns the largest logits."""
+    """As Transformer Engine's: saves its inputs, its output and tensors of its own, and returns the
+    largest logits."""
 
     @staticmethod
     def forward(ctx, q, k, v, scale):
@@ -57,12 +61,21 @@ class FusedAttnFunc(torch.autograd.Function):
 
 
 class DotProductAttention:
-    """`transformer_engine.pytorch.DotProductAttention`, of its documented arguments those that are used."""
+    """`transformer_engine.pytorch.DotProductAttention`, of its documented arguments those that are
+    used."""
 
     def __init__(
-        self, num_attention_heads, kv_channels, num_gqa_groups=None, attention_dropout=0.0, qkv_format="sbhd",
-        attn_mask_type="causal", window_size=None, softmax_scale=None, return_max_logit=False,
-    ):  # fmt: skip
+        self,
+        num_attention_heads,
+        kv_channels,
+        num_gqa_groups=None,
+        attention_dropout=0.0,
+        qkv_format="sbhd",
+        attn_mask_type="causal",
+        window_size=None,
+        softmax_scale=None,
+        return_max_logit=False,
+    ):
         assert (attention_dropout, qkv_format, attn_mask_type) == (0.0, "bshd", "causal")
         assert return_max_logit is True
         assert window_size is None
@@ -122,7 +135,8 @@ def test_what_it_saves_of_its_own_is_handed_out_to_be_named_and_saved_by_one_nod
 
 
 def test_no_tensor_is_held_beside_what_hooks_keep():
-    """With hooks that keep numbers in place of tensors, nothing else keeps queries, keys and values alive."""
+    """With hooks that keep numbers in place of tensors, nothing else keeps queries, keys and values
+    alive."""
     kept: list[torch.Tensor] = []
     tensors = [t.detach().clone().requires_grad_() for t in inputs()]
     hidden = [t * 1.0 for t in tensors]  # not leaves, as a layer's queries are not
@@ -143,12 +157,11 @@ def test_no_tensor_is_held_beside_what_hooks_keep():
 
 @pytest.mark.parametrize("policies", ["none", "offload", "recompute", "recompute_offload"])
 def test_in_a_model_the_store_of_activations_finds_a_name_for_all_it_saves(policies):
-    """Gradients are those of a run that keeps everything, to the bit, and nothing is refused for want of a name."""
+    """Gradients are those of a run that keeps everything, to the bit, and nothing is refused for
+    want of a name."""
     config = load_config(["experiment=tiny", f"activations={policies}"])
     tiny = dataclasses.replace(config.model, num_hidden_layers=2)
-    attend = dot_product_attention(
-        TE, tiny.num_attention_heads, tiny.qk_head_dim, tiny.v_head_dim, softmax_scale(tiny)
-    )
+    attend = dot_product_attention(TE, *dataclasses.astuple(mixer_of(tiny).heads)[:3], softmax_scale(tiny))
     chosen = OpsBackend("te", te=TeAttention(attend))
     tokens = torch.randint(tiny.vocab_size, (1, 20), generator=torch.Generator().manual_seed(0))
 

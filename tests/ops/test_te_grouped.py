@@ -1,6 +1,8 @@
-"""Transformer Engine's grouped product behind `ops.backend=te`, with a stand-in that has its signature of 2.11 to 2.18.
+"""Transformer Engine's grouped product behind `ops.backend=te`, with a stand-in that has its
+signature of 2.11 to 2.18.
 
-It has run on no GPU: what is shown is that its arguments are right, and what becomes of what it returns.
+It has run on no GPU: what is shown is that its arguments are right, and what becomes of what it
+returns.
 """
 
 from __future__ import annotations
@@ -32,7 +34,8 @@ def as_memory(tensor):
 
 
 class GeneralGroupedGemm:
-    """As Transformer Engine's: results one after another from where out[0] begins, nothing for an empty expert.
+    """As Transformer Engine's: results one after another from where out[0] begins, nothing for an
+    empty expert.
 
     layouts: of the calls so far.
     """
@@ -41,9 +44,23 @@ class GeneralGroupedGemm:
         self.layouts = []
 
     def __call__(
-        self, A, B, out, quantization_params, out_dtype, layout="TN", m_splits=None, gelu=False, grad=False,
-        accumulate=False, bias=None, use_bias=False, use_split_accumulator=False, D_dtype=None, single_output=False,
-    ):  # fmt: skip
+        self,
+        A,
+        B,
+        out,
+        quantization_params,
+        out_dtype,
+        layout="TN",
+        m_splits=None,
+        gelu=False,
+        grad=False,
+        accumulate=False,
+        bias=None,
+        use_bias=False,
+        use_split_accumulator=False,
+        D_dtype=None,
+        single_output=False,
+    ):
         assert not any((gelu, accumulate, bias, use_bias, use_split_accumulator, D_dtype))
         assert single_output is True
         assert [type(x) for x in (A, B, out, m_splits)] == [list] * 4
@@ -136,8 +153,9 @@ def test_a_model_built_with_it_has_the_gradients_of_one_without(gemm):
     assert gemm.layouts == ["TN"] * 4 + ["NN"] * 4
 
 
-def workspaces_from_the_caller(A, B, out, out_dtype, workspaces, layout="TN", m_splits=None, gelu=False, grad=False,
-                               single_output=False):  # fmt: skip
+def workspaces_from_the_caller(
+    A, B, out, out_dtype, workspaces, layout="TN", m_splits=None, gelu=False, grad=False, single_output=False
+):
     """Transformer Engine 2.8 and 2.9."""
 
 
@@ -159,7 +177,8 @@ def test_one_that_is_missing_is_refused_by_name():
 
 
 def test_a_run_that_asks_for_te_has_its_experts_products_from_it(monkeypatch, gemm):
-    """An installed package is simulated by modules of its names; no other backend takes the product."""
+    """An installed package is simulated by modules of its names; no other backend takes the
+    product."""
 
     class DotProductAttention:
         def __init__(self, return_max_logit, **others):

@@ -40,8 +40,9 @@ def test_the_model_passes_its_tests_under_the_interpreter(pass_under_the_interpr
 def test_interpreted_kernels_in_a_model_give_its_gradients_and_save_what_has_a_name(
     policies, kernel, monkeypatch, cudnn_on_the_host
 ):
-    """A whole model in FP16 with the store of activations, which refuses a saved tensor without a name: the loss and every
-    gradient are those of a run that keeps everything to the bit, and about those of stock operations."""
+    """A whole model in FP16 with the store of activations, which refuses a saved tensor without a
+    name: the loss and every gradient are those of a run that keeps everything to the bit, and about
+    those of stock operations."""
     config = load_config(["experiment=tiny", *f"activations={policies}".split()])
     tiny = dataclasses.replace(config.model, num_hidden_layers=2)
     tokens = torch.randint(tiny.vocab_size, (1, 40), generator=torch.Generator().manual_seed(0))

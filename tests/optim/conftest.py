@@ -9,11 +9,12 @@ from collections.abc import Callable
 import pytest
 import torch
 
+from k2train.architecture.tensors import TensorSpec
 from k2train.config.model import ModelConfig
 from k2train.config.optim import LrPhase, OptimConfig
 from k2train.device.cpu import CpuDevice
 from k2train.layout.grid import RankGrid
-from k2train.layout.tensors import TensorSpec, model_tensors
+from k2train.layout.tensors import model_tensors
 from k2train.model.model import Model, build_model
 from k2train.model.pieces import ModelPart
 from k2train.optim.buckets import GradBuffers
@@ -23,13 +24,26 @@ from k2train.parallel.communicator import World
 from k2train.parallel.groups import build_groups
 from k2train.parallel.threads import run_threads
 
-# Widths and vocabulary that no number of ranks divides; two dense layers' worth of shapes and two of experts.
+# Widths and vocabulary that no number of ranks divides; two dense layers' worth of shapes and two
+# of experts.
 MODEL = ModelConfig(
-    vocab_size=37, hidden_size=20, num_hidden_layers=3, first_k_dense_replace=1, intermediate_size=28,
-    moe_intermediate_size=12, n_routed_experts=6, num_experts_per_tok=2, n_shared_experts=1,
-    num_attention_heads=3, q_lora_rank=14, kv_lora_rank=10, qk_nope_head_dim=6, qk_rope_head_dim=4, v_head_dim=5,
+    vocab_size=37,
+    hidden_size=20,
+    num_hidden_layers=3,
+    first_k_dense_replace=1,
+    intermediate_size=28,
+    moe_intermediate_size=12,
+    n_routed_experts=6,
+    num_experts_per_tok=2,
+    n_shared_experts=1,
+    num_attention_heads=3,
+    q_lora_rank=14,
+    kv_lora_rank=10,
+    qk_nope_head_dim=6,
+    qk_rope_head_dim=4,
+    v_head_dim=5,
     initializer_range=0.1,
-)  # fmt: skip
+)
 OPTIM = OptimConfig(lr_phases=(LrPhase("constant", 1e-2, fraction=1.0),), newton_schulz_dtype="float64")
 
 
@@ -50,7 +64,8 @@ class Rank:
     catalogue: dict[str, TensorSpec]
 
     def feed(self, step: int, scale: float = 1.0, microbatches: int = 2) -> None:
-        """Add this rank's part of the step's gradient: over replicas and microbatches the parts make the whole."""
+        """Add this rank's part of the step's gradient: over replicas and microbatches the parts
+        make the whole."""
         coordinates = self.grid.coordinates(self.world.rank)
         for parameter, pieces in self.parameters().items():
             for microbatch in range(microbatches):
@@ -102,7 +117,8 @@ def make_rank_fixture() -> Callable[..., Rank]:
 
 @pytest.fixture
 def one_rank() -> Callable[..., Rank]:
-    """A maker of one-rank optimizers usable outside the world that made them: a group of one never waits."""
+    """A maker of one-rank optimizers usable outside the world that made them: a group of one never
+    waits."""
 
     def make(**options: object) -> Rank:
         return run_threads(1, lambda world: make_rank(world, RankGrid(1, 1, 1), **options))[0]  # type: ignore[arg-type]

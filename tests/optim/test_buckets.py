@@ -8,8 +8,9 @@ import dataclasses
 import pytest
 import torch
 
+from k2train.architecture.tensors import TensorSpec
 from k2train.config.compose import load_config
-from k2train.layout.tensors import TensorSpec, model_tensors
+from k2train.layout.tensors import model_tensors
 from k2train.model.model import build_model
 from k2train.model.pieces import ModelPart, Piece
 from k2train.optim.buckets import SHORT_RUN_ELEMENTS, Bucket, GradBuffers

@@ -1,4 +1,5 @@
-"""optim.states=host is optim.states=device, bit for bit: the same arithmetic on the same batches, from other memory.
+"""optim.states=host is optim.states=device, bit for bit: the same arithmetic on the same batches,
+from other memory.
 
 Clipping by norm and QK-Clip act in every step. Where a tolerance stands, it is DeepSpeed's.
 """
@@ -128,7 +129,8 @@ def test_a_non_finite_gradient_leaves_host_states_alone(one_rank, optim_config) 
 def test_host_states_hold_only_their_slots_on_the_device(
     one_rank, optim_config, model_config, name, layers
 ) -> None:
-    """Three slots of one batch, whatever the number of layers; no state shares memory with a slot or with a gradient."""
+    """Three slots of one batch, whatever the number of layers; no state shares memory with a slot
+    or with a gradient."""
     model = dataclasses.replace(model_config, num_hidden_layers=layers)
     rank = one_rank(optim=moved(optim_config, name=name), model=model)
     rank.feed(0)
@@ -144,7 +146,8 @@ def test_host_states_hold_only_their_slots_on_the_device(
 
 
 def test_slots_hold_one_batch_and_no_more(one_rank, optim_config, model_config) -> None:
-    """Master and momentum of the largest batch, which is here all experts' up-projections of the larger bucket."""
+    """Master and momentum of the largest batch, which is here all experts' up-projections of the
+    larger bucket."""
     rank = one_rank(optim=moved(optim_config))
     owned = [part for bucket in rank.optimizer.gradients.buckets for part in by_rule(bucket.owned)]
     batches = [batch for rule, shares in owned if rule.name == "muon" for batch in matrix_batches(shares)]
@@ -171,7 +174,8 @@ RULE = AdamW(0.9, 0.95, 1e-8, 0.1)
 
 @pytest.mark.parametrize("num_elements", [64, 1000, 4099])
 def test_an_update_cut_into_pieces_has_the_bits_of_the_whole(num_elements: int) -> None:
-    """Pieces of a multiple of every vector width, so the entries outside whole vectors are the same; CHUNK_ELEMENTS is one."""
+    """Pieces of a multiple of every vector width, so the entries outside whole vectors are the
+    same; CHUNK_ELEMENTS is one."""
     assert CHUNK_ELEMENTS % 64 == 0
     whole, gradient = flat_states(num_elements)
     cut, _ = flat_states(num_elements)
@@ -189,10 +193,11 @@ def test_an_update_cut_into_pieces_has_the_bits_of_the_whole(num_elements: int) 
 def test_deepspeeds_update_is_torchs_within_rounding(decayed: bool) -> None:
     """Both compute in FP32, in another order and with other fused operations.
 
-    An update is lr * m / (sqrt(v) + eps) with bias corrections 1 - beta^t that both take from FP32 constants: beta's own
-    rounding, 2^-25, is relative to 1 - beta >= 0.05 an error of 2^-20. Ten such errors in a row are 1e-5 of an update,
-    and an update is at most about 2 lr. Adding it to the master rounds to 2^-24 of that, twice with decay. So after n
-    steps they may differ by n * (1e-5 * 2 lr + 2^-23 |w|).
+    An update is lr * m / (sqrt(v) + eps) with bias corrections 1 - beta^t that both take from FP32
+    constants: beta's own rounding, 2^-25, is relative to 1 - beta >= 0.05 an error of 2^-20. Ten
+    such errors in a row are 1e-5 of an update, and an update is at most about 2 lr. Adding it to
+    the master rounds to 2^-24 of that, twice with decay. So after n steps they may differ by n *
+    (1e-5 * 2 lr + 2^-23 |w|).
     """
     steps, lr = 20, 0.01
     (mine, _), (theirs, _) = flat_states(5003), flat_states(5003)
@@ -209,7 +214,8 @@ def test_deepspeeds_update_is_torchs_within_rounding(decayed: bool) -> None:
 @needs_deepspeed
 @pytest.mark.parametrize("name", ["muonclip", "adamw"])
 def test_a_run_with_deepspeeds_update_follows_torchs(one_rank, optim_config, name) -> None:
-    """Within the bound of the kernel's test: gradients are given, so a difference does not feed back into them."""
+    """Within the bound of the kernel's test: gradients are given, so a difference does not feed
+    back into them."""
     optim = moved(optim_config, name=name)
     torchs = train(one_rank(optim=optim, dtype=torch.float32))
     other = dataclasses.replace(optim, host_adam="deepspeed")

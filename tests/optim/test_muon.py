@@ -18,7 +18,8 @@ def update(rule: Muon, W: torch.Tensor, M: torch.Tensor, G: torch.Tensor, lr: fl
 
 
 def quintic_reference(G: torch.Tensor, steps: int) -> torch.Tensor:
-    """Newton-Schulz acts on singular values alone, so apply its polynomial to them: U p(p(...p(S))) V^T."""
+    """Newton-Schulz acts on singular values alone, so apply its polynomial to them: U p(p(...p(S)))
+    V^T."""
     U, S, Vh = torch.linalg.svd(G, full_matrices=False)
     S = S / torch.linalg.vector_norm(S)
     for _ in range(steps):
@@ -41,7 +42,8 @@ def test_newton_schulz_is_its_polynomial_on_the_singular_values(shape: tuple[int
 def test_a_batch_gives_what_its_matrices_give(shape: tuple[int, int], dtype: NewtonSchulzDtype) -> None:
     G = torch.randn(5, *shape, generator=torch.Generator().manual_seed(1))
     one_by_one = torch.stack([newton_schulz(matrix, 5, dtype) for matrix in G])
-    # The same bits, but where the library picks another kernel for another batch size: then within rounding.
+    # The same bits, but where the library picks another kernel for another batch size: then within
+    # rounding.
     torch.testing.assert_close(
         newton_schulz(G, 5, dtype), one_by_one, rtol=0, atol=64 * torch.finfo(DTYPES[dtype]).eps
     )
@@ -62,8 +64,8 @@ def test_a_zero_matrix_gives_zero_and_a_tiny_one_a_full_step(dtype: NewtonSchulz
 def test_muon_equals_torch_within_the_rounding_of_its_newton_schulz(
     shape: tuple[int, int], nesterov: bool
 ) -> None:
-    """torch runs Newton-Schulz in bfloat16. Its own rounding is its distance from the same run in float64; ours in
-    bfloat16 may be as far on the other side, ours in float64 lies between.
+    """torch runs Newton-Schulz in bfloat16. Its own rounding is its distance from the same run in
+    float64; ours in bfloat16 may be as far on the other side, ours in float64 lies between.
     """
     generator = torch.Generator().manual_seed(3)
     start = torch.randn(shape, generator=generator)
@@ -102,7 +104,8 @@ def test_torch_with_a_float64_newton_schulz_gives_our_update_tightly() -> None:
 
 
 def test_the_update_has_the_rms_of_adamw() -> None:
-    """0.2 sqrt(max(n, m)) times a semi-orthogonal matrix has RMS 0.2; singular values between 0.7 and 1.2 blur it."""
+    """0.2 sqrt(max(n, m)) times a semi-orthogonal matrix has RMS 0.2; singular values between 0.7
+    and 1.2 blur it."""
     W, M = torch.zeros(64, 96), torch.zeros(64, 96)
     G = torch.randn(64, 96, generator=torch.Generator().manual_seed(5))
     update(Muon(weight_decay=0), W, M, G, 1.0)

@@ -1,4 +1,5 @@
-"""The one-rank optimizer against torch's own, and its promises: exact resume, untouched on non-finite, nothing silent."""
+"""The one-rank optimizer against torch's own, and its promises: exact resume, untouched on
+non-finite, nothing silent."""
 
 from __future__ import annotations
 
@@ -40,8 +41,9 @@ def test_adamw_and_global_clipping_equal_torchs(one_rank, drawn, optim_config, n
     others = [theirs[t] for t in sorted(is_adam) if theirs[t].ndim == 1]
     torch_adamw = torch.optim.AdamW(
         [{"params": decayed, "weight_decay": 0.1}, {"params": others, "weight_decay": 0.0}],
-        betas=(0.9, 0.95), eps=1e-8,
-    )  # fmt: skip
+        betas=(0.9, 0.95),
+        eps=1e-8,
+    )
     for step in range(4):
         lr = 0.01 * (step + 1)
         rank.feed(step, scale=10.0**-step)
@@ -60,7 +62,8 @@ def test_adamw_and_global_clipping_equal_torchs(one_rank, drawn, optim_config, n
 
 
 def test_muon_parameters_equal_torchs_muon(one_rank, drawn) -> None:
-    """torch's Newton-Schulz is bfloat16, ours here float64: the difference is the former's rounding, about 1 %."""
+    """torch's Newton-Schulz is bfloat16, ours here float64: the difference is the former's
+    rounding, about 1 %."""
     rank = one_rank()
     start = rank.weights()
     matrices = [spec.name for spec in rank.catalogue.values() if spec.role == "matrix"]
@@ -159,7 +162,8 @@ def rank_norm(rank) -> float:
 
 
 def test_buckets_sum_fused_gradients_tensor_by_tensor(one_rank, gradient_of) -> None:
-    """Three microbatches of bfloat16 gradients for every parameter, fused ones too, end in FP32 under each tensor's name."""
+    """Three microbatches of bfloat16 gradients for every parameter, fused ones too, end in FP32
+    under each tensor's name."""
     rank = one_rank(dtype=torch.bfloat16)
     expected: dict[str, torch.Tensor] = {}
     generator = torch.Generator().manual_seed(0)
@@ -194,7 +198,8 @@ def test_what_is_added_to_the_runs_of_a_parameter_is_its_gradient(one_rank, grad
 
 @pytest.mark.parametrize("latent", [14, None])
 def test_qk_clip_scales_masters_of_the_named_projections_only(one_rank, model_config, latent) -> None:
-    """A step of rate 0 moves nothing but what QK-Clip scales: head 1 of layer 2 by 1/4, half of it on each side."""
+    """A step of rate 0 moves nothing but what QK-Clip scales: head 1 of layer 2 by 1/4, half of it
+    on each side."""
     rank = one_rank(model=dataclasses.replace(model_config, q_lora_rank=latent))
     before = rank.weights()
     rank.feed(0)

@@ -7,13 +7,15 @@ import dataclasses
 import pytest
 import torch
 
+from k2train.architecture.heads import ClipRows
 from k2train.config.model import ModelConfig
 from k2train.model.context import MicrobatchContext
 from k2train.model.loss import CrossEntropy
 from k2train.model.model import forward
-from k2train.optim.qk_clip import HeadRows, clip_key_rows, clip_query_rows, qk_clip_scale
+from k2train.optim.qk_clip import clip_rows, qk_clip_scale
 
-ROWS = HeadRows(num_heads=3, nope=4, rope=2, value=5)
+QUERY_ROWS = (ClipRows(4, "root"), ClipRows(2, "whole"))
+KEY_ROWS = (ClipRows(4, "root"), ClipRows(5, "none"))
 TAU = 100.0
 
 
@@ -35,8 +37,8 @@ def test_only_the_named_rows_of_a_clipped_head_change(dtype: torch.dtype) -> Non
     key = torch.randn(3 * 9, 8, generator=generator).to(dtype)
     gamma = qk_clip_scale(torch.tensor([50.0, 400.0, torch.nan]), TAU)
     clipped_query, clipped_key = query.clone(), key.clone()
-    clip_query_rows(clipped_query, gamma, ROWS)
-    clip_key_rows(clipped_key, gamma, ROWS)
+    clip_rows(clipped_query, gamma, QUERY_ROWS)
+    clip_rows(clipped_key, gamma, KEY_ROWS)
     for head in (0, 2):
         assert torch.equal(clipped_query.view(3, 6, 7)[head], query.view(3, 6, 7)[head])
         assert torch.equal(clipped_key.view(3, 9, 8)[head], key.view(3, 9, 8)[head])
@@ -47,7 +49,8 @@ def test_only_the_named_rows_of_a_clipped_head_change(dtype: torch.dtype) -> Non
 
 
 def test_clipped_weights_give_logits_scaled_by_gamma() -> None:
-    """q . k = (W_qc x) . (W_kc c) + (W_qr x) . k_r with the shared k_r: every head's logits shrink by its gamma."""
+    """q . k = (W_qc x) . (W_kc c) + (W_qr x) . k_r with the shared k_r: every head's logits shrink
+    by its gamma."""
     generator = torch.Generator().manual_seed(1)
     query = torch.randn(18, 7, dtype=torch.float64, generator=generator)
     key = torch.randn(27, 8, dtype=torch.float64, generator=generator)
@@ -64,8 +67,8 @@ def test_clipped_weights_give_logits_scaled_by_gamma() -> None:
     before = max_logits()
     tau = float(before.median())
     gamma = qk_clip_scale(before, tau)
-    clip_query_rows(query, gamma, ROWS)
-    clip_key_rows(key, gamma, ROWS)
+    clip_rows(query, gamma, QUERY_ROWS)
+    clip_rows(key, gamma, KEY_ROWS)
     torch.testing.assert_close(max_logits(), before * gamma)
     assert (max_logits() <= tau * (1 + 1e-12)).all()
 
@@ -75,7 +78,8 @@ def test_clipped_weights_give_logits_scaled_by_gamma() -> None:
 def test_the_same_batch_stays_at_tau_after_the_step(
     one_rank, model_config: ModelConfig, latent: int | None, dtype
 ) -> None:
-    """A real layer whose second head reaches 1000: after a step of rate 0 it reaches tau, the others what they did."""
+    """A real layer whose second head reaches 1000: after a step of rate 0 it reaches tau, the
+    others what they did."""
     config = dataclasses.replace(
         model_config, num_hidden_layers=1, first_k_dense_replace=1, q_lora_rank=latent
     )

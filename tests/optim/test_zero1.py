@@ -1,8 +1,10 @@
-"""ZeRO-1 over any (edp, ep) is the one-rank optimizer: the same weights, each update made once, states shared out.
+"""ZeRO-1 over any (edp, ep) is the one-rank optimizer: the same weights, each update made once,
+states shared out.
 
-Everything in float64, with gradient clipping and QK-Clip active. Replicas and microbatches add their parts of one total
-gradient in different orders, so the sums differ in the last bit; Newton-Schulz amplifies that at most 3.4445^5 = 485
-times: 1e-13. Weights must agree within 1e-12 of their tensor's largest.
+Everything in float64, with gradient clipping and QK-Clip active. Replicas and microbatches add
+their parts of one total gradient in different orders, so the sums differ in the last bit;
+Newton-Schulz amplifies that at most 3.4445^5 = 485 times: 1e-13. Weights must agree within 1e-12 of
+their tensor's largest.
 """
 
 from __future__ import annotations
@@ -23,7 +25,8 @@ TAU = 100.0
 
 
 def logits(rank: int, layer: int, step: int, ranks: int) -> torch.Tensor:
-    """Max logits whose maximum over ranks does not depend on how many there are: one head of three is over tau."""
+    """Max logits whose maximum over ranks does not depend on how many there are: one head of three
+    is over tau."""
     whole = torch.tensor([20.0 + layer, 150.0 + 30 * layer + step, -3.0], dtype=torch.float64)
     return whole if (layer + step) % ranks == rank else whole - 90
 
@@ -98,7 +101,8 @@ def test_newton_schulz_runs_once_for_each_matrix_of_the_world(make_rank, edp, ep
 
 @pytest.mark.parametrize(("edp", "ep"), [(1, 1), *GRIDS])
 def test_state_bytes_fall_with_the_replicas(make_rank, edp, ep) -> None:
-    """Over the world every state is kept once; on a rank a matrix more or less is all the imbalance there is."""
+    """Over the world every state is kept once; on a rank a matrix more or less is all the imbalance
+    there is."""
     grid = RankGrid(1, edp, ep)
 
     def run(world) -> tuple[int, int]:
@@ -147,8 +151,12 @@ def test_states_written_under_one_layout_load_under_another(make_rank) -> None:
     for name, tensor, start, shape in (
         s for states in run_distributed_test(first, 4, "threads") for s in states
     ):
-        whole = stored.setdefault(name, torch.full(shape, torch.nan, dtype=tensor.dtype) if tensor.is_floating_point()
-                                  else torch.zeros(shape, dtype=tensor.dtype))  # fmt: skip
+        whole = stored.setdefault(
+            name,
+            torch.full(shape, torch.nan, dtype=tensor.dtype)
+            if tensor.is_floating_point()
+            else torch.zeros(shape, dtype=tensor.dtype),
+        )
         whole[start : start + len(tensor)] = tensor
         rows[name] = rows.get(name, 0) + len(tensor)
     assert all(rows[name] == len(whole) for name, whole in stored.items()), "every row comes exactly once"
@@ -188,9 +196,7 @@ def test_early_reduction_and_late_gather_change_nothing(make_rank) -> None:
         rank.optimizer.finish_gather()
         return rank.weights()
 
-    plain, overlapped = (
-        run_distributed_test(lambda w, o=o: run(w, o), 4, "threads") for o in (False, True)
-    )  # fmt: skip
+    plain, overlapped = (run_distributed_test(lambda w, o=o: run(w, o), 4, "threads") for o in (False, True))
     for a, b in zip(plain, overlapped, strict=True):
         assert all(torch.equal(a[name], b[name]) for name in a)
 

@@ -1,4 +1,5 @@
-"""Our use of DeepEP against a stand-in for its Buffer that follows its documentation, on the CPU."""
+"""Our use of DeepEP against a stand-in for its Buffer that follows its documentation, on the
+CPU."""
 
 from __future__ import annotations
 
@@ -7,11 +8,11 @@ from typing import Any
 import pytest
 import torch
 
+from k2train.architecture.microbatch import workload
+from k2train.architecture.routing_tables import table_bytes
 from k2train.config.compose import load_config
 from k2train.config.errors import ConfigError
 from k2train.device.cpu import CpuDevice
-from k2train.estimate.activations import table_bytes
-from k2train.estimate.layer_ops import workload
 from k2train.layout.grid import RankGrid
 from k2train.model.context import MicrobatchContext
 from k2train.model.dispatcher import Dispatcher
@@ -31,8 +32,9 @@ RANKS, EXPERTS, TOP_K, TOKENS, FEATURES = 4, 8, 3, 6, 8
 class StandIn:
     """deep_ep.Buffer inside a node, as its documentation has it, over a Communicator.
 
-    Rows come sorted by source and within a source by token; choices come as local experts or -1, with weight 0
-    where they are; the handle is a tuple of tensors, the one that intranode dispatches return in shape.
+    Rows come sorted by source and within a source by token; choices come as local experts or -1,
+    with weight 0 where they are; the handle is a tuple of tensors, the one that intranode
+    dispatches return in shape.
     """
 
     def __init__(self, group: Communicator) -> None:
@@ -142,7 +144,8 @@ def test_rows_weights_and_offsets_equal_the_other_dispatchers_to_the_bit(load: s
 
 
 def test_a_layer_forward_and_backward_uses_one_handle_and_is_its_own_gradient() -> None:
-    """Whole numbers, which BF16 adds exactly: sums equal the relay's; and the order of calls is the one documented."""
+    """Whole numbers, which BF16 adds exactly: sums equal the relay's; and the order of calls is the
+    one documented."""
 
     def check(world: World) -> list[str]:
         generator = torch.Generator().manual_seed(20 + world.rank)
@@ -189,21 +192,30 @@ def test_the_tables_take_the_bytes_the_plan_says_but_for_the_small_matrices() ->
         assert route.tables is not None
         return sum(table.numel() * table.element_size() for table in route.tables)
 
-    config = load_config([
-        f"model.n_routed_experts={EXPERTS}", f"model.num_experts_per_tok={TOP_K}", f"train.seq_len={tokens}",
-        f"train.global_batch_tokens={tokens}", "train.microbatch_size=1", "model.max_position_embeddings=4096",
-    ])  # fmt: skip
+    config = load_config(
+        [
+            f"model.n_routed_experts={EXPERTS}",
+            f"model.num_experts_per_tok={TOP_K}",
+            f"train.seq_len={tokens}",
+            f"train.global_batch_tokens={tokens}",
+            "train.microbatch_size=1",
+            "model.max_position_embeddings=4096",
+        ]
+    )
     expected = table_bytes(workload(config.model, config.train, RANKS, deepep=True))
     found = run_distributed_test(check, RANKS, "threads")
     assert sum(found) / RANKS == pytest.approx(expected, rel=0.02)
 
 
-@pytest.mark.parametrize(("device", "dtype", "features", "says"), [
-    ("cpu", torch.bfloat16, 64, "run on CUDA"),
-    ("cuda", torch.float32, 64, "train.dtype=bfloat16"),
-    ("cuda", torch.bfloat16, 60, "multiple of 8"),
-    ("cuda", torch.bfloat16, 64, "not installed"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("device", "dtype", "features", "says"),
+    [
+        ("cpu", torch.bfloat16, 64, "run on CUDA"),
+        ("cuda", torch.float32, 64, "train.dtype=bfloat16"),
+        ("cuda", torch.bfloat16, 60, "multiple of 8"),
+        ("cuda", torch.bfloat16, 64, "not installed"),
+    ],
+)
 def test_what_deepep_cannot_do_is_refused_with_the_remedy(
     device: str, dtype: torch.dtype, features: int, says: str
 ) -> None:
@@ -220,11 +232,14 @@ def test_its_ranks_must_be_processes() -> None:
     run_distributed_test(check, 2, "threads")
 
 
-@pytest.mark.parametrize(("words", "says"), [
-    (["layout.ep=6", "model.n_routed_experts=12"], "no settings for layout.ep=6"),
-    (["layout.ep=16", "model.n_routed_experts=32", "cluster.gpus_per_node=4"], "8 ranks for a node"),
-    (["layout.ep=2"], "run on CUDA"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("words", "says"),
+    [
+        (["layout.ep=6", "model.n_routed_experts=12"], "no settings for layout.ep=6"),
+        (["layout.ep=16", "model.n_routed_experts=32", "cluster.gpus_per_node=4"], "8 ranks for a node"),
+        (["layout.ep=2"], "run on CUDA"),
+    ],
+)
 def test_a_run_that_asks_for_it_where_it_cannot_be_is_refused_at_its_start(
     words: list[str], says: str
 ) -> None:

@@ -1,4 +1,5 @@
-"""Tokens reach their experts in order and come back, whoever has how many; each move is the transpose of the other."""
+"""Tokens reach their experts in order and come back, whoever has how many; each move is the
+transpose of the other."""
 
 from __future__ import annotations
 
@@ -7,11 +8,11 @@ from typing import Literal
 import pytest
 import torch
 
+from k2train.architecture.microbatch import workload
+from k2train.architecture.routing_tables import hit_probability, table_bytes
 from k2train.config.compose import load_config
 from k2train.config.sections import DispatchKind
 from k2train.device.cpu import CpuDevice
-from k2train.estimate.activations import table_bytes
-from k2train.estimate.layer_ops import hit_probability, workload
 from k2train.layout.grid import RankGrid
 from k2train.model.context import MicrobatchContext
 from k2train.model.dispatcher import Dispatcher
@@ -26,17 +27,29 @@ from k2train.parallel.testing import run_distributed_test
 Backend = Literal["threads", "processes"]
 BACKENDS: list[Backend] = ["threads", "processes"]
 LOADS = ["uneven", "all to one rank", "one rank has one expert", "nobody has any", "one expert gets all"]
-# (ranks, experts, ranks a token is passed on among, parts it is sent in; None: a copy for every expert). One expert a rank,
-# several, an odd group, one node, nodes of one rank, nodes of several, parts of several tokens, of one, and of none.
+# (ranks, experts, ranks a token is passed on among, parts it is sent in; None: a copy for every
+# expert). One expert a rank, several, an odd group, one node, nodes of one rank, nodes of several,
+# parts of several tokens, of one, and of none.
 SIZES = [
-    (1, 3, None, 1), (2, 2, None, 1), (3, 6, None, 1), (4, 8, None, 1),
-    (2, 2, 2, 1), (3, 6, 3, 1), (4, 8, 4, 1), (2, 4, 1, 1), (4, 8, 2, 1), (6, 12, 2, 2), (6, 6, 3, 7), (4, 8, 2, 5),
-]  # fmt: skip
+    (1, 3, None, 1),
+    (2, 2, None, 1),
+    (3, 6, None, 1),
+    (4, 8, None, 1),
+    (2, 2, 2, 1),
+    (3, 6, 3, 1),
+    (4, 8, 4, 1),
+    (2, 4, 1, 1),
+    (4, 8, 2, 1),
+    (6, 12, 2, 2),
+    (6, 6, 3, 7),
+    (4, 8, 2, 5),
+]
 TOKENS, FEATURES = 5, 3
 
 
 def choices(load: str, ranks: int, experts: int) -> torch.Tensor:
-    """(ranks, T, K): distinct experts of every token, any number of tokens but the same on every rank."""
+    """(ranks, T, K): distinct experts of every token, any number of tokens but the same on every
+    rank."""
     generator = torch.Generator().manual_seed(ranks * 100 + experts)
     allowed = torch.arange(experts)
     tokens = 0 if load == "nobody has any" else TOKENS
@@ -50,7 +63,8 @@ def choices(load: str, ranks: int, experts: int) -> torch.Tensor:
     if load == "one rank has one expert" and top_k == 1:
         found[0] = 0
     elif load == "one rank has one expert":
-        # Rank 0's tokens all choose the same experts, so that it has nothing for most of the others.
+        # Rank 0's tokens all choose the same experts, so that it has nothing for most of the
+        # others.
         found[0] = torch.arange(top_k)
     return found
 
@@ -161,7 +175,8 @@ def test_moves_under_way_at_once_do_not_mix(
 def test_backward_of_both_phases_is_the_gradient_of_their_forward(
     backend: Backend, load: str, relay_ranks: int | None, num_parts: int
 ) -> None:
-    """The layer's exchange with experts that multiply by weight and e + 1, against plain autograd without any exchange."""
+    """The layer's exchange with experts that multiply by weight and e + 1, against plain autograd
+    without any exchange."""
 
     def check(world: World) -> None:
         mine_TK = choices(load, 4, 8)[world.rank]
@@ -204,7 +219,8 @@ def test_backward_of_both_phases_is_the_gradient_of_their_forward(
 
 
 def test_a_token_crosses_to_a_node_once_and_there_reaches_every_rank_once() -> None:
-    """Rows each rank sends over each hop, counted by hand: experts 4 to 7 are ranks 2 and 3, on the other node of two."""
+    """Rows each rank sends over each hop, counted by hand: experts 4 to 7 are ranks 2 and 3, on the
+    other node of two."""
     chosen = torch.tensor([[0, 1, 4], [4, 5, 6], [2, 4, 6], [0, 1, 1]])
     chosen[3, 2] = 3
 
@@ -219,7 +235,8 @@ def test_a_token_crosses_to_a_node_once_and_there_reaches_every_rank_once() -> N
     between, inside = run_distributed_test(check, 4, "threads")[0]
     # Of rank 0's tokens 0, 2 and 3 stay on its node; 0, 1 and 2 go to the other, each once.
     assert between == [3, 3]
-    # On its own node rank 0 keeps tokens 0 and 3 and hands on 2 and 3; rank 2's four need rank 0 (experts 0, 1) and 1 (2).
+    # On its own node rank 0 keeps tokens 0 and 3 and hands on 2 and 3; rank 2's four need rank 0
+    # (experts 0, 1) and 1 (2).
     assert inside == [2 + 4, 2 + 4]
 
 
@@ -227,7 +244,8 @@ def test_a_token_crosses_to_a_node_once_and_there_reaches_every_rank_once() -> N
 def test_a_routes_tables_take_the_bytes_that_even_routing_makes_them_take(
     dispatch: DispatchKind, num_parts: int
 ) -> None:
-    """Drawn evenly, many tokens: within 2 % of `estimate`'s expectation; and copies between ranks as `estimate` has them."""
+    """Drawn evenly, many tokens: within 2 % of `estimate`'s expectation; and copies between ranks
+    as `estimate` has them."""
     tokens, top_k, experts, ranks = 2000, 3, 16, 4
     relay_ranks = 2 if dispatch == "per_node" else 4
 
@@ -242,10 +260,16 @@ def test_a_routes_tables_take_the_bytes_that_even_routing_makes_them_take(
         return num_bytes, hops
 
     found = run_distributed_test(check, ranks, "threads")
-    config = load_config([
-        f"model.n_routed_experts={experts}", f"model.num_experts_per_tok={top_k}", f"train.seq_len={tokens}",
-        f"train.global_batch_tokens={tokens}", "train.microbatch_size=1", "model.max_position_embeddings=4096",
-    ])  # fmt: skip
+    config = load_config(
+        [
+            f"model.n_routed_experts={experts}",
+            f"model.num_experts_per_tok={top_k}",
+            f"train.seq_len={tokens}",
+            f"train.global_batch_tokens={tokens}",
+            "train.microbatch_size=1",
+            "model.max_position_embeddings=4096",
+        ]
+    )
     w = workload(config.model, config.train, ranks, relay_ranks)
     expected = [tokens * ranks * hit_probability(w, 1)]
     if dispatch == "per_node":

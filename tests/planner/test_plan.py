@@ -1,4 +1,5 @@
-"""What plans say: the account of a step adds up, memory kinds add up, and K2's published figures come out."""
+"""What plans say: the account of a step adds up, memory kinds add up, and K2's published figures
+come out."""
 
 import dataclasses
 import json
@@ -49,8 +50,9 @@ def test_k2_parameters_and_gradients_are_6_16_terabytes_and_on_the_fullest_gpu_n
 
 
 def test_host_states_of_k2_pass_through_slots_of_the_largest_matrix(k2):
-    """Three slots of an FP32 master and momentum: of a dense layer's projection (18432 x 7168) on stage 0, elsewhere of an
-    output projection (7168 x 8192), which four experts' matrices (2048 x 7168) equal in size.
+    """Three slots of an FP32 master and momentum: of a dense layer's projection (18432 x 7168) on
+    stage 0, elsewhere of an output projection (7168 x 8192), which four experts' matrices (2048 x
+    7168) equal in size.
     """
     first, *rest = (stage.optimizer_on_device for stage in k2.memory)
     assert first == 3 * 2 * 4 * 18432 * 7168
@@ -78,7 +80,8 @@ def test_k2_needs_host_resident_states_less_as_the_cluster_grows(k2):
 
 
 def test_pipeline_messages_of_k2_are_exposed_in_warmup_and_cooldown_only(k2, k2_per_expert):
-    """A stage meets one late message where the steady phase begins: less than W, 13.4 ms, in all."""
+    """A stage meets one late message where the steady phase begins: less than W, 13.4 ms, in
+    all."""
     for plan in (k2, k2_per_expert):
         assert plan.busiest.warmup.pp > 0.0
         assert plan.busiest.waits.copy == 0.0
@@ -88,8 +91,8 @@ def test_pipeline_messages_of_k2_are_exposed_in_warmup_and_cooldown_only(k2, k2_
 
 
 def test_the_all_to_all_of_k2_hides_if_tokens_cross_once_per_node_and_not_once_per_expert(k2, k2_per_expert):
-    """As the report says, but for a little: rows are copied and added up on the exchange's stream, too. In four parts, since
-    hops one after the other would show more."""
+    """As the report says, but for a little: rows are copied and added up on the exchange's stream,
+    too. In four parts, since hops one after the other would show more."""
     assert 0.0 < steady_ep_share(k2) < 0.02
     whole = build_plan(load_config([*K2_SHORT, "layout.dispatch_parts=1"]), check=False)
     assert 2 * steady_ep_share(k2) < steady_ep_share(whole) < steady_ep_share(k2_per_expert)
@@ -98,7 +101,8 @@ def test_the_all_to_all_of_k2_hides_if_tokens_cross_once_per_node_and_not_once_p
 
 @pytest.mark.parametrize("copies", ["per_expert", "per_node"])
 def test_no_other_schedule_is_faster_than_k2s_at_k2s_shape(copies):
-    """With 96 microbatches. With all 1024 DualPipe and DualPipeV are planned 1 and 2 % faster, and do not fit (docs/plan.md)."""
+    """With 96 microbatches. With all 1024 DualPipe and DualPipeV are planned 1 and 2 % faster, and
+    do not fit (docs/plan.md)."""
     words = [*K2_SHORT, f"layout.dispatch={copies}"]
     k2 = build_plan(load_config(words), check=False)
     for kind in ("interleaved_1f1b", "1f1b", "zb_h1", "dualpipe", "dualpipe_v"):

@@ -1,4 +1,5 @@
-"""A config is compiled once: its parts fit each other, are made when they are needed, and are all proved."""
+"""A config is compiled once: its parts fit each other, are made when they are needed, and are all
+proved."""
 
 from __future__ import annotations
 
@@ -19,8 +20,13 @@ from k2train.schedule.simulate import simulate
 from k2train.schedule.spec import KINDS, ScheduleSpec, placement, preset_switches
 from k2train.schedule.validate import validate
 
-SMALL = ["train.global_batch_tokens=8192", "train.seq_len=128", "train.microbatch_size=1",
-         "model.num_hidden_layers=8", "model.n_routed_experts=24"]  # fmt: skip
+SMALL = [
+    "train.global_batch_tokens=8192",
+    "train.seq_len=128",
+    "train.microbatch_size=1",
+    "model.num_hidden_layers=8",
+    "model.n_routed_experts=24",
+]
 TRAINED = [kind for kind in KINDS if kind != "dualpipe"]
 
 
@@ -40,7 +46,8 @@ def test_the_model_is_cut_for_the_placement_that_the_schedule_is_built_over(kind
 
 @pytest.mark.parametrize("kind", TRAINED)
 def test_evaluations_lists_are_proved_for_any_number_of_microbatches(kind: str) -> None:
-    """Every forward once, in order, without a deadlock, and over the channels that training's lists have made."""
+    """Every forward once, in order, without a deadlock, and over the channels that training's lists
+    have made."""
     for pp in (1, 2, 4):
         program = compiled(f"schedule={kind}", f"layout.pp={pp}")
         for count in (1, 2, pp, pp + 1, 3 * pp, 4 * pp + 1):

@@ -1,4 +1,5 @@
-"""Rehearsals run in a process of their own: torch must not have been imported before the stub of its device."""
+"""Rehearsals run in a process of their own: torch must not have been imported before the stub of
+its device."""
 
 from __future__ import annotations
 

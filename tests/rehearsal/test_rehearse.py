@@ -5,10 +5,19 @@ from __future__ import annotations
 import pytest
 
 SMALL = [
-    "model=k2_tiny", "layout.pp=2", "layout.vpp=2", "layout.ep=2", "activations=k2", "cluster=h800", "optim.states=host",
-    "train.dtype=bfloat16", "train.device=cuda", "train.seq_len=256", "train.microbatch_size=1",
+    "model=k2_tiny",
+    "layout.pp=2",
+    "layout.vpp=2",
+    "layout.ep=2",
+    "activations=k2",
+    "cluster=h800",
+    "optim.states=host",
+    "train.dtype=bfloat16",
+    "train.device=cuda",
+    "train.seq_len=256",
+    "train.microbatch_size=1",
     "train.global_batch_tokens=4096",
-]  # fmt: skip
+]
 SCHEDULES = {
     "k2": ["schedule=k2"],
     "interleaved": ["schedule=interleaved_1f1b"],
@@ -51,7 +60,8 @@ def test_no_product_of_k2_is_fp32_by_fp32(k2):
 
 
 def test_the_host_waits_for_each_route_for_steps_long_issued_and_otherwise_only_in_the_update(k2):
-    """Of a microbatch F, I and W are compute steps on each of two virtual stages; the dry run's are among those waited for."""
+    """Of a microbatch F, I and W are compute steps on each of two virtual stages; the dry run's are
+    among those waited for."""
     waits = {(wait["for"], wait["line"].split(":")[0]): wait["times"] for wait in k2["host_waits"]}
     assert waits.pop(("route", "parallel/relay_dispatcher.py")) == LAYERS * MICROBATCHES
     assert waits.pop(("event of main", "runtime/pace.py")) <= 2 * 3 * MICROBATCHES

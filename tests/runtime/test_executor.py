@@ -1,4 +1,5 @@
-"""Actions go to their handlers in the order of the list; a pair's phases alternate; nothing may be left under way."""
+"""Actions go to their handlers in the order of the list; a pair's phases alternate; nothing may be
+left under way."""
 
 from __future__ import annotations
 
@@ -152,7 +153,8 @@ class Part:
 
 
 class Checked:
-    """A phase that demands the values of its own virtual stage and microbatch: a mixed-up message is noticed."""
+    """A phase that demands the values of its own virtual stage and microbatch: a mixed-up message
+    is noticed."""
 
     stream = "compute"
     name = "checked"
@@ -203,23 +205,33 @@ def stage_of(schedule: Schedule, messages: Messages, stage: int, world: World, s
     return PipelineStage(models, build_routes(schedule, stage), transport, sink, CPU)
 
 
-@pytest.mark.parametrize(("kind", "pp", "vpp", "microbatches"), [
-    ("gpipe", 3, 1, 4),
-    ("1f1b", 2, 1, 1),
-    ("interleaved_1f1b", 2, 2, 3),
-    ("k2", 2, 2, 6),
-    ("k2", 3, 2, 7),
-    ("k2", 4, 3, 2),
-    ("zb_h1", 4, 1, 6),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("kind", "pp", "vpp", "microbatches"),
+    [
+        ("gpipe", 3, 1, 4),
+        ("1f1b", 2, 1, 1),
+        ("interleaved_1f1b", 2, 2, 3),
+        ("k2", 2, 2, 6),
+        ("k2", 3, 2, 7),
+        ("k2", 4, 3, 2),
+        ("zb_h1", 4, 1, 6),
+    ],
+)
 def test_messages_meet_their_microbatch_and_each_weight_gradient_is_taken_once(
     kind: Any, pp: int, vpp: int, microbatches: int
 ) -> None:
     paired = kind == "k2"
-    schedule = build_schedule(ScheduleSpec(
-        pp=pp, num_microbatches=microbatches, kind=kind, vpp=vpp, extra_warmup_microbatches=int(paired),
-        pair_forward_backward=paired, split_weight_grad=kind in ("k2", "zb_h1"),
-    ))  # fmt: skip
+    schedule = build_schedule(
+        ScheduleSpec(
+            pp=pp,
+            num_microbatches=microbatches,
+            kind=kind,
+            vpp=vpp,
+            extra_warmup_microbatches=int(paired),
+            pair_forward_backward=paired,
+            split_weight_grad=kind in ("k2", "zb_h1"),
+        )
+    )
     validate(schedule)
     messages = plan_messages(schedule)
 

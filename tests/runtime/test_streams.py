@@ -1,7 +1,8 @@
-"""What waits for what when a stage's list runs: exchanges and messages for their own inputs, and nobody else for them.
+"""What waits for what when a stage's list runs: exchanges and messages for their own inputs, and
+nobody else for them.
 
-A device whose streams keep account: everything issued to a stream comes after what the stream was given before and after
-the events it waited for. The operations themselves run at once, on the CPU.
+A device whose streams keep account: everything issued to a stream comes after what the stream was
+given before and after the events it waited for. The operations themselves run at once, on the CPU.
 """
 
 from __future__ import annotations
@@ -183,7 +184,8 @@ class WeightGradient:
 
 
 class Wire:
-    """Messages to and from another stage, which come after what the current stream has been given and waited for."""
+    """Messages to and from another stage, which come after what the current stream has been given
+    and waited for."""
 
     def __init__(self, device: SeenDevice) -> None:
         self._device = device
@@ -261,7 +263,8 @@ def test_a_backwards_first_all_to_all_waits_for_its_gradient_and_not_for_the_wei
     after = run(PAIRS, dispatch, HERE).after
     assert "I1.0 attention" in after["I0.0 combine"]
     assert "W1.0" not in after["I0.0 combine"]
-    # All the more: in the pair it is issued behind the forward's attention, which it does not need either.
+    # All the more: in the pair it is issued behind the forward's attention, which it does not need
+    # either.
     assert "F1.1 attention" not in after["I0.0 combine"]
 
 
@@ -298,7 +301,8 @@ def test_the_host_waits_for_a_route_when_the_partners_next_phase_has_been_issued
 
 @dispatches
 def test_a_message_from_another_stage_is_waited_for_by_its_own_phase_alone(dispatch: str) -> None:
-    """Stage 0 of two: gradients come from stage 1. A weight gradient stands between the receive and its use."""
+    """Stage 0 of two: gradients come from stage 1. A weight gradient stands between the receive and
+    its use."""
     line = "F0.0 SEND_F0.0 F0.1 SEND_F0.1 RECV_B0.0 I0.0 RECV_B0.1 W0.0 I0.1 W0.1"
     device = run(line, dispatch, {0: Route(0, None, 1, 0, 1)})
     assert "a message has come" in device.after["I0.1 combine"]

@@ -141,9 +141,11 @@ def test_boxes_of_one_trace_thread_never_overlap(moe_costs: MakeCosts, tmp_path:
 def test_no_reader_sees_boxes_of_one_row_overlap(
     durations: list[float], noise: list[int], tmp_path_factory: pytest.TempPathFactory
 ) -> None:
-    """Boxes that touch, but for the last bit of their seconds, must not overlap in whole nanoseconds.
+    """Boxes that touch, but for the last bit of their seconds, must not overlap in whole
+    nanoseconds.
 
-    A reader multiplies microseconds by 1000 and cuts off or rounds, start and length each by itself.
+    A reader multiplies microseconds by 1000 and cuts off or rounds, start and length each by
+    itself.
     """
     path = tmp_path_factory.mktemp("trace") / "trace.json"
     boxes, time = [], 0.0
@@ -161,7 +163,8 @@ def test_no_reader_sees_boxes_of_one_row_overlap(
 
 @pytest.mark.parametrize("ticks", [1, 7, 1000, 123_457])
 def test_a_moment_that_is_said_twice_is_one_moment_of_the_trace(ticks: int, tmp_path: Path) -> None:
-    """Half-way between two ticks, an end above and a start below it by their last bit round apart."""
+    """Half-way between two ticks, an end above and a start below it by their last bit round
+    apart."""
     middle = (ticks + 0.5) / 8e6
     above, below = middle * (1 + 1e-15), middle * (1 - 1e-15)
     spans = [(0.0, above), (below, 2 * middle)]

@@ -17,8 +17,13 @@ from k2train.schedule.builders import build_schedule
 from k2train.schedule.spec import ScheduleSpec
 from k2train.trainer.agreement import agree_on_program
 
-WORDS = ["layout.ep=1", "layout.edp=4", "train.global_batch_tokens=8192", "train.seq_len=64",
-         "train.microbatch_size=1"]  # fmt: skip
+WORDS = [
+    "layout.ep=1",
+    "layout.edp=4",
+    "train.global_batch_tokens=8192",
+    "train.seq_len=64",
+    "train.microbatch_size=1",
+]
 
 
 def program_of(*words: str) -> Program:
@@ -59,7 +64,8 @@ def test_every_rank_names_those_that_differ_the_key_and_both_values() -> None:
 
 
 def test_ranks_whose_groups_would_differ_are_told_before_they_make_them() -> None:
-    """Two grids of four ranks make different groups: without the agreement each would wait for the other."""
+    """Two grids of four ranks make different groups: without the agreement each would wait for the
+    other."""
     errors = run_distributed_test(
         agree(lambda rank: program_of("layout.edp=2", "layout.pp=2") if rank == 2 else program_of()),
         4,

@@ -1,4 +1,5 @@
-"""The batch of a step: what its weights and its normaliser mean, who needs what of it, and what is refused."""
+"""The batch of a step: what its weights and its normaliser mean, who needs what of it, and what is
+refused."""
 
 from __future__ import annotations
 
@@ -41,7 +42,8 @@ def signed_weights(seed: int = 0) -> torch.Tensor:
 def test_the_loss_is_torchs_weighted_cross_entropy_over_the_normaliser(
     words: list[str], normaliser: float | None
 ) -> None:
-    """Token losses of plain logits, weighted, added up in float64: only the order of sums differs."""
+    """Token losses of plain logits, weighted, added up in float64: only the order of sums
+    differs."""
     weights = signed_weights().abs() if normaliser is None else signed_weights()
 
     def act(run: Run) -> tuple[float, float]:

@@ -41,7 +41,8 @@ def test_only_the_rank_whose_clock_counts_asks_and_zero_minutes_never_do() -> No
 
 
 def test_a_signal_that_stops_wins_over_a_checkpoint_by_time() -> None:
-    """The step takes the maximum over all ranks, so a save must be below every signal that stops a run."""
+    """The step takes the maximum over all ranks, so a save must be below every signal that stops a
+    run."""
     clock = CheckpointClock(1e-9, asks=True)
     for number in (signal.SIGINT, signal.SIGTERM):
         assert clock.number(number) == number > SAVE_NUMBER > 0
@@ -51,9 +52,11 @@ def test_a_signal_that_stops_wins_over_a_checkpoint_by_time() -> None:
 def test_every_rank_saves_when_rank_0_s_clock_says_so(
     layout: list[str], words: list[str], tmp_path: Path
 ) -> None:
-    """With a vanishing interval every step is followed by a checkpoint, on one rank as on four threads.
+    """With a vanishing interval every step is followed by a checkpoint, on one rank as on four
+    threads.
 
-    Were the ranks to disagree, the first barrier of a save would meet another operation and name it.
+    Were the ranks to disagree, the first barrier of a save would meet another operation and name
+    it.
     """
     changes = [
         "train.checkpoint_every_steps=0",

@@ -1,4 +1,5 @@
-"""The dry run before the first step: it makes every host buffer, and leaves no trace in what is trained."""
+"""The dry run before the first step: it makes every host buffer, and leaves no trace in what is
+trained."""
 
 from __future__ import annotations
 
@@ -35,7 +36,8 @@ def test_a_run_with_a_dry_run_before_it_has_the_same_bits_as_one_without(words, 
 
 
 def test_after_it_a_step_makes_no_host_buffer_while_loads_stay_in_their_size_class(words):
-    """Dense layers only: how many rows there are does not depend on a router. Without it the step has to make them."""
+    """Dense layers only: how many rows there are does not depend on a router. Without it the step
+    has to make them."""
     dense = ["model.first_k_dense_replace=3", "activations=k2", "schedule=k2", "layout.vpp=3"]
 
     def allocations(run: Run) -> tuple[int, int]:

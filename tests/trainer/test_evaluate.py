@@ -1,4 +1,5 @@
-"""Held-out windows: every token is scored once, with the context that was asked for, and the loss is that of plain logits."""
+"""Held-out windows: every token is scored once, with the context that was asked for, and the loss
+is that of plain logits."""
 
 from __future__ import annotations
 
@@ -45,14 +46,31 @@ def test_without_overlap_windows_are_the_samples() -> None:
 
 
 def words(corpus_prefix: str, cache: Path, overlap: float, *more: str) -> list[str]:
-    model = {"hidden_size": 16, "num_hidden_layers": 2, "intermediate_size": 24, "moe_intermediate_size": 8,
-             "n_routed_experts": 4, "num_attention_heads": 2, "q_lora_rank": 8, "kv_lora_rank": 8, "qk_nope_head_dim": 4,
-             "qk_rope_head_dim": 4, "v_head_dim": 4}  # fmt: skip
+    model = {
+        "hidden_size": 16,
+        "num_hidden_layers": 2,
+        "intermediate_size": 24,
+        "moe_intermediate_size": 8,
+        "n_routed_experts": 4,
+        "num_attention_heads": 2,
+        "q_lora_rank": 8,
+        "kv_lora_rank": 8,
+        "qk_nope_head_dim": 4,
+        "qk_rope_head_dim": 4,
+        "v_head_dim": 4,
+    }
     return [
-        *(f"model.{key}={value}" for key, value in model.items()), f"data.blend=[{{prefix: {corpus_prefix}}}]",
-        f"data.cache_dir={cache}", "data.split='80,20,0'", "train.dtype=float64", "train.seq_len=16",
-        "train.global_batch_tokens=64", "train.microbatch_size=1", f"train.eval_overlap={overlap}", *more,
-    ]  # fmt: skip
+        *(f"model.{key}={value}" for key, value in model.items()),
+        f"data.blend=[{{prefix: {corpus_prefix}}}]",
+        f"data.cache_dir={cache}",
+        "data.split='80,20,0'",
+        "train.dtype=float64",
+        "train.seq_len=16",
+        "train.global_batch_tokens=64",
+        "train.microbatch_size=1",
+        f"train.eval_overlap={overlap}",
+        *more,
+    ]
 
 
 def evaluated(config_words: list[str], tokens: int) -> tuple[Evaluation | None, Run, torch.Tensor]:
@@ -89,9 +107,18 @@ def test_overlapping_windows_score_the_same_on_four_ranks(
     """Whatever the microbatches of the evaluation, which need not be those of training."""
     single, _, _ = evaluated(words(corpus_prefix, tmp_path, 0.4, "layout=single", "schedule=gpipe"), 112)
     several, _, _ = evaluated(
-        words(corpus_prefix, tmp_path, 0.4, "schedule=k2", "layout.pp=2", "layout.ep=2", "layout.edp=1",
-              f"train.eval_microbatch_size={sequences}"), 112,
-    )  # fmt: skip
+        words(
+            corpus_prefix,
+            tmp_path,
+            0.4,
+            "schedule=k2",
+            "layout.pp=2",
+            "layout.ep=2",
+            "layout.edp=1",
+            f"train.eval_microbatch_size={sequences}",
+        ),
+        112,
+    )
     assert single is not None
     assert several is not None
     assert abs(single.loss - several.loss) < 1e-9 * single.loss

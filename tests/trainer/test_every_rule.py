@@ -32,9 +32,9 @@ def train(words: Sequence[str], run_dir: Path) -> None:
 
 @pytest.mark.parametrize("name", NAMES)
 def test_a_run_goes_on_on_another_layout_with_states_elsewhere(words, tmp_path, name) -> None:
-    """Float64: only the order of sums differs. A step's rounding, 1e-15 of a number, is amplified at
-    most 485 times by Newton-Schulz and by AdamW's division where a gradient is tiny; six steps stay
-    within 1e-9 of a tensor's largest entry.
+    """Float64: only the order of sums differs. A step's rounding, 1e-15 of a number, is amplified
+    at most 485 times by Newton-Schulz and by AdamW's division where a gradient is tiny; six steps
+    stay within 1e-9 of a tensor's largest entry.
     """
     base = [*words, *FLOAT64, f"optim.name={name}"]
     train(base, tmp_path / "straight")
@@ -63,7 +63,8 @@ def test_a_checkpoint_holds_the_states_that_the_rules_name(words, tmp_path, caps
 @pytest.mark.parametrize("states", ["device", "host"])
 @pytest.mark.parametrize("name", NAMES)
 def test_the_plan_counts_bytes_and_seconds_of_every_rule(words, name, states) -> None:
-    """One rank owns everything: the master and each state of every parameter, four bytes a number."""
+    """One rank owns everything: the master and each state of every parameter, four bytes a
+    number."""
     config = load_config([*words, f"optim.name={name}", f"optim.states={states}"])
     (of_stage,), (update,) = (build_plan(config).states, build_plan(config).updates)
     rules = chosen_rules(config.optim)

@@ -1,4 +1,5 @@
-"""Host memory that is too small is refused before a tensor is made, with the numbers and what to do about it."""
+"""Host memory that is too small is refused before a tensor is made, with the numbers and what to do
+about it."""
 
 from __future__ import annotations
 
@@ -54,13 +55,23 @@ def test_the_refusal_has_every_number_and_every_remedy() -> None:
     with pytest.raises(ConfigError) as refused:
         refuse_too_little(NEED, HostRoom(2_000_000_000_000, 6_500_000_000), movable=True)
     text = str(refused.value)
-    for part in ("4 rank(s)", "8.000 GB", "3.000 GB of offloaded activations", "5.000 GB of optimizer states",
-                 "2000.000 GB", "6.500 GB are available", "optim.states=device", "activations=", "more nodes"):  # fmt: skip
+    for part in (
+        "4 rank(s)",
+        "8.000 GB",
+        "3.000 GB of offloaded activations",
+        "5.000 GB of optimizer states",
+        "2000.000 GB",
+        "6.500 GB are available",
+        "optim.states=device",
+        "activations=",
+        "more nodes",
+    ):
         assert part in text, part
 
 
 def test_only_remedies_that_help_are_given() -> None:
-    """States on a CPU cannot move to a device, and where nothing is offloaded other policies free nothing."""
+    """States on a CPU cannot move to a device, and where nothing is offloaded other policies free
+    nothing."""
     with pytest.raises(ConfigError) as refused:
         refuse_too_little(HostNeed(0, 10, 1), HostRoom(5, 5), movable=False)
     assert "optim.states" not in refused.value.remedy
@@ -72,7 +83,8 @@ def test_nothing_kept_needs_no_room() -> None:
 
 
 def test_states_count_as_the_plan_counts_them() -> None:
-    """One rank of each stage: the plan's fullest rank, in host mode on a GPU and in either mode on a CPU."""
+    """One rank of each stage: the plan's fullest rank, in host mode on a GPU and in either mode on
+    a CPU."""
     words = ["experiment=laptop", "optim.states=host"]
     config = load_config(words)
     program = build_program(config)
@@ -159,9 +171,11 @@ def test_a_ranks_share_of_a_node_is_what_its_optimizer_states_leave() -> None:
 
 
 def test_activations_that_overflow_a_ranks_share_are_refused_at_start_up_and_not_in_mid_step() -> None:
-    """Stage 0 has more in flight than stage 1: one node holds both on average and stage 0's share does not hold its own.
+    """Stage 0 has more in flight than stage 1: one node holds both on average and stage 0's share
+    does not hold its own.
 
-    With so much for a node that the sum just fits, the store's limit on stage 0 is below what the step offloads there.
+    With so much for a node that the sum just fits, the store's limit on stage 0 is below what the
+    step offloads there.
     """
     words = ["experiment=laptop", "activations=k2", "train.global_batch_tokens=131072", "optim.states=device"]
     config = load_config(words)

@@ -1,4 +1,5 @@
-"""Whole runs with states in host memory: the same bits, checkpoints that either mode resumes, and a table that says so."""
+"""Whole runs with states in host memory: the same bits, checkpoints that either mode resumes, and a
+table that says so."""
 
 from __future__ import annotations
 

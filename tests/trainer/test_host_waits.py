@@ -1,7 +1,8 @@
-"""How often the host stands still for the device in a training step: as often as docs/design.md says, and nowhere else.
+"""How often the host stands still for the device in a training step: as often as docs/design.md
+says, and nowhere else.
 
-The device counts. On a CPU nothing else tells a wait from an ordinary read; that no read goes past the device is shown by
-`k2train rehearse`, where a tensor has no numbers to be read.
+The device counts. On a CPU nothing else tells a wait from an ordinary read; that no read goes past
+the device is shown by `k2train rehearse`, where a tensor has no numbers to be read.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ from collections import Counter
 import pytest
 import torch
 
+from k2train.architecture.layer import layer_kind
 from k2train.config.compose import load_config
 from k2train.device.cpu import CpuDevice, CpuEvent, CpuReading, CpuStream
 from k2train.model.context import Statistics
@@ -76,12 +78,15 @@ class CountingDevice(CpuDevice):
 
 
 def waits_of_a_step(run: Run) -> tuple[Counter[str], int, int]:
-    """Of the second step, and how many forwards of MoE layers and how many compute steps it has on this rank."""
+    """Of the second step, and how many forwards of MoE layers and how many compute steps it has on
+    this rank."""
     train_step(run, read_batch(run, 0))
     run.device.waits.clear()
     train_step(run, read_batch(run, 1))
     layers = sum(
-        run.config.model.is_moe(layer) for model in run.models.values() for layer in model.part.layers
+        layer_kind(run.config.model, layer) == "moe"
+        for model in run.models.values()
+        for layer in model.part.layers
     )
     return Counter(run.device.waits), layers * run.num_microbatches, compute_steps(run)
 

@@ -1,9 +1,11 @@
-"""Bytes accounted for are bytes alive: at every boundary between two actions of a whole step, on every rank.
+"""Bytes accounted for are bytes alive: at every boundary between two actions of a whole step, on
+every rank.
 
-Storages made since the step began are counted by weak references. Each must stand in somebody's books: the activation
-store, the queue of weight gradients, messages, host buffers, the step's batch and statistics, and what phases without a
-graph keep: a copy of the token ids, and the numbers of rows by which exchanges are undone, a few for every expert. The first step is not looked at: scratch buffers that stay are made
-in it.
+Storages made since the step began are counted by weak references. Each must stand in somebody's
+books: the activation store, the queue of weight gradients, messages, host buffers, the step's batch
+and statistics, and what phases without a graph keep: a copy of the token ids, and the numbers of
+rows by which exchanges are undone, a few for every expert. The first step is not looked at: scratch
+buffers that stay are made in it.
 """
 
 from __future__ import annotations
@@ -35,10 +37,13 @@ SCHEDULES = {
     "pairs, weight gradients put off": ["layout.vpp=3", "schedule=k2"],
     "one virtual stage, weight gradients at once": ["schedule=1f1b"],
     "pairs between two stages and two expert ranks": [
-        "layout.pp=2", "layout.ep=2", "schedule=k2", "model.num_hidden_layers=4",
+        "layout.pp=2",
+        "layout.ep=2",
+        "schedule=k2",
+        "model.num_hidden_layers=4",
     ],
     "zero bubble": ["layout.pp=2", "schedule=zb_h1", "model.num_hidden_layers=4"],
-}  # fmt: skip
+}
 
 
 class Auditor:
@@ -70,7 +75,8 @@ class Auditor:
         return message.wait()
 
     def check(self, when: str) -> None:
-        """Every storage is somebody's, the host's aside, and the store's number is that of its storages."""
+        """Every storage is somebody's, the host's aside, and the store's number is that of its
+        storages."""
         alive = self.living.living(self.start)
         books = self.books()
         recorded = {id(tensor.untyped_storage()) for tensor in books.pop("records")}
@@ -113,7 +119,8 @@ class Auditor:
 
 
 def tensors_in(value: object, seen: dict[int, object] | None = None) -> Iterator[torch.Tensor]:
-    """The tensors in nested containers, dataclasses and objects of the rooms that make records; a store's are its own."""
+    """The tensors in nested containers, dataclasses and objects of the rooms that make records; a
+    store's are its own."""
     seen = {} if seen is None else seen
     if isinstance(value, torch.Tensor):
         yield value

@@ -1,4 +1,5 @@
-"""What a rank holds between forward and backward, action by action, against the simulator's curve for the same list."""
+"""What a rank holds between forward and backward, action by action, against the simulator's curve
+for the same list."""
 
 from __future__ import annotations
 
@@ -20,7 +21,8 @@ from k2train.trainer.testing import run_on_ranks
 
 
 class Meter:
-    """Stands where a recorder stands: notes what is held whenever a compute step is about to begin, and at the end."""
+    """Stands where a recorder stands: notes what is held whenever a compute step is about to begin,
+    and at the end."""
 
     def __init__(self, run) -> None:
         self.run = run
@@ -52,9 +54,11 @@ def measured(config) -> list[list[int]]:
 
 
 def planned(program: Program) -> list[list[int]]:
-    """The simulator's levels at the same moments: copies take no time, as on a CPU, and no layer is at work.
+    """The simulator's levels at the same moments: copies take no time, as on a CPU, and no layer is
+    at work.
 
-    A step that starts the moment its predecessor ends has already taken its forward's bytes then, so they are left out.
+    A step that starts the moment its predecessor ends has already taken its forward's bytes then,
+    so they are left out.
     """
     still = dict.fromkeys(
         ("forward_transient_bytes", "backward_transient_bytes", "offload_seconds", "reload_seconds"), 0
@@ -85,8 +89,17 @@ def planned(program: Program) -> list[list[int]]:
 )
 def test_memory_follows_the_simulators_curve(words, activations, schedule, pp, vpp):
     """Within 5 % of the curve's peak at every step of the list, and the peak itself within 5 %."""
-    config = load_config([*words, f"activations={activations}", f"schedule={schedule}", f"layout.pp={pp}", f"layout.vpp={vpp}",
-                          "model.num_hidden_layers=6", "train.microbatch_size=1"])  # fmt: skip
+    config = load_config(
+        [
+            *words,
+            f"activations={activations}",
+            f"schedule={schedule}",
+            f"layout.pp={pp}",
+            f"layout.vpp={vpp}",
+            "model.num_hidden_layers=6",
+            "train.microbatch_size=1",
+        ]
+    )
     for mine, plan in zip(measured(config), planned(compile_program(config)), strict=True):
         assert len(mine) == len(plan)
         peak = max(plan)

@@ -1,4 +1,5 @@
-"""The plan's phases of a virtual stage are the model's, so that both issue a pair's phases in one order."""
+"""The plan's phases of a virtual stage are the model's, so that both issue a pair's phases in one
+order."""
 
 from __future__ import annotations
 
@@ -18,7 +19,8 @@ from k2train.trainer.build import build_models
 
 @pytest.mark.parametrize("vpp", [1, 2, 4])
 def test_plan_and_model_have_the_same_phases_on_the_same_streams(words, vpp):
-    """Embedding, a dense layer, MoE layers and the head, together and apart; backward is the forward in reverse."""
+    """Embedding, a dense layer, MoE layers and the head, together and apart; backward is the
+    forward in reverse."""
     config = load_config([*words, f"layout.vpp={vpp}", "layout.ep=2"])
     program = compile_program(config)
     layout, device = program.layout, CpuDevice(torch.device("cpu"))
@@ -30,7 +32,8 @@ def test_plan_and_model_have_the_same_phases_on_the_same_streams(words, vpp):
     for streams in run_threads(2, phases_of):
         costs = program.costs.virtual_stages
         assert [[phase.stream for phase in one.forward] for one in costs] == streams
-        # The look-up has no input gradient. It would be the last phase of its chain, so the order of the others stands.
+        # The look-up has no input gradient. It would be the last phase of its chain, so the order
+        # of the others stands.
         streams[0].pop(0)
         assert [[phase.stream for phase in one.backward_input][::-1] for one in costs] == streams
 

@@ -1,4 +1,5 @@
-"""What a run says while it goes on: lines by time, MFU as the plan reckons it, and the bar ahead of an evaluation."""
+"""What a run says while it goes on: lines by time, MFU as the plan reckons it, and the bar ahead of
+an evaluation."""
 
 from __future__ import annotations
 
@@ -13,9 +14,17 @@ from k2train.config.compose import load_config
 from k2train.planner.plan import build_plan
 from k2train.trainer.loop import ideal_seconds, rhythm_of, step_note
 
-SMALL = ["model.hidden_size=16", "model.num_hidden_layers=1", "model.intermediate_size=16", "model.first_k_dense_replace=1",
-         "train.global_batch_tokens=256", "train.seq_len=16", "train.microbatch_size=4", "train.final_eval_tokens=64",
-         "telemetry.tensorboard=false"]  # fmt: skip
+SMALL = [
+    "model.hidden_size=16",
+    "model.num_hidden_layers=1",
+    "model.intermediate_size=16",
+    "model.first_k_dense_replace=1",
+    "train.global_batch_tokens=256",
+    "train.seq_len=16",
+    "train.microbatch_size=4",
+    "train.final_eval_tokens=64",
+    "telemetry.tensorboard=false",
+]
 
 
 def test_mfu_is_the_plans_at_the_plans_pace() -> None:

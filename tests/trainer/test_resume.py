@@ -1,4 +1,5 @@
-"""A run that is killed and resumed is the run that was never interrupted: metrics and weights, bit for bit."""
+"""A run that is killed and resumed is the run that was never interrupted: metrics and weights, bit
+for bit."""
 
 from __future__ import annotations
 
@@ -71,8 +72,20 @@ def test_resuming_from_any_checkpoint_gives_the_uninterrupted_run(
 def test_the_metrics_of_a_step_are_those_the_design_lists(whole_run: Path) -> None:
     lines = read_metrics(whole_run / "metrics.jsonl")
     assert [line["step"] for line in lines] == [1, 2, 3, 4, 5, 6]
-    for key in ("step", "tokens", "loss", "grad_norm", "lr", "max_logit", "clipped_heads", "load_violation",
-                "tokens_per_second", "step_seconds", "data_wait_seconds", "peak_bytes"):  # fmt: skip
+    for key in (
+        "step",
+        "tokens",
+        "loss",
+        "grad_norm",
+        "lr",
+        "max_logit",
+        "clipped_heads",
+        "load_violation",
+        "tokens_per_second",
+        "step_seconds",
+        "data_wait_seconds",
+        "peak_bytes",
+    ):
         assert all(key in line for line in lines), key
     assert lines[-1]["loss"] < lines[0]["loss"]
     assert sum(line["clipped_heads"] for line in lines) > 0

@@ -1,4 +1,5 @@
-"""What a pipeline step has sent is released on the way: storages alive do not grow with the microbatches."""
+"""What a pipeline step has sent is released on the way: storages alive do not grow with the
+microbatches."""
 
 from __future__ import annotations
 
@@ -23,7 +24,8 @@ PRESETS = ("none", "recompute_offload", "k2")
 
 
 class Watched(PipelineTransport):
-    """A transport that counts, at each of its calls, the storages alive of what it was given and what it gave."""
+    """A transport that counts, at each of its calls, the storages alive of what it was given and
+    what it gave."""
 
     def __init__(self, transport: PipelineTransport) -> None:
         super().__init__(transport.channels, transport.hidden_size, transport.dtype, transport.device)
@@ -48,7 +50,8 @@ class Watched(PipelineTransport):
 
 
 def most_sent(words: Sequence[str], backend: Literal["threads", "processes"]) -> list[dict[int, int]]:
-    """For each rank, by the other stage, the most sent storages alive; and none is at the end of the step."""
+    """For each rank, by the other stage, the most sent storages alive; and none is at the end of
+    the step."""
 
     def run_rank(run: Run) -> dict[int, int]:
         assert isinstance(run.training.transport, PipelineTransport)
@@ -68,11 +71,21 @@ def most_sent(words: Sequence[str], backend: Literal["threads", "processes"]) ->
 def test_sent_storages_alive_do_not_grow_with_the_microbatches(
     corpus_prefix: str, tmp_path: Path, preset: str, backend: Literal["threads", "processes"]
 ) -> None:
-    """Twice and eight times as many microbatches as stages: the same number, and at most `max_sends` and the one at hand."""
+    """Twice and eight times as many microbatches as stages: the same number, and at most
+    `max_sends` and the one at hand."""
     words = (
-        "experiment=tiny", "schedule=k2", "layout.pp=2", "layout.vpp=2", "layout.ep=1", "layout.edp=1",
-        f"activations={preset}", f"train.seq_len={SEQ_LEN}", "train.microbatch_size=1", "train.steps=2",
-        f"data.blend=[{{prefix: {corpus_prefix}}}]", f"data.cache_dir={tmp_path}",
-    )  # fmt: skip
+        "experiment=tiny",
+        "schedule=k2",
+        "layout.pp=2",
+        "layout.vpp=2",
+        "layout.ep=1",
+        "layout.edp=1",
+        f"activations={preset}",
+        f"train.seq_len={SEQ_LEN}",
+        "train.microbatch_size=1",
+        "train.steps=2",
+        f"data.blend=[{{prefix: {corpus_prefix}}}]",
+        f"data.cache_dir={tmp_path}",
+    )
     few, many = (most_sent([*words, f"train.global_batch_tokens={n * SEQ_LEN}"], backend) for n in (4, 16))
     assert few == many

@@ -1,4 +1,5 @@
-"""The recorded timeline of an executed step says what the schedule says, in the format of the planned one."""
+"""The recorded timeline of an executed step says what the schedule says, in the format of the
+planned one."""
 
 from __future__ import annotations
 
@@ -16,10 +17,15 @@ from k2train.trainer.build import build_program
 K2_ON_TWO_STAGES = ["schedule=k2", "layout.pp=2", "layout.vpp=1", "layout.ep=2", "world=threads"]
 LAYOUTS = {
     "two stages, paired": K2_ON_TWO_STAGES,
-    "three stages, full backward": ["schedule=1f1b", "layout.pp=3", "layout.edp=1", "world=threads",
-                                    "train.global_batch_tokens=256"],
+    "three stages, full backward": [
+        "schedule=1f1b",
+        "layout.pp=3",
+        "layout.edp=1",
+        "world=threads",
+        "train.global_batch_tokens=256",
+    ],
     "one rank": ["layout=single"],
-}  # fmt: skip
+}
 TRAINED = ["train.steps=2", "telemetry.trace_step=2", "train.eval_every_steps=0", "train.microbatch_size=1"]
 
 
@@ -59,7 +65,8 @@ def test_an_executed_trace_has_the_shape_of_the_planned_one(words: list[str], tm
     mine, theirs = (
         json.loads(path.read_text())["traceEvents"] for path in (tmp_path / "run" / "trace.json", planned)
     )
-    # The same processes and threads under the same ids, so that both open in one Perfetto window row by row.
+    # The same processes and threads under the same ids, so that both open in one Perfetto window
+    # row by row.
     assert [e for e in mine if e["ph"] == "M"] == [e for e in theirs if e["ph"] == "M"]
     box, other = (next(e for e in events if e["ph"] == "X") for events in (mine, theirs))
     assert box.keys() == other.keys()

@@ -97,15 +97,18 @@ def test_other_compute_types_learn_too(dtype: str, words: list[str], tmp_path: P
     assert lines[-1]["loss"] < lines[0]["loss"] - 0.1
 
 
-@pytest.mark.parametrize("changes", [
-    ["optim=adamw", "optim.lr_phases=[{kind: constant, to: 3e-3, fraction: 1}]"],
-    ["schedule=gpipe"],
-    ["schedule=interleaved_1f1b", "layout.vpp=2"],
-    ["layout.vpp=3"],
-    ["model.q_lora_rank=null", "model.n_shared_experts=2"],
-    ["model.first_k_dense_replace=3"],
-    ["model.first_k_dense_replace=0", "model.n_group=4", "model.topk_group=2"],
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "changes",
+    [
+        ["optim=adamw", "optim.lr_phases=[{kind: constant, to: 3e-3, fraction: 1}]"],
+        ["schedule=gpipe"],
+        ["schedule=interleaved_1f1b", "layout.vpp=2"],
+        ["layout.vpp=3"],
+        ["model.q_lora_rank=null", "model.n_shared_experts=2"],
+        ["model.first_k_dense_replace=3"],
+        ["model.first_k_dense_replace=0", "model.n_group=4", "model.topk_group=2"],
+    ],
+)
 def test_variations_of_the_run_learn(changes: list[str], words: list[str], tmp_path: Path) -> None:
     assert main(["train", *words, *changes]) == 0
     lines = read_metrics(tmp_path / "run" / "metrics.jsonl")

@@ -75,7 +75,8 @@ def test_the_command_to_resume_names_the_launcher_and_the_directory_once() -> No
 
 
 def test_the_command_to_resume_has_what_the_job_was_started_with() -> None:
-    """The user's folder of configs, several nodes under torchrun, and what a launch script says of itself."""
+    """The user's folder of configs, several nodes under torchrun, and what a launch script says of
+    itself."""
     words = ["experiment=mine", "run_dir=old"]
     folder = resume_command(Path("r"), words, {"K2TRAIN_CONFIG_DIR": "/my configs"})
     assert folder == "k2train train '--config-dir=/my configs' experiment=mine run_dir=r"

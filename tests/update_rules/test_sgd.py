@@ -1,4 +1,5 @@
-"""SGD with momentum against torch.optim.SGD. What a whole run does with it: tests/trainer/test_every_rule.py."""
+"""SGD with momentum against torch.optim.SGD. What a whole run does with it:
+tests/trainer/test_every_rule.py."""
 
 from __future__ import annotations
 
@@ -20,8 +21,8 @@ def test_sgd_equals_torchs(momentum: float, nesterov: bool, decayed: bool) -> No
     """Float64 on both sides. Both may round each of a step's few operations once in another way, so
     after six steps weights of about 1 agree within some 1e-15.
 
-    torch couples its decay to the gradient, so it gets none here. Instead the weights that it begins
-    a step from are decayed by hand, as Algorithm 1 of the paper says.
+    torch couples its decay to the gradient, so it gets none here. Instead the weights that it
+    begins a step from are decayed by hand, as Algorithm 1 of the paper says.
     """
     rule = Sgd(momentum, nesterov, weight_decay=0.1)
     generator = torch.Generator().manual_seed(0)
@@ -47,7 +48,8 @@ def test_the_plan_of_k2_by_sgd_keeps_two_numbers_of_a_parameter_and_multiplies_n
     for ours, theirs in zip(sgd.states, adamw.states, strict=True):
         assert 3 * ours.optimizer_bytes == 2 * theirs.optimizer_bytes
         assert ours.matmul_flops == 0
-    # Host states: gradient, master and momentum are five numbers to read or write, AdamW's are seven.
+    # Host states: gradient, master and momentum are five numbers to read or write, AdamW's are
+    # seven.
     assert all(
         5 * theirs.row_numbers_moved == 7 * ours.row_numbers_moved
         for ours, theirs in zip(sgd.states, adamw.states, strict=True)

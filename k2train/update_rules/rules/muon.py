@@ -111,8 +111,9 @@ def newton_schulz(
 def newton_schulz_cost(shape: Sequence[int], steps: int) -> int:
     """FLOPs of `steps` iterations of X <- a X + (b XXᵀ + c (XXᵀ)²) X on a matrix.
 
-    The matrix is turned so that it is wide. With n rows and m >= n columns an iteration is XXᵀ (2 n n m), its square (2 n n n) and the
-    product with X (2 n n m). Raises ConfigError for anything but a matrix.
+    The matrix is turned so that it is wide. With n rows and m >= n columns an iteration is XXᵀ (2 n
+    n m), its square (2 n n n) and the product with X (2 n n m). Raises ConfigError for anything but
+    a matrix.
     """
     if len(shape) != 2:
         raise ConfigError("shape", tuple(shape), "Newton-Schulz needs a matrix")

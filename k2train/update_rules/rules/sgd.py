@@ -3,10 +3,11 @@
     M <- mu M + G
     W <- W - lr (M + lambda W)        with Nesterov: G + mu M in place of M
 
-torch.optim.SGD adds lambda W to the gradient, so that the decay enters the momentum. Here the decay is
-decoupled, as it is in Muon and AdamW. Without weight decay both make the same update.
+torch.optim.SGD adds lambda W to the gradient, so that the decay enters the momentum. Here the decay
+is decoupled, as it is in Muon and AdamW. Without weight decay both make the same update.
 
-Source: Loshchilov & Hutter, "Decoupled weight decay regularization" (arXiv 1711.05101), Algorithm 1.
+Source: Loshchilov & Hutter, "Decoupled weight decay regularization" (arXiv 1711.05101), Algorithm
+1.
 """
 
 from __future__ import annotations

@@ -1,4 +1,5 @@
-"""A small model of K2's rules with lively weights, one microbatch through it, and a store that notes what it is told."""
+"""A small model of K2's rules with lively weights, one microbatch through it, and a store that
+notes what it is told."""
 
 from __future__ import annotations
 
@@ -21,13 +22,32 @@ from k2train.model.model import Model, backward, forward
 from k2train.ops.weight_grad import PlainGradients, WeightGradQueue
 
 K2 = ModelConfig(
-    vocab_size=96, hidden_size=136, num_hidden_layers=3, first_k_dense_replace=1, intermediate_size=96,
-    moe_intermediate_size=72, n_routed_experts=8, num_experts_per_tok=3, n_shared_experts=1, num_attention_heads=4,
-    q_lora_rank=24, kv_lora_rank=20, qk_nope_head_dim=12, qk_rope_head_dim=16, v_head_dim=10,
-    routed_scaling_factor=2.827, rope_theta=50000.0,
-    rope_scaling=YarnConfig(factor=32.0, original_max_position_embeddings=4096, beta_fast=1.0, beta_slow=1.0,
-                            mscale=1.0, mscale_all_dim=1.0),
-)  # fmt: skip
+    vocab_size=96,
+    hidden_size=136,
+    num_hidden_layers=3,
+    first_k_dense_replace=1,
+    intermediate_size=96,
+    moe_intermediate_size=72,
+    n_routed_experts=8,
+    num_experts_per_tok=3,
+    n_shared_experts=1,
+    num_attention_heads=4,
+    q_lora_rank=24,
+    kv_lora_rank=20,
+    qk_nope_head_dim=12,
+    qk_rope_head_dim=16,
+    v_head_dim=10,
+    routed_scaling_factor=2.827,
+    rope_theta=50000.0,
+    rope_scaling=YarnConfig(
+        factor=32.0,
+        original_max_position_embeddings=4096,
+        beta_fast=1.0,
+        beta_slow=1.0,
+        mscale=1.0,
+        mscale_all_dim=1.0,
+    ),
+)
 MOONLIGHT = dataclasses.replace(K2, q_lora_rank=None, n_shared_experts=2, rope_scaling=None)
 PLAIN = dataclasses.replace(K2, n_shared_experts=0, first_k_dense_replace=0, num_hidden_layers=2)
 FAMILIES = {"k2": K2, "moonlight": MOONLIGHT, "no_shared_expert": PLAIN}
@@ -46,7 +66,8 @@ def k2() -> ModelConfig:
 
 
 class Noting:
-    """SavedActivations that passes everything on to a real store and notes names, values and computations."""
+    """SavedActivations that passes everything on to a real store and notes names, values and
+    computations."""
 
     def __init__(self, store: MicrobatchStore) -> None:
         self.store = store
@@ -113,7 +134,8 @@ class Microbatch:
 
 @pytest.fixture
 def begin():
-    """begin(model, policies, split=False, noting=False) -> Microbatch after its forward; policies None: no store."""
+    """begin(model, policies, split=False, noting=False) -> Microbatch after its forward; policies
+    None: no store."""
 
     def make(
         model: Model, policies: ActivationsConfig | None, split: bool = False, noting: bool = False
@@ -121,9 +143,12 @@ def begin():
         generator = torch.Generator().manual_seed(1)
         tokens = torch.randint(model.config.vocab_size, (SEQUENCES, LENGTH + 1), generator=generator)
         context = MicrobatchContext(
-            SEQUENCES, PlainGradients(), WeightGradQueue() if split else None, loss=CrossEntropy(tokens[:, 1:], 1 / (SEQUENCES * LENGTH)),
+            SEQUENCES,
+            PlainGradients(),
+            WeightGradQueue() if split else None,
+            loss=CrossEntropy(tokens[:, 1:], 1 / (SEQUENCES * LENGTH)),
             balance_loss_scale=1e-2,
-        )  # fmt: skip
+        )
         store = None
         if policies is not None:
             store = ActivationStore(policies, OffloadEngine(CpuDevice(), HostArena(CpuDevice())))

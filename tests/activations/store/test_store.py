@@ -1,4 +1,5 @@
-"""The store: what is kept, dropped, rounded or sent away comes back as it was, once, and nothing is kept unasked."""
+"""The store: what is kept, dropped, rounded or sent away comes back as it was, once, and nothing is
+kept unasked."""
 
 from __future__ import annotations
 
@@ -8,10 +9,11 @@ import gc
 import pytest
 import torch
 
+from k2train.architecture.layer import NOT_REBUILDABLE, layer_kind
+from k2train.architecture.work import Workload
 from k2train.config.compose import load_config
 from k2train.config.sections import ActivationsConfig
-from k2train.estimate.activations import NOT_REBUILDABLE, saved_tensors
-from k2train.estimate.layer_ops import Workload
+from k2train.estimate.activations import saved_tensors
 from k2train.ops.fp8 import dequantise, quantise
 
 LOSSLESS = ["none", "recompute", "offload", "recompute_offload"]
@@ -57,8 +59,9 @@ def test_each_name_alone_changes_no_bit(k2, make_model, begin, name, policy):
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32, torch.float64])
 @pytest.mark.parametrize("name", [*LOSSLESS, "recompute_fp8", "k2"])
 def test_every_stored_tensor_comes_back_with_its_value(k2, make_model, begin, name, dtype):
-    """Bit-equal without FP8. With it: the direct round trip of what was saved, or, rebuilt from rounded sources, near it:
-    E4M3's 2^-4 a factor, two factors and sums of many in SwiGLU and the down-projection, so a tenth of the norm."""
+    """Bit-equal without FP8. With it: the direct round trip of what was saved, or, rebuilt from
+    rounded sources, near it: E4M3's 2^-4 a factor, two factors and sums of many in SwiGLU and the
+    down-projection, so a tenth of the norm."""
     policies = preset(name)
     microbatch = begin(make_model(k2, dtype), policies, noting=True)
     noted = [values for values in microbatch.saved.values.values() if values[0].stored]
@@ -102,7 +105,7 @@ def test_bytes_are_those_the_estimate_predicts_for_every_name(family, make_model
     for layer in range(family.num_hidden_layers):
         want = {
             t.name: t.stored_bytes
-            for t in saved_tensors(workload, policies, family.is_moe(layer))
+            for t in saved_tensors(workload, policies, layer_kind(family, layer))
             if t.stored_bytes
         }
         got: dict[str, int] = {}
@@ -114,8 +117,8 @@ def test_bytes_are_those_the_estimate_predicts_for_every_name(family, make_model
 
 @pytest.mark.parametrize("name", ["offload", "recompute_offload", "k2"])
 def test_after_offload_no_byte_of_the_layers_stays_on_the_device(family, make_model, begin, name):
-    """The storages themselves are gone, not only uncounted; what the head keeps is all there is, but for the numbers by
-    which a route is undone, at most two of 8 bytes an expert."""
+    """The storages themselves are gone, not only uncounted; what the head keeps is all there is,
+    but for the numbers by which a route is undone, at most two of 8 bytes an expert."""
     microbatch = begin(make_model(family), preset(name), noting=True)
     noting, store = microbatch.saved, microbatch.store
     before = store.device_bytes
