@@ -2,6 +2,9 @@
 
 What a section measures and how is its own affair; what the program's parts are called and take is
 written here.
+
+Letters: T tokens, D features, V vocabulary, L experts, M rows of all experts, I input and O output
+features.
 """
 
 from __future__ import annotations

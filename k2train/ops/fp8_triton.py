@@ -9,7 +9,7 @@ truncates to BF16. Tests step around that.
 
 Needs triton (the `gpu` extra), so only `fp8` imports this module, and only where there is a GPU.
 
-Letters as in `fp8`.
+Letters: R rows, W numbers in a row, N tiles in a row.
 """
 
 from __future__ import annotations

@@ -4,6 +4,8 @@ What decides sizes is drawn: the experts that every rank's tokens choose, with p
 differ, and counted by the dispatcher's own code on real tensors. A few draws are taken in turn, so
 that loads change from layer to layer and from microbatch to microbatch. Everything else that is
 read (a norm, a loss) decides nothing, and is 1.
+
+Letters: P ranks of the group, T tokens, K experts per token, E experts, L local experts.
 """
 
 from __future__ import annotations
