@@ -85,7 +85,8 @@ def test_one_rank_needs_no_gradient_traffic_and_replicas_do(model, make_layout, 
         for layout in (make_layout(), make_layout(edp=4))
     )
     assert alone.data_parallel == 0.0
-    assert replicated.reduce_scatter == pytest.approx(2 * replicated.all_gather)  # FP32 out, BF16 back
+    # FP32 out, BF16 back.
+    assert replicated.reduce_scatter == pytest.approx(2 * replicated.all_gather)
     assert replicated.update < alone.update
 
 

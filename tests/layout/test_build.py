@@ -91,8 +91,8 @@ def test_k2_stages_weigh_the_same_but_for_the_lighter_last(model):
         for stage in range(16)
     ]
     assert sizes == [4] * 15 + [1]
-    # Parameters alone give 2.35 (K2 report); with causal attention's quadratic term a layer weighs 8 %
-    # more.
+    # Parameters alone give 2.35 (K2 report); with causal attention's quadratic term a layer weighs
+    # 8 % more.
     ratio = head_flops(config.model) / layer_flops(config.model, "moe", 4096)
     assert ratio == pytest.approx(2.0 * 163840 * 7168 / (2 * 500.2e6 + 4097 * 64 * 320), rel=1e-3)
 

@@ -1,5 +1,8 @@
 """Losses of the head: weighted cross-entropy against torch's, and the protocol with an objective of
-whole responses."""
+whole responses.
+
+Letters: T tokens, D hidden, V vocabulary.
+"""
 
 from __future__ import annotations
 

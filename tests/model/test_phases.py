@@ -1,5 +1,8 @@
 """Phase-wise forward and backward against plain autograd through the same mathematics, in
-float64."""
+float64.
+
+Letters: T tokens, K experts per token, E experts.
+"""
 
 from __future__ import annotations
 

@@ -3,6 +3,8 @@
 Of FP8 storage: a loop over tiles, and the error bound. Of Triton kernels: running a file's tests
 under the interpreter, which has to be chosen before triton is imported, and compiling a kernel for
 a GPU that is not here.
+
+Letters: R rows, W numbers of a row, N tiles of a row.
 """
 
 from __future__ import annotations

@@ -1,5 +1,8 @@
 """Norm, SwiGLU, rotary, permutation, routing and cross-entropy: gradcheck, references, and what
-each saves."""
+each saves.
+
+Letters: N copies, S sources, D features.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,7 @@
-"""The weight-gradient queue and the linear layers that feed it."""
+"""The weight-gradient queue and the linear layers that feed it.
+
+Letters: T tokens, D features, N rows, C columns.
+"""
 
 from __future__ import annotations
 

@@ -10,7 +10,8 @@ from k2train.planner.plan import build_plan
 from k2train.program import check_program, compile_program
 from k2train.schedule.validate import validate
 
-SMALL = ["train.global_batch_tokens=147456", "train.seq_len=128", "train.microbatch_size=1"]  # 1152 sequences
+# 1152 sequences.
+SMALL = ["train.global_batch_tokens=147456", "train.seq_len=128", "train.microbatch_size=1"]
 
 
 def small(*words):

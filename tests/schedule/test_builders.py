@@ -142,7 +142,8 @@ def _check_copies(line: tuple, depth: int) -> None:
                 table[tuple(chunk)] = slot
     for chunk, backward in backwards.items():
         if chunk in reloads:
-            assert backward - (reloads[chunk] + 1) == depth  # a RELOAD stands before the slot it runs under
+            # A RELOAD stands before the slot it runs under.
+            assert backward - (reloads[chunk] + 1) == depth
             assert forwards[chunk] < reloads[chunk]
         else:
             assert backward - forwards[chunk] <= depth + 1

@@ -142,7 +142,8 @@ def is_host(birth: Birth) -> bool:
 
 def audited(run: Run) -> list[tuple[int, int, int]]:
     """Two steps, the second of them looked at after each action."""
-    if run.activations is None:  # where all is kept, autograd keeps it; a store says the same with numbers
+    # Where all is kept, autograd keeps it; a store says the same with numbers.
+    if run.activations is None:
         engine = OffloadEngine(run.device, HostArena(run.device))
         run = dataclasses.replace(run, activations=ActivationStore(run.config.activations, engine))
     found = []

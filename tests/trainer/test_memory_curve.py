@@ -65,7 +65,8 @@ def planned(program: Program) -> list[list[int]]:
     )
     costs = tuple(dataclasses.replace(cost, **still) for cost in program.costs.virtual_stages)
     simulation = simulate(program.schedule, Costs(costs), record=True)
-    soon = 1e-9 * simulation.makespan_seconds  # ends are sums in another order than the curve's times
+    # Ends are sums in another order than the curve's times.
+    soon = 1e-9 * simulation.makespan_seconds
     curves = []
     for stage, curve in enumerate(simulation.memory):
         steps = [step for step in simulation.steps() if step[0] == stage]
