@@ -165,7 +165,7 @@ def test_configs_read_without_hydra_are_those_that_hydra_composes(sections) -> N
         (None, "cpu"),
     ],
 )
-def test_the_plans_device_is_the_one_of_the_name(name, cluster, sections) -> None:
+def test_the_plans_device_is_the_one_of_the_name(name: str | None, cluster: str | None, sections) -> None:
     assert sections("setting").cluster_of(name) == cluster
 
 

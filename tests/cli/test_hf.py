@@ -118,7 +118,9 @@ def opened(directory: Path) -> torch.nn.Module:
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_a_model_of_transformers_comes_back_with_the_same_logits(family: str, tmp_path: Path, capsys) -> None:
+def test_a_model_of_transformers_comes_back_with_the_same_logits(
+    family: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     """Same bytes and same config, so the logits are equal to the bit."""
     theirs = saved_by_transformers(tmp_path / "hf", FAMILIES[family])
     assert len(list((tmp_path / "hf").glob("*.safetensors"))) > 1
@@ -194,7 +196,7 @@ def test_a_run_without_a_complete_checkpoint_is_said(tmp_path: Path) -> None:
     ],
 )
 def test_a_mistake_is_named_with_its_remedy_and_nothing_is_made(
-    run, args, words, tmp_path, monkeypatch
+    run, args, words: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
     with pytest.raises(ConfigError, match=words):
@@ -202,7 +204,9 @@ def test_a_mistake_is_named_with_its_remedy_and_nothing_is_made(
     assert os.listdir(tmp_path) == []
 
 
-def test_a_mistake_is_exit_status_2_and_no_traceback(tmp_path: Path, capsys) -> None:
+def test_a_mistake_is_exit_status_2_and_no_traceback(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     assert main(["import-hf", str(tmp_path), f"out={tmp_path}/ck"]) == 2
     said = capsys.readouterr().err
     assert "config.json" in said
@@ -211,7 +215,7 @@ def test_a_mistake_is_exit_status_2_and_no_traceback(tmp_path: Path, capsys) -> 
 
 
 @pytest.mark.parametrize("command", ["import-hf", "export-hf"])
-def test_help_explains_every_key(command: str, capsys) -> None:
+def test_help_explains_every_key(command: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert main([command, "--help"]) == 0
     said = capsys.readouterr().out
     keys = {
@@ -222,7 +226,9 @@ def test_help_explains_every_key(command: str, capsys) -> None:
     assert f"usage: k2train {command} DIR" in said
 
 
-def test_relative_paths_with_spaces_and_equal_signs_work(tmp_path: Path, monkeypatch) -> None:
+def test_relative_paths_with_spaces_and_equal_signs_work(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Hydra's sweeps make directories like `lr=0.1,seed=2`."""
     monkeypatch.chdir(tmp_path)
     saved_by_transformers(tmp_path / "my models" / "lr=0.1", FAMILIES["moonlight"])
@@ -231,7 +237,9 @@ def test_relative_paths_with_spaces_and_equal_signs_work(tmp_path: Path, monkeyp
     assert (tmp_path / "out=1" / "config.json").is_file()
 
 
-def test_multi_token_prediction_layers_are_left_out_with_a_note(tmp_path: Path, capsys) -> None:
+def test_multi_token_prediction_layers_are_left_out_with_a_note(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     theirs = saved_by_transformers(tmp_path / "hf", FAMILIES["k2"], "1GB")
     path = tmp_path / "hf" / "extra.safetensors"
     save_file({"model.layers.3.eh_proj.weight": torch.zeros(32, 64)}, path)

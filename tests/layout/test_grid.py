@@ -10,7 +10,7 @@ GRIDS = [RankGrid(*degrees) for degrees in itertools.product(range(1, 5), range(
 
 
 @pytest.mark.parametrize("grid", GRIDS, ids=str)
-def test_groups_partition_the_world(grid):
+def test_groups_partition_the_world(grid) -> None:
     sizes = {"pp": grid.pp, "ep": grid.ep, "edp": grid.edp, "dp": grid.edp * grid.ep}
     for axis in AXES:
         groups = grid.groups(axis)
@@ -21,7 +21,7 @@ def test_groups_partition_the_world(grid):
 
 
 @pytest.mark.parametrize("grid", GRIDS, ids=str)
-def test_rank_and_coordinates_are_inverse_and_follow_the_formula(grid):
+def test_rank_and_coordinates_are_inverse_and_follow_the_formula(grid) -> None:
     for rank in range(grid.world):
         pp_rank, edp_rank, ep_rank = grid.coordinates(rank)
         assert (
@@ -33,7 +33,7 @@ def test_rank_and_coordinates_are_inverse_and_follow_the_formula(grid):
 
 
 @pytest.mark.parametrize("grid", GRIDS, ids=str)
-def test_neighbours_are_consistent_and_stay_in_the_pipeline(grid):
+def test_neighbours_are_consistent_and_stay_in_the_pipeline(grid) -> None:
     for rank in range(grid.world):
         following = grid.next_stage(rank)
         assert grid.previous_stage(following) == rank
@@ -43,7 +43,7 @@ def test_neighbours_are_consistent_and_stay_in_the_pipeline(grid):
 
 
 @pytest.mark.parametrize("grid", GRIDS, ids=str)
-def test_two_groups_of_crossing_axes_meet_in_one_rank(grid):
+def test_two_groups_of_crossing_axes_meet_in_one_rank(grid) -> None:
     for rank in range(grid.world):
         for one, other in itertools.combinations(("pp", "ep", "edp"), 2):
             assert set(grid.group(one, rank)) & set(grid.group(other, rank)) == {rank}
@@ -53,7 +53,7 @@ def test_two_groups_of_crossing_axes_meet_in_one_rank(grid):
 
 
 @pytest.mark.parametrize("grid", GRIDS, ids=str)
-def test_relay_groups_cut_every_expert_group_into_neighbours_and_cross_them_once(grid):
+def test_relay_groups_cut_every_expert_group_into_neighbours_and_cross_them_once(grid) -> None:
     for size in (size for size in range(1, grid.ep + 1) if grid.ep % size == 0):
         for rank in range(grid.world):
             neighbours, places = grid.relay_groups(rank, size)
@@ -65,7 +65,7 @@ def test_relay_groups_cut_every_expert_group_into_neighbours_and_cross_them_once
             assert all(grid.relay_groups(peer, size)[1] == places for peer in places)
 
 
-def test_ranks_outside_the_world_are_refused():
+def test_ranks_outside_the_world_are_refused() -> None:
     grid = RankGrid(2, 1, 2)
     for rank in (-1, 4):
         with pytest.raises(IndexError):
@@ -74,7 +74,7 @@ def test_ranks_outside_the_world_are_refused():
         grid.rank_of(2, 0, 0)
 
 
-def test_k2_expert_groups_fill_two_neighbouring_nodes():
+def test_k2_expert_groups_fill_two_neighbouring_nodes() -> None:
     grid = RankGrid(16, 2, 16)
     assert grid.world == 512
     for group in grid.groups("ep"):

@@ -180,7 +180,9 @@ def compile_for_h100() -> Callable[..., Any]:
     return _compile_for_h100
 
 
-def _host_attention(q, k, v, bias, with_sums, dropout=0.0, causal=False, with_mask=False, scale=None):
+def _host_attention(
+    q, k, v, bias, with_sums, dropout: float = 0.0, causal: bool = False, with_mask: bool = False, scale=None
+):
     """What cuDNN's forward returns, from stock operations in float64."""
     assert (bias, with_sums, dropout, causal, with_mask) == (None, True, 0.0, True, False)
     logits = (q.double() @ k.double().transpose(2, 3)) * scale

@@ -31,7 +31,7 @@ def run_rehearsal(folder: Path, *words: str) -> subprocess.CompletedProcess[str]
 
 
 @pytest.fixture(scope="session")
-def rehearse(tmp_path_factory):
+def rehearse(tmp_path_factory: pytest.TempPathFactory):
     """A function that rehearses a config and returns its report."""
     if shutil.which("g++") is None and shutil.which("c++") is None:
         pytest.skip("a rehearsal without CUDA needs a C++ compiler")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from pathlib import Path
 
 import pytest
 
@@ -39,6 +40,8 @@ def test_a_word_that_is_no_rule_is_refused_with_the_nearest() -> None:
 
 
 @pytest.mark.parametrize("command", COMMANDS, ids=" ".join)
-def test_every_command_refuses_an_optimizer_that_is_none(command, tmp_path, capsys) -> None:
+def test_every_command_refuses_an_optimizer_that_is_none(
+    command, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     assert main([*command, "optim.name=adamv", f"run_dir={tmp_path}/run"]) == 2
     assert "optim.name=adamv: must be one of" in capsys.readouterr().err
