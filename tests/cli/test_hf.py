@@ -7,7 +7,9 @@ import os
 import re
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -55,7 +57,7 @@ YARN = {
     "mscale": 1.0,
     "mscale_all_dim": 1.0,
 }
-FAMILIES = {
+FAMILIES: dict[str, dict[str, Any]] = {
     "k2": {
         **SIZES,
         "q_lora_rank": 12,
@@ -88,7 +90,7 @@ FAMILIES = {
 }
 
 
-NO_SHARED_EXPERTS = {**FAMILIES["k2"], "n_shared_experts": 0}
+NO_SHARED_EXPERTS: dict[str, Any] = {**FAMILIES["k2"], "n_shared_experts": 0}
 
 
 def saved_by_transformers(
@@ -112,9 +114,11 @@ def logits(model: torch.nn.Module, vocab_size: int = 61) -> Tensor:
 
 
 def opened(directory: Path) -> torch.nn.Module:
-    model, info = AutoModelForCausalLM.from_pretrained(directory, output_loading_info=True)
+    loaded: Any = AutoModelForCausalLM.from_pretrained(directory, output_loading_info=True)
+    model, info = loaded
     assert not any(info[kind] for kind in ("missing_keys", "unexpected_keys", "mismatched_keys"))
-    return model.eval()
+    result: torch.nn.Module = model.eval()
+    return result
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -196,7 +200,11 @@ def test_a_run_without_a_complete_checkpoint_is_said(tmp_path: Path) -> None:
     ],
 )
 def test_a_mistake_is_named_with_its_remedy_and_nothing_is_made(
-    run, args, words: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    run: Callable[[list[str]], int],
+    args: list[str],
+    words: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.chdir(tmp_path)
     with pytest.raises(ConfigError, match=words):

@@ -86,12 +86,12 @@ def test_a_column_of_tokens_has_one_unit() -> None:
 
 
 @pytest.mark.parametrize("sweep", [[], ["-m", "layout.edp=1,2"], ["plan.compare=[1f1b,gpipe]"]])
-def test_the_status_says_where_nothing_fits(sweep, capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_status_says_where_nothing_fits(sweep: list[str], capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["plan", *SMALL[1:], "cluster.device_memory_bytes=1e6", *sweep]) == 1
     capsys.readouterr()
 
 
-def device_bytes(*words):
+def device_bytes(*words: str) -> float:
     return build_plan(load_config([*SMALL, *words])).fullest.device
 
 
@@ -101,6 +101,7 @@ def test_advice_prefers_a_switch_that_leaves_room_to_one_that_fits_to_the_last_b
     capacity = device_bytes("activations=recompute") / 0.99
     assert device_bytes("activations=recompute_fp8") < (1 - ROOM) * capacity < device_bytes()
     advice = advise(build_plan(load_config([*SMALL, f"cluster.device_memory_bytes={capacity}"])))
+    assert advice is not None
     assert advice.overrides == ("activations=recompute_fp8",)
 
 
@@ -109,6 +110,7 @@ def test_advice_takes_what_leaves_most_where_nothing_leaves_room() -> None:
     capacity = device_bytes(*smallest) / 0.99
     plan = build_plan(load_config([*SMALL, f"cluster.device_memory_bytes={capacity}"]))
     advice = advise(plan)
+    assert advice is not None
     assert advice.overrides == smallest
     assert (
         0
@@ -170,7 +172,11 @@ def test_help_explains_the_keys(capsys: pytest.CaptureFixture[str]) -> None:
     ],
 )
 def test_mistakes_exit_with_2_and_name_the_field(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], words, part: str
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    words: list[str],
+    part: str,
 ) -> None:
     monkeypatch.chdir(tmp_path)
     assert main(["plan", *words]) == 2

@@ -8,7 +8,7 @@ import pytest
 from k2train.cli.main import main
 from k2train.config.compose import load_config
 from k2train.device.cpu import CpuDevice
-from k2train.trainer.memory_report import measure_memory
+from k2train.trainer.memory_report import MemoryReport, measure_memory
 
 CPU = CpuDevice()
 PRESETS = ["none", "recompute", "recompute_fp8", "recompute_offload", "offload", "k2"]
@@ -19,13 +19,13 @@ MODELS = {
 }
 
 
-def report(model: str, preset: str):
+def report(model: str, preset: str) -> MemoryReport:
     return measure_memory(load_config([*MODELS[model], f"activations={preset}"]), CPU)
 
 
 @pytest.mark.parametrize("preset", PRESETS)
 @pytest.mark.parametrize("model", sorted(MODELS))
-def test_predicted_is_measured_for_every_name(model, preset) -> None:
+def test_predicted_is_measured_for_every_name(model: str, preset: str) -> None:
     found = report(model, preset)
     assert set(found.layers) == {"dense layer", "MoE layer"}
     assert found.largest_difference == 0

@@ -6,6 +6,7 @@ import pytest
 
 from k2train.config.compose import load_config
 from k2train.config.errors import ConfigError
+from k2train.config.schema import Config
 from k2train.planner.plan import build_plan
 from k2train.program import check_program, compile_program
 from k2train.schedule.validate import validate
@@ -14,12 +15,12 @@ from k2train.schedule.validate import validate
 SMALL = ["train.global_batch_tokens=147456", "train.seq_len=128", "train.microbatch_size=1"]
 
 
-def small(*words):
+def small(*words: str) -> Config:
     return load_config([*SMALL, "model.num_hidden_layers=8", "model.n_routed_experts=24", *words])
 
 
 @pytest.mark.parametrize(("pp", "edp", "ep"), list(itertools.product(range(1, 5), range(1, 4), range(1, 5))))
-def test_every_small_grid_can_be_planned(pp, edp, ep) -> None:
+def test_every_small_grid_can_be_planned(pp: int, edp: int, ep: int) -> None:
     tokens = 128 * edp * ep * 12
     config = small(
         f"layout.pp={pp}",

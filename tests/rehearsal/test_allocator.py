@@ -9,11 +9,11 @@ from k2train.rehearsal.allocator import MIB, CachingAllocator, replay
 from k2train.rehearsal.observer import MemoryEvent
 
 
-def made(serial, num_bytes, stream: str = "main"):
+def made(serial: int, num_bytes: int, stream: str = "main") -> MemoryEvent:
     return MemoryEvent(serial, num_bytes, stream)
 
 
-def gone(serial):
+def gone(serial: int) -> MemoryEvent:
     return MemoryEvent(serial, 0, "")
 
 
@@ -28,7 +28,7 @@ def gone(serial):
         (31 * MIB, 32 * MIB),
     ],
 )
-def test_a_first_request_takes_a_segment_of_the_drivers_sizes(num_bytes, segment) -> None:
+def test_a_first_request_takes_a_segment_of_the_drivers_sizes(num_bytes: int, segment: int) -> None:
     assert replay([made(0, num_bytes)], expandable=False).reserved == segment
 
 

@@ -11,7 +11,7 @@ from k2train.schedule.overlap import overlap, pair_order
 
 
 @pytest.mark.parametrize(("forward", "backward"), list(product(range(6), repeat=2)))
-def test_both_halves_run_all_their_phases_in_turn(forward, backward) -> None:
+def test_both_halves_run_all_their_phases_in_turn(forward: int, backward: int) -> None:
     order = pair_order(forward, backward)
     assert (order.count(0), order.count(1)) == (forward, backward)
     shorter = 2 * min(forward, backward)
@@ -19,7 +19,7 @@ def test_both_halves_run_all_their_phases_in_turn(forward, backward) -> None:
     assert len(set(order[shorter:])) <= 1
 
 
-def phases(*words):
+def phases(*words: str) -> tuple[Phase, ...]:
     """ "attention 3 compute" and so on."""
     split = (word.split() for word in words)
     return tuple(Phase(name, Stream(stream), float(seconds)) for name, seconds, stream in split)
