@@ -64,9 +64,10 @@ checks: lint types contract
 
 check: checks test ## lint, format, types, import contract and tests
 
+# --quiet would hide warnings from --strict.
 docs: $(VENV)/.docs ## build the documentation site into build/docs/site; a warning is an error
 	@$(BIN)/python tools/site_pages.py build/docs
-	@NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet --config-file build/docs/mkdocs.yml
+	@NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --config-file build/docs/mkdocs.yml
 	@echo build/docs/site/index.html
 
 pictures: $(VENV)/.run ## draw the pictures of README.md and docs/ again

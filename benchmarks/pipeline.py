@@ -22,7 +22,7 @@ adds everything that torch does for an operation besides its arithmetic.
 
     python benchmarks/pipeline.py --rounds 15 --hidden 256 --microbatches 8
 
-Letters: T tokens, D features, F features inside the feed-forward, V vocabulary.
+Letters: T tokens, D hidden, F width of the feed-forward, V vocabulary.
 """
 
 from __future__ import annotations

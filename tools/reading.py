@@ -25,7 +25,7 @@ import io
 import re
 import tokenize
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -36,7 +36,7 @@ HUGGING_FACE = ("model.layers.", "model.safetensors.")
 """Beginnings of Hugging Face's names, which look like those of our modules."""
 
 _SUFFIX = re.compile(r"[a-z][a-z0-9]*(?:_[a-z0-9]+)*_([A-Z]+)")
-_LEGEND = re.compile(r"\b(?:Letters|Suffixes):(.*)", re.DOTALL)
+_LEGEND = re.compile(r"\b(?:Letters|[Ss]uffixes):(.*)", re.DOTALL)
 _PATH = re.compile(r"(?<![\w/.:~{<*-])((?:[\w-]+/)*[\w-]+\.(?:py|md|yaml|sh|toml|cpp|sbatch))\b(?![\w/*{<(])")
 _DECISION = re.compile(r"\b(?:[Dd]ecisions?[ /]|decisions/)(\d{4})\b")
 _DOTTED = re.compile(r"`(?:k2train\.)?([a-z_]\w*(?:\.\w+)+)(?:\(\))?`")
@@ -76,8 +76,12 @@ def prose(path: Path) -> Iterator[tuple[int, str]]:
 
 
 def wide_lines(path: Path) -> list[str]:
-    """Docstrings and comments that are too wide, as `line: width`."""
-    wide = {number: len(line) for number, line in prose(path) if len(line) > WIDTH and "://" not in line}
+    """Docstrings and comments that are too wide, as `line: width`; words to tools are no prose."""
+    wide = {
+        number: len(line)
+        for number, line in prose(path)
+        if len(line) > WIDTH and "://" not in line and not re.search(r"# (type: ignore|noqa)", line)
+    }
     return [f"{number}: {width} columns" for number, width in sorted(wide.items())]
 
 
@@ -201,14 +205,14 @@ def top_names(path: Path) -> set[str]:
     return names
 
 
-PYTHON_RULES = {"width": wide_lines, "skip": skips, "legend": missing_letters}
-PROSE_RULES = {"path": lost_paths, "name": lost_names}
+Rule = Callable[[Path], list[str]]
+PYTHON_RULES: dict[str, Rule] = {"width": wide_lines, "skip": skips, "legend": missing_letters}
+RULES: dict[str, Rule] = {**PYTHON_RULES, "path": lost_paths, "name": lost_names}
 
 
-def findings(path: Path) -> dict[str, list[str]]:
-    """Every rule's findings in one file."""
-    rules = {**PROSE_RULES, **(PYTHON_RULES if path.suffix == ".py" else {})}
-    return {name: rule(path) for name, rule in rules.items()}
+def files_for(rule: str) -> list[Path]:
+    """The files that a rule is about: those of Python alone, or pages too."""
+    return [path for path in all_files() if path.suffix == ".py" or rule not in PYTHON_RULES]
 
 
 def room_of(path: Path) -> str:
@@ -223,29 +227,36 @@ def all_files() -> list[Path]:
     return [*python_files("k2train", "tests", "benchmarks", "tools", "examples"), *sorted(pages)]
 
 
+def findings() -> list[tuple[Path, str, str]]:
+    """Everything that the rules find: file, rule and what was found."""
+    return [
+        (path, rule, found)
+        for rule, check in RULES.items()
+        for path in files_for(rule)
+        for found in check(path)
+    ]
+
+
+def table(found: list[tuple[Path, str, str]]) -> str:
+    """How many findings each room has under each rule."""
+    counts = Counter((room_of(path), rule) for path, rule, _ in found)
+    lines = [f"{'':24}" + "".join(f"{rule:>8}" for rule in RULES)]
+    for room in sorted({room_of(path) for path in all_files()}):
+        lines.append(f"{room:24}" + "".join(f"{counts[room, rule] or '':>8}" for rule in RULES))
+    return "\n".join(lines)
+
+
 def main() -> None:
     """Print the table, or the findings that are asked for."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
-    parser.add_argument(
-        "--list", metavar="WORD", help="print every finding in files whose path has this word"
-    )
+    parser.add_argument("--list", metavar="WORD", help="print what is found in files whose path has a word")
     wanted = parser.parse_args().list
-    counts: dict[str, Counter[str]] = {}
-    for path in all_files():
-        for rule, found in findings(path).items():
-            counts.setdefault(room_of(path), Counter())[rule] += len(found)
-            if wanted is not None and wanted in str(path.relative_to(ROOT)):
-                for finding in found:
-                    print(
-                        f"{path.relative_to(ROOT)}:{finding}"
-                        if rule != "legend"
-                        else f"{path.relative_to(ROOT)}: letter {finding}"
-                    )
+    found = findings()
     if wanted is None:
-        rules = [*PYTHON_RULES, *PROSE_RULES]
-        print(f"{'':24}" + "".join(f"{rule:>8}" for rule in rules))
-        for room, count in counts.items():
-            print(f"{room:24}" + "".join(f"{count[rule] or '':>8}" for rule in rules))
+        print(table(found))
+    for path, rule, what in found:
+        if wanted is not None and wanted in str(path.relative_to(ROOT)):
+            print(f"{path.relative_to(ROOT)}: {rule}: {what}")
 
 
 if __name__ == "__main__":

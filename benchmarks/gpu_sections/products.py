@@ -7,7 +7,7 @@ products.
 
 The widths are those of K2's gate and up projections together: 7168 to 4096.
 
-Letters: L experts, M rows of all experts, I input and O output features.
+Letters: M rows of all experts, L experts, I input features, O output features.
 """
 
 from __future__ import annotations

@@ -9,7 +9,7 @@ backward has gone.
 A tensor is never held to be recognised: its storage is remembered weakly, and where in the storage
 the whole of it lies.
 
-Letters: R rows, W numbers in a row, N tiles in a row.
+Letters: R rows, W numbers of a row, N tiles of a row.
 """
 
 from __future__ import annotations

@@ -5,7 +5,7 @@ The scale is stored as `<weight name>_scale_inv`; despite its name the weight is
 times it (DeepSeek-V3, arXiv 2412.19437, section 3.3, and the conversion published with its
 weights). Edge blocks are smaller. R rows, C columns of the weight; I, J blocks of rows and columns.
 
-Letters: R rows, C columns, I blocks of rows, J blocks of columns.
+Letters: R rows, C columns, I rows of blocks, J columns of blocks.
 """
 
 from __future__ import annotations

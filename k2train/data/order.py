@@ -5,7 +5,7 @@ reorders the earlier ones, and a run resumed with more steps would see other dat
 has its own seed and the blend is a fixed pattern, so sample n is the same whatever was asked
 before, by whom, and however long the run is.
 
-Letters: B samples of a batch, C corpora.
+Letters: B samples of a block, C corpora.
 """
 
 from __future__ import annotations

@@ -5,7 +5,7 @@ differ, and counted by the dispatcher's own code on real tensors. A few draws ar
 that loads change from layer to layer and from microbatch to microbatch. Everything else that is
 read (a norm, a loss) decides nothing, and is 1.
 
-Letters: P ranks of the group, T tokens, K experts per token, E experts, L local experts.
+Letters: T tokens, K experts per token, E experts, L local experts, P ranks of the group.
 """
 
 from __future__ import annotations

@@ -9,32 +9,11 @@ import pytest
 
 from tools import reading
 
-FOLDERS = ("k2train", "tests", "benchmarks", "tools", "examples")
-FINISHED = ("k2train", "benchmarks", "tests/architecture", "tools", "examples")
-"""Folders whose files have complete legends. A folder that has come so far is added here."""
 
-
-def files_of(*folders: str) -> list[Path]:
-    """The Python files of some folders of the tree."""
-    return reading.python_files(*folders)
-
-
-@pytest.mark.parametrize("rule", ["width", "skip"])
-@pytest.mark.parametrize("folder", FOLDERS)
-def test_every_folder_keeps_the_rule(folder: str, rule: str) -> None:
-    found = {str(path): reading.PYTHON_RULES[rule](path) for path in files_of(folder)}
-    assert {name: lines for name, lines in found.items() if lines} == {}
-
-
-@pytest.mark.parametrize("folder", FINISHED)
-def test_a_finished_folder_says_what_its_letters_are(folder: str) -> None:
-    found = {str(path): reading.PYTHON_RULES["legend"](path) for path in files_of(folder)}
-    assert {name: lines for name, lines in found.items() if lines} == {}
-
-
-@pytest.mark.parametrize("rule", ["path", "name"])
-def test_what_prose_names_exists(rule: str) -> None:
-    found = {str(path): reading.PROSE_RULES[rule](path) for path in reading.all_files()}
+@pytest.mark.parametrize("rule", sorted(reading.RULES))
+def test_every_file_keeps_the_rule(rule: str) -> None:
+    check = reading.RULES[rule]
+    found = {str(path.relative_to(reading.ROOT)): check(path) for path in reading.files_for(rule)}
     assert {name: lines for name, lines in found.items() if lines} == {}
 
 
@@ -42,7 +21,7 @@ def check(tmp_path: Path, text: str, rule: str) -> list[str]:
     """What a rule finds in a file with a text."""
     path = tmp_path / f"file_of_{len(text)}.py"
     path.write_text(text)
-    return {**reading.PYTHON_RULES, **reading.PROSE_RULES}[rule](path)
+    return reading.RULES[rule](path)
 
 
 def test_a_wide_docstring_or_comment_is_found_and_a_wide_line_of_code_is_not(tmp_path: Path) -> None:

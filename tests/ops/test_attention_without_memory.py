@@ -76,7 +76,7 @@ print(backend.attention, *(f"{name}={count}" for name, count in sorted(ours.call
         ),
     ],
 )
-def test_a_layer_of_k2s_size_goes_through_the_backends_own_operations(backend, taken):
+def test_a_layer_of_k2s_size_goes_through_the_backends_own_operations(backend: str, taken: str) -> None:
     done = subprocess.run(
         [sys.executable, "-c", SCRIPT, backend], capture_output=True, text=True, timeout=300, check=False
     )

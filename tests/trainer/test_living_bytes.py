@@ -167,7 +167,7 @@ def no_garbage_collection():
 
 @pytest.mark.parametrize("preset", PRESETS)
 @pytest.mark.parametrize("schedule", SCHEDULES.values(), ids=SCHEDULES.keys())
-def test_every_storage_alive_between_two_actions_is_in_somebodys_books(words, preset, schedule):
+def test_every_storage_alive_between_two_actions_is_in_somebodys_books(words, preset, schedule) -> None:
     config = load_config([*words, f"activations={preset}", *schedule])
     for ((most_alive, most_stored, offloads),) in run_on_ranks(config, audited):
         assert most_alive > most_stored > 0

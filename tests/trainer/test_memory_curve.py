@@ -88,7 +88,9 @@ def planned(program: Program) -> list[list[int]]:
 @pytest.mark.parametrize(
     ("schedule", "pp", "vpp"), [("k2", 2, 2), ("1f1b", 3, 1), ("interleaved_1f1b", 2, 2)]
 )
-def test_memory_follows_the_simulators_curve(words, activations, schedule, pp, vpp):
+def test_memory_follows_the_simulators_curve(
+    words, activations: str, schedule: str, pp: int, vpp: int
+) -> None:
     """Within 5 % of the curve's peak at every step of the list, and the peak itself within 5 %."""
     config = load_config(
         [
