@@ -22,7 +22,7 @@ from k2train.cli.plan import check_writable
 from k2train.config.compose import load_config
 from k2train.config.errors import ConfigError
 from k2train.config.schema import Config
-from k2train.layout.build import build_layout
+from k2train.program import program_layout
 from k2train.rehearsal.stub import load_stub
 from k2train.telemetry.tables import show
 
@@ -73,11 +73,10 @@ def as_rehearsed(config: Config) -> Config:
         )
     train = dataclasses.replace(config.train, device="cuda")
     config = dataclasses.replace(config, train=train)
-    count, layout = config.rehearse.microbatches, config.layout
+    count = config.rehearse.microbatches
     if count is None:
         return config
-    ranks = build_layout(layout, config.cluster, config.model, train.seq_len).dp
-    tokens = count * ranks * train.microbatch_size * train.seq_len
+    tokens = count * program_layout(config).dp * train.microbatch_size * train.seq_len
     return dataclasses.replace(config, train=dataclasses.replace(train, global_batch_tokens=tokens))
 
 
@@ -85,7 +84,7 @@ def check_section(config: Config) -> None:
     """Raise ConfigError for a rank that the layout does not have, or a file that cannot be
     written."""
     section = config.rehearse
-    layout = build_layout(config.layout, config.cluster, config.model, config.train.seq_len)
+    layout = program_layout(config)
     for name, value, limit in (
         ("stage", section.stage, layout.pp),
         ("data_rank", section.data_rank, layout.dp),

@@ -13,7 +13,6 @@ import os
 import signal
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -28,8 +27,8 @@ from k2train.estimate.step import model_flops_utilisation, step_flops
 from k2train.ops.backend import choose_backend
 from k2train.ops.dtypes import DTYPES
 from k2train.optim.adam import check_host_adam
-from k2train.parallel.communicator import World
-from k2train.parallel.groups import build_groups
+from k2train.parallel.communicator import Communicator, World
+from k2train.parallel.groups import Groups, build_groups
 from k2train.parallel.objects import broadcast_object
 from k2train.program import Program
 from k2train.telemetry.metrics import MetricsFile
@@ -97,6 +96,21 @@ class Prepared:
     device: torch.device
     kind: WorldKind
 
+    def groups(self, world: World) -> Groups:
+        """One rank's groups. Every rank must call it; ranks that are processes first make sure that
+        they compiled the same program.
+
+        Raises ConfigError where they did not, and where the world's channels do not suffice.
+        """
+        layout = self.program.layout
+
+        def agree(everybody: Communicator) -> None:
+            # Threads share this very program, so there is nothing to agree on.
+            if self.kind == "processes":
+                agree_on_program(self.program, everybody, world.device)
+
+        return build_groups(layout.grid, world, layout.relay_ranks, self.program.messages, agree)
+
 
 def prepare(config: Config) -> Prepared:
     """Decide program, device and world; reads no data, makes no tensor.
@@ -120,22 +134,17 @@ def train(config: Config, words: Sequence[str] = ()) -> Outcome:
     ConfigError for what cannot run, TrainingDivergedError for a non-finite loss.
     """
     ready = prepare(config)
-    program, config, layout = ready.program, ready.program.config, ready.program.layout
-    corpus, messages = open_corpus(config), program.messages
+    program, config = ready.program, ready.program.config
+    corpus = open_corpus(config)
     with StopRequest() as stop, GarbageControl() as garbage:
         # One thread runs at a time, so a reader of its own would only take turns with the ranks.
         ahead = 0 if ready.kind == "threads" else AHEAD
 
         def run_rank(world: World) -> Outcome:
-            # Threads share this very program, so there is nothing to agree on.
-            agree = (
-                partial(agree_on_program, program, device=world.device) if ready.kind == "processes" else None
-            )
-            groups = build_groups(layout.grid, world, layout.relay_ranks, messages, agree)
-            run = build_run(program, corpus, groups, build_device(world.device))
+            run = build_run(program, corpus, ready.groups(world), build_device(world.device))
             return train_rank(run, stop, garbage, words, ahead)
 
-        return run_world(ready.kind, layout.world, ready.device, config.train, run_rank)
+        return run_world(ready.kind, program.layout.world, ready.device, config.train, run_rank)
 
 
 def train_rank(

@@ -29,7 +29,6 @@ from k2train.config.sections import ActivationsConfig
 from k2train.device.living import LivingStorages
 from k2train.device.protocol import Device
 from k2train.estimate.activations import SavedTensor, saved_tensors
-from k2train.layout.build import build_layout
 from k2train.model.context import MicrobatchContext, Statistics
 from k2train.model.loss import CrossEntropy
 from k2train.model.model import build_model, forward
@@ -37,6 +36,7 @@ from k2train.model.pieces import whole_model
 from k2train.ops.backend import OpsBackend, choose_backend
 from k2train.ops.dtypes import DTYPES
 from k2train.ops.weight_grad import PlainGradients
+from k2train.program import program_layout
 from k2train.update_rules.chosen import chosen_rules
 
 MAX_ELEMENTS = 1 << 27
@@ -103,7 +103,7 @@ def measure_memory(config: Config, device: Device) -> MemoryReport:
     here = microbatch(config, small, device)
     backend = choose_backend(config.ops, small, here.dtype, config.optim.tau, device.torch_device)
     measured = measure(small, here, config.activations, device, backend)
-    layout = build_layout(config.layout, config.cluster, config.model, config.train.seq_len)
+    layout = program_layout(config)
     whole = workload(config.model, config.train, layout.ep, layout.relay_ranks, config.ops)
     layers = {}
     for layer, kind in enumerate(kinds):

@@ -13,7 +13,6 @@ from k2train.config.errors import ConfigError
 from k2train.config.schema import Config
 from k2train.device.build import build_device
 from k2train.parallel.communicator import World
-from k2train.parallel.groups import build_groups
 from k2train.trainer.build import build_run, open_corpus
 from k2train.trainer.dry_run import dry_run
 from k2train.trainer.evaluate import Evaluation, evaluate
@@ -31,7 +30,7 @@ def score(config: Config, checkpoint: Path) -> Evaluation | None:
     """
     ready = prepare(config)
     program = ready.program
-    config, layout, corpus = program.config, program.layout, open_corpus(program.config)
+    config, corpus = program.config, open_corpus(program.config)
     max_tokens, seq_len = config.train.final_eval_tokens, config.train.seq_len
     if min(max_tokens // seq_len, corpus.num_samples("valid")) == 0:
         raise ConfigError(
@@ -42,11 +41,10 @@ def score(config: Config, checkpoint: Path) -> Evaluation | None:
         )
 
     def run_rank(world: World) -> Evaluation | None:
-        groups = build_groups(layout.grid, world, layout.relay_ranks, program.messages)
-        run = build_run(program, corpus, groups, build_device(world.device))
+        run = build_run(program, corpus, ready.groups(world), build_device(world.device))
         resume(run, checkpoint)
         dry_run(run)
         evaluation = evaluate(run, max_tokens)
         return evaluation if run.is_main else None
 
-    return run_world(ready.kind, layout.world, ready.device, config.train, run_rank)
+    return run_world(ready.kind, program.layout.world, ready.device, config.train, run_rank)

@@ -69,3 +69,9 @@ def test_policies_that_cannot_be_are_refused(capsys: pytest.CaptureFixture[str])
 def test_a_config_made_for_gpus_can_be_looked_at_without_one(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["report", "memory", "experiment=k2"]) == 0
     assert "1/16 of the widths" in capsys.readouterr().out
+
+
+def test_layers_listed_for_a_folded_pipeline_are_those_of_its_schedule() -> None:
+    words = ["schedule=dualpipe_v", "layout.pp=2", "layout.layers_per_virtual_stage=[1,1,1,1]"]
+    config = load_config([*MODELS["tiny"], *words, "model.num_hidden_layers=4"])
+    assert measure_memory(config, CPU).largest_difference == 0

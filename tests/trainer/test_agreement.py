@@ -6,6 +6,7 @@ import dataclasses
 from collections.abc import Callable
 
 import pytest
+import torch
 
 from k2train.config.compose import load_config
 from k2train.config.errors import ConfigError
@@ -16,6 +17,8 @@ from k2train.program import Program, compile_program
 from k2train.schedule.builders import build_schedule
 from k2train.schedule.spec import ScheduleSpec
 from k2train.trainer.agreement import agree_on_program
+from k2train.trainer.loop import Prepared
+from k2train.trainer.worlds import WorldKind
 
 WORDS = [
     "layout.ep=1",
@@ -84,3 +87,20 @@ def test_the_same_words_and_other_lists_are_another_version_of_the_program() -> 
         assert error is not None
         assert "of rank 3" in str(error)
         assert error.remedy == "install one version on every machine"
+
+
+@pytest.mark.parametrize(("kind", "heard"), [("processes", "train.seed"), ("threads", None)])
+def test_processes_make_no_groups_before_they_agree_and_threads_have_nothing_to_agree_on(
+    kind: WorldKind, heard: str | None
+) -> None:
+    """Training and `k2train evaluate` take their groups from what `prepare` gives."""
+
+    def run_rank(world: World) -> str | None:
+        program = program_of(f"train.seed={world.rank}")
+        try:
+            Prepared(program, torch.device("cpu"), kind).groups(world)
+        except ConfigError as error:
+            return error.field
+        return None
+
+    assert run_distributed_test(run_rank, 4, "threads") == [heard] * 4
