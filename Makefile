@@ -10,7 +10,7 @@ ARGS ?=
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
 .DEFAULT_GOAL := help
-.PHONY: help install train k2 test test-slow gpu-bench check checks lint format types contract wheel clean
+.PHONY: help install train k2 test test-slow gpu-bench check checks lint format types contract docs pictures wheel clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z0-9-]+:.*## / {printf "  make %-10s %s\n", $$1, $$2}' Makefile
@@ -24,6 +24,10 @@ $(VENV)/.run: pyproject.toml constraints.txt
 
 $(VENV)/.dev: $(VENV)/.run
 	$(BIN)/pip install --quiet --constraint constraints.txt --editable '.[dev]'
+	@touch $@
+
+$(VENV)/.docs: $(VENV)/.run
+	$(BIN)/pip install --quiet --constraint constraints.txt --editable '.[docs]'
 	@touch $@
 
 install: $(VENV)/.dev ## make .venv with everything the developer tools need
@@ -59,6 +63,16 @@ checks: lint types contract
 	@$(BIN)/ruff format --check .
 
 check: checks test ## lint, format, types, import contract and tests
+
+# --quiet would hide warnings from --strict.
+docs: $(VENV)/.docs ## build the documentation site into build/docs/site; a warning is an error
+	@$(BIN)/python tools/site_pages.py build/docs
+	@NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --config-file build/docs/mkdocs.yml
+	@echo build/docs/site/index.html
+
+pictures: $(VENV)/.run ## draw the pictures of README.md and docs/ again
+	@$(BIN)/python -m k2train.schedule.figures docs/pictures
+	@$(BIN)/python tools/rooms.py docs/pictures/rooms.svg
 
 wheel: $(VENV)/.dev ## build the wheel into dist/
 	@$(BIN)/python -m build --wheel --no-isolation --outdir dist .

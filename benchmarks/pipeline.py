@@ -21,6 +21,8 @@ phases and dispatch": the same with the real phases on tensors of one row and ei
 adds everything that torch does for an operation besides its arithmetic.
 
     python benchmarks/pipeline.py --rounds 15 --hidden 256 --microbatches 8
+
+Letters: T tokens, D hidden, F width of the feed-forward, V vocabulary.
 """
 
 from __future__ import annotations

@@ -1,5 +1,7 @@
 """What several rooms' tests start from, built without Hydra."""
 
+from collections.abc import Callable
+
 import pytest
 import torch
 
@@ -10,7 +12,7 @@ from k2train.model.pieces import whole_model
 
 
 @pytest.fixture
-def small_model():
+def small_model() -> ModelConfig:
     """A MoE model of six layers with K2's rules."""
     return ModelConfig(
         vocab_size=4096,
@@ -32,7 +34,7 @@ def small_model():
 
 
 @pytest.fixture
-def round_cluster():
+def round_cluster() -> ClusterConfig:
     """Nodes of four GPUs with round figures and no latencies."""
     return ClusterConfig(
         name="test",
@@ -79,5 +81,5 @@ def lively_model(config: ModelConfig, dtype: torch.dtype = torch.float32, seed: 
 
 
 @pytest.fixture
-def make_model():
+def make_model() -> Callable[..., Model]:
     return lively_model

@@ -2,6 +2,9 @@
 
 What a section measures and how is its own affair; what the program's parts are called and take is
 written here.
+
+Letters: T tokens, M rows of all experts, L experts, I input features, O output features, D hidden,
+V vocabulary.
 """
 
 from __future__ import annotations

@@ -4,6 +4,8 @@ output.
 q, k are (B, H, S, K), v is (B, H, S, V); all are causal. A library's output may have heads first,
 or heads and values in one; `gradient_for` and `positions_first` know, and nobody is charged for the
 turning.
+
+Letters: B sequences, S positions, H heads, V value features.
 """
 
 from __future__ import annotations

@@ -6,6 +6,8 @@ products.
                 FP32 products, grouped_mm
 
 The widths are those of K2's gate and up projections together: 7168 to 4096.
+
+Letters: M rows of all experts, L experts, I input features, O output features.
 """
 
 from __future__ import annotations

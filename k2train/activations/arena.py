@@ -190,7 +190,8 @@ class HostArena:
                 raise HostMemoryError(size, self._used_bytes, self._limit_bytes)
         try:
             block = _Block(self._device.pages(size))
-        except (OSError, MemoryError, RuntimeError) as error:  # torch's allocator and CUDA raise the last
+        # Torch's allocator and CUDA raise RuntimeError.
+        except (OSError, MemoryError, RuntimeError) as error:
             raise HostMemoryError(size, self._used_bytes, None) from error
         self._allocated_bytes += size
         self.num_allocations += 1

@@ -8,6 +8,8 @@ backward has gone.
 
 A tensor is never held to be recognised: its storage is remembered weakly, and where in the storage
 the whole of it lies.
+
+Letters: R rows, W numbers of a row, N tiles of a row.
 """
 
 from __future__ import annotations

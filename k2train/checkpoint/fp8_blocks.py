@@ -4,6 +4,8 @@
 The scale is stored as `<weight name>_scale_inv`; despite its name the weight is the E4M3 value
 times it (DeepSeek-V3, arXiv 2412.19437, section 3.3, and the conversion published with its
 weights). Edge blocks are smaller. R rows, C columns of the weight; I, J blocks of rows and columns.
+
+Letters: R rows, C columns, I rows of blocks, J columns of blocks.
 """
 
 from __future__ import annotations

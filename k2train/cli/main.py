@@ -92,6 +92,7 @@ def usage() -> str:
     lines += [
         "",
         "`k2train COMMAND --help` explains every key. `--config-dir FOLDER` finds config files of your own.",
+        "`k2train --version` names the version.",
     ]
     return "\n".join(lines)
 

@@ -12,7 +12,7 @@ import contextlib
 import dataclasses
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, TypeVar, overload
 
 import yaml
 from hydra.core.override_parser.overrides_parser import OverridesParser
@@ -32,7 +32,11 @@ T = TypeVar("T")
 EXPERIMENT = "experiment"
 
 
-def load_config(overrides: Sequence[str] = (), root: type[T] = Config, config_name: str = "config") -> T:  # type: ignore[assignment]
+@overload
+def load_config(overrides: Sequence[str] = ()) -> Config: ...
+@overload
+def load_config(overrides: Sequence[str], root: type[T], config_name: str = "config") -> T: ...
+def load_config(overrides: Sequence[str] = (), root: Any = Config, config_name: str = "config") -> Any:
     """Compose `config_name` with Hydra `overrides` and convert it into `root`.
 
     Raises ConfigError for every mistake in the overrides or in a YAML file.

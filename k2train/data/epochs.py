@@ -150,7 +150,8 @@ class EpochReader:
         are cut."""
         stat = os.stat(f"{self._indexed.path_prefix}.idx")
         window = self._window
-        version = importlib.metadata.version("megatron-core")  # another version may shuffle otherwise
+        # Another version may shuffle otherwise.
+        version = importlib.metadata.version("megatron-core")
         parts = (
             version,
             os.path.abspath(self._indexed.path_prefix),

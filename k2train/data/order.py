@@ -4,6 +4,8 @@ megatron-core draws one permutation over all the epochs a run will need, so aski
 reorders the earlier ones, and a run resumed with more steps would see other data. Here each epoch
 has its own seed and the blend is a fixed pattern, so sample n is the same whatever was asked
 before, by whom, and however long the run is.
+
+Letters: B samples of a block, C corpora.
 """
 
 from __future__ import annotations

@@ -107,7 +107,7 @@ def _memory(num_bytes: float, cluster: ClusterConfig) -> float:
 DEEPEP_BYTES_PER_SECOND = {16: 43.0e9, 32: 57.0e9, 64: 50.0e9}
 """What DeepEP's kernels reach between nodes by the size of the group, counting a token once for
 every node it goes to, its own among them: measured by its authors on H800 with a 400 Gb/s card for
-each GPU, 4096 tokens of 7168 numbers, 8 experts a token (docs/legacy.md of
+each GPU, 4096 tokens of 7168 numbers, 8 experts a token (the legacy page of
 github.com/deepseek-ai/DeepEP; the slower of dispatch and combine). Version 2 reports 81 to 90 for
 16 ranks."""
 DEEPEP_NODE_BYTES_PER_SECOND = 153.0e9

@@ -2,7 +2,7 @@
 brings the all-to-all.
 
 Letters: T tokens, K experts per token, M rows at the experts this rank holds, E experts, L local
-experts, D features.
+experts, D features, N rows (token, expert) in order of expert.
 """
 
 from __future__ import annotations

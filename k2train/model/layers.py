@@ -10,7 +10,7 @@ dispatch, experts and combine; what travels between its phases:
     combine   -> x_TD
 
 Letters: T tokens, K experts per token, M rows at local experts, E experts, L local experts, D
-hidden.
+hidden, H heads, X all heads' value features.
 """
 
 from __future__ import annotations

@@ -13,6 +13,8 @@ of three ways:
 Autograd saves what it needs; a store recognises the named tensors among that by their storage. A
 microbatch's tensors are known to all phases of its virtual stage, so that one that two phases save
 is stored once.
+
+Letters: T tokens, D features.
 """
 
 from __future__ import annotations

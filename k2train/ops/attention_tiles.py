@@ -10,7 +10,7 @@ times slower). Rows run from the last to the first, so that the first tile sees 
 the sums over rows that the others add to.
 
 Letters: B sequences, H heads, G = B x H, S positions, K query and key features, V value features, R
-rows of a tile.
+rows of a tile, E keys up to the end of a tile, F features of any kind.
 """
 
 from __future__ import annotations

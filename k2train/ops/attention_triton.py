@@ -14,7 +14,8 @@ in memory whose order changes from run to run.
 Needs triton (the `gpu` extra), so only `attention` imports this module, and only where there is a
 GPU.
 
-Letters as in `attention_kernels`; B sequences, H heads.
+Letters: B sequences, H heads, S positions, K query and key features, V value features, M blocks of
+rows.
 """
 
 from __future__ import annotations

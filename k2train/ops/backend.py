@@ -1,5 +1,8 @@
 """Which kernels a run's operations take: chosen once, when a run is built, and handed to what
-computes."""
+computes.
+
+Letters: B sequences, H heads, S positions, K query and key features.
+"""
 
 from __future__ import annotations
 

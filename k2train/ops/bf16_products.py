@@ -7,6 +7,8 @@ that is FP32 itself is cut into parts of 8 significant bits, `bf16_parts`.
 
 These products exist on CUDA alone. Whoever calls them asks `takes` first, and computes in FP32
 where it says no.
+
+Letters: M rows and N columns of a product, K what is summed over.
 """
 
 from __future__ import annotations

@@ -9,7 +9,7 @@ truncates to BF16. Tests step around that.
 
 Needs triton (the `gpu` extra), so only `fp8` imports this module, and only where there is a GPU.
 
-Letters as in `fp8`.
+Letters: R rows, W numbers of a row, N tiles of a row.
 """
 
 from __future__ import annotations

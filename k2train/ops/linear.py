@@ -10,7 +10,7 @@ results (`bf16_products`):
         rounded to BF16, by up to 2^-8
     dw  three parts of it, which are all of it
 
-Letters: T tokens, I input features, O output features.
+Letters: T tokens, I input features, O output features, P two parts of O side by side.
 """
 
 from __future__ import annotations

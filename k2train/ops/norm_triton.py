@@ -6,7 +6,7 @@ afterwards, so that the order is always the same.
 
 Needs triton (the `gpu` extra), so only `norm` imports this module, and only where there is a GPU.
 
-Letters: T tokens, D features.
+Letters: T tokens, D features, P programs of a launch.
 """
 
 from __future__ import annotations

@@ -2,7 +2,8 @@
 
 Features are rotated in interleaved pairs (0, 1), (2, 3), ...; tables are FP32 whatever the model's
 type, as published, then cast. Letters: B sequences, S positions, H heads, K features of a query or
-key, P pairs of rotated features.
+key, P pairs of rotated features, R rotated features, N unrotated key features, V value features, C
+= N + V, or P as complex numbers, F features of any kind, X sequences, alone or with heads.
 """
 
 from __future__ import annotations

@@ -5,7 +5,8 @@ With Triton the log-sum-exp says which blocks need no product (`row_max_triton`)
 operations nothing on the device can decide to leave a product out, so every logit is computed, some
 rows at a time.
 
-Letters: B sequences, H heads, G = B x H, S positions, R rows, K query and key features.
+Letters: B sequences, H heads, G = B x H, S positions, R rows, K query and key features, E keys up
+to the last of the rows.
 """
 
 from __future__ import annotations

@@ -21,7 +21,8 @@ not. The host waits for nothing. How many blocks that is depends on the data: wh
 one key its bound is tight and a block or two are computed; where a row spreads over n keys its
 bound is ln(n) above the logits, and with `exact_above` of minus infinity all blocks may have to be.
 
-Needs triton (the `gpu` extra). Letters as in `attention_kernels`.
+Needs triton (the `gpu` extra). Letters: B sequences, H heads, S positions, K query and key
+features, M blocks of rows.
 """
 
 from __future__ import annotations

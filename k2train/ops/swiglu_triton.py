@@ -5,7 +5,7 @@ element by element, and sums a row's part of the weight's gradient as it goes al
 
 Needs triton (the `gpu` extra), so only `swiglu` imports this module, and only where there is a GPU.
 
-Letters as in `swiglu`: N rows, F width.
+Letters: N rows, F width of the feed-forward.
 """
 
 from __future__ import annotations

@@ -10,7 +10,7 @@ Draining sums in FP32 (FP64 for float64 parameters). Where the products are BF16
 the sum by the kernel that computes it: no gradient of one microbatch is ever written, in any type
 (`add_product_into`).
 
-Letters: T tokens, I input and O output features, N rows.
+Letters: T tokens, I input and O output features, N rows, C columns of a part of I.
 """
 
 from __future__ import annotations

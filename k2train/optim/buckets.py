@@ -12,6 +12,8 @@ FP32 because thousands of small BF16 terms would be lost in a BF16 sum; FP64 in 
 Source: docs/design.md, "MuonClip with ZeRO-1".
 
 Shape suffixes: N rows that are added to, C columns of them.
+
+Letters: N rows, C columns of a matrix.
 """
 
 from __future__ import annotations

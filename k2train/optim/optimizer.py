@@ -12,6 +12,8 @@ All arithmetic on weights stands in update_rules/ and qk_clip.py; this file only
 and scatters. Source: Kimi K2 report, section 2.1; docs/design.md, "MuonClip with ZeRO-1".
 
 Shape suffixes: L layers of the model, H attention heads.
+
+Letters: L layers of the model, H heads.
 """
 
 from __future__ import annotations

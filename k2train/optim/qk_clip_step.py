@@ -1,5 +1,8 @@
 """QK-Clip across ranks: which named tensors it touches, and all layers' logits as one tensor for a
-maximum over the world."""
+maximum over the world.
+
+Letters: L layers of the model, H heads.
+"""
 
 from __future__ import annotations
 

@@ -19,7 +19,7 @@ for by it (`async_finish=False`). The host waits inside the first dispatch of a 
 kernel has told it how many rows come; in a pair the other half's compute has been issued by then.
 
 Letters: T tokens, K experts per token, L local experts, R rows that arrive, M rows at local
-experts, D features.
+experts, D features, E experts.
 """
 
 from __future__ import annotations

@@ -16,7 +16,7 @@ report, section 2.4.3).
 `relay_dispatcher.py` sends a token once for every rank or node instead.
 
 Letters: T tokens, K experts per token, E experts, L local experts, P ranks of the group, N rows
-here, M rows at local experts.
+here, M rows at local experts, D features.
 """
 
 from __future__ import annotations

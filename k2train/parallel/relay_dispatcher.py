@@ -19,7 +19,7 @@ without a word about them. Rows come out in the same order as `AllToAllDispatche
 bit; sums on the way back are rounded to the rows' type at every hop.
 
 `relay_route.py` works out who sends what. Letters: T tokens, K experts per token, P ranks of the
-group, R rows at this rank, M rows at its experts, D features.
+group, R rows at this rank, M rows at its experts, D features, E experts.
 """
 
 from __future__ import annotations

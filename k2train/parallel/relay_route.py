@@ -7,7 +7,7 @@ tensor of counts, which the host reads. `build_route` is the rest, when the host
 
 Letters: T tokens, K experts per token, L local experts, P ranks of the group, N nodes, G ranks of
 the group on a node, M rows at this rank's experts, C copies that leave in a hop, S rows they are
-copies of.
+copies of, R rows that arrive at this rank.
 """
 
 from __future__ import annotations

@@ -4,6 +4,8 @@ What decides sizes is drawn: the experts that every rank's tokens choose, with p
 differ, and counted by the dispatcher's own code on real tensors. A few draws are taken in turn, so
 that loads change from layer to layer and from microbatch to microbatch. Everything else that is
 read (a norm, a loss) decides nothing, and is 1.
+
+Letters: T tokens, K experts per token, E experts, L local experts, P ranks of the group.
 """
 
 from __future__ import annotations

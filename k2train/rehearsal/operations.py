@@ -4,6 +4,8 @@ kind.
 Products come from torch's own table (`torch.utils.flop_counter`); a fused attention kernel skips
 what causality hides, which that table does not know. Everything else is bounded by memory: inputs
 read once, outputs written once. An operation that only makes a view or allocates launches nothing.
+
+Letters: B sequences, H heads, S positions, K query and key features.
 """
 
 from __future__ import annotations

@@ -55,7 +55,8 @@ def dualpipe(pp: int, num_microbatches: int) -> Schedule:
     half = num_microbatches // 2
     lines = []
     for stage in range(pp):
-        lanes = ((stage, 0), (2 * pp - 1 - stage, half))  # down enters at stage 0, up at the last one
+        # Down enters at stage 0, up at the last one.
+        lanes = ((stage, 0), (2 * pp - 1 - stage, half))
         near = lanes if stage < pp // 2 else lanes[::-1]
         lines.append(_TwoLanes(near).line(min(stage, pp - 1 - stage), pp // 2, half))
     chains = (tuple(range(pp)), tuple(range(pp, 2 * pp)))
@@ -109,7 +110,8 @@ class _TwoLanes:
 
     def _main(self, times: int, at_fold: bool) -> None:
         for index in range(times):
-            if index == 0 and at_fold:  # apart, so that the next stage gets the forward's result sooner
+            # Apart, so that the next stage gets the forward's result sooner.
+            if index == 0 and at_fold:
                 self._forward(0)
                 self._backward(1)
             else:

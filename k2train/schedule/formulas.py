@@ -36,7 +36,8 @@ def bubble_seconds(spec: ScheduleSpec, forward: float, backward_input: float, we
 
 def work_seconds(spec: ScheduleSpec, forward: float, backward_input: float, weight_grad: float) -> float:
     """Compute of one stage in a step."""
-    virtual_stages = {"dualpipe_v": 2}.get(spec.kind, spec.vpp)  # of DualPipe's two, a microbatch passes one
+    # Of DualPipe's two, a microbatch passes one.
+    virtual_stages = {"dualpipe_v": 2}.get(spec.kind, spec.vpp)
     return virtual_stages * spec.num_microbatches * (forward + backward_input + weight_grad)
 
 

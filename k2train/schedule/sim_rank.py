@@ -107,7 +107,8 @@ class Rank:
             until[_EP] = max(until[_EP], produced)
             return produced != UNKNOWN
         arrived = mailbox.arrived[cell]
-        if arrived > until[_PP]:  # of two messages, the later one decides what is bubble and what is transfer
+        # Of two messages, the later one decides what is bubble and what is transfer.
+        if arrived > until[_PP]:
             until[_PP], until[_BUBBLE] = arrived, mailbox.sent[cell]
         return arrived != UNKNOWN
 

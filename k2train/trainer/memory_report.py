@@ -95,7 +95,8 @@ class MemoryReport:
 
 def measure_memory(config: Config, device: Device) -> MemoryReport:
     """Run the layers and count. Raises ConfigError for policies that cannot be."""
-    chosen_rules(config.optim)  # no rule is used here, but a word that is none is refused everywhere
+    # No rule is used here, but a word that is none is refused everywhere.
+    chosen_rules(config.optim)
     kinds = layer_kinds(config.model)
     divisor = smallest_divisor(config.model)
     small = two_layers(narrowed(config.model, divisor), kinds)

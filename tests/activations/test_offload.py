@@ -21,32 +21,32 @@ gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA dev
 class CountingStream(CpuStream):
     """Counts the bytes of each copy, and the tensors said to be in use."""
 
-    def __init__(self, name):
+    def __init__(self, name) -> None:
         super().__init__(name)
         self.lengths = []
         self.num_uses = 0
 
-    def copy(self, target, source):
+    def copy(self, target, source) -> None:
         self.lengths.append(source.numel())
         super().copy(target, source)
 
-    def uses(self, *tensors):
+    def uses(self, *tensors) -> None:
         self.num_uses += len(tensors)
 
 
 class CountingDevice(CpuDevice):
     """Its streams count, and are found by name."""
 
-    def __init__(self):
+    def __init__(self) -> None:
         super().__init__()
         self.streams = {}
 
-    def stream(self, name, priority="normal"):
+    def stream(self, name, priority: str = "normal"):
         return self.streams.setdefault(name, CountingStream(name))
 
 
 @pytest.fixture(params=["at once", "delayed"])
-def engine(request):
+def engine(request: pytest.FixtureRequest):
     device = (
         CpuDevice()
         if request.param == "at once"
@@ -71,7 +71,7 @@ def storage(tensor):
 
 def test_values_sizes_and_strides_come_back_for_every_view_of_every_type(
     engine, dtype, bits, storage_of, all_views
-):
+) -> None:
     views = all_views(storage_of(torch.Generator().manual_seed(0), 1001, dtype))
     expected = [(bits(v), v.shape, v.stride(), v.dtype) for v in views]
     offloaded = engine.offload(views)
@@ -82,7 +82,7 @@ def test_values_sizes_and_strides_come_back_for_every_view_of_every_type(
     assert storage(back[0]) != storage(views[0])
 
 
-def test_tensors_that_share_a_storage_are_copied_once_and_share_one_again():
+def test_tensors_that_share_a_storage_are_copied_once_and_share_one_again() -> None:
     engine = counting_engine()
     base = torch.randn(64, 64)
     other = torch.randn(100)
@@ -95,7 +95,7 @@ def test_tensors_that_share_a_storage_are_copied_once_and_share_one_again():
     assert [bool((t == 0).all()) for t in back] == [True, True, True, False, True, True]
 
 
-def test_bytes_that_no_view_reaches_stay_behind_and_the_views_still_share_a_storage():
+def test_bytes_that_no_view_reaches_stay_behind_and_the_views_still_share_a_storage() -> None:
     """Columns 0 to 1023 and 3072 to 4095 of a row: what lies between is neither copied nor
     allocated again."""
     engine = counting_engine()
@@ -113,7 +113,7 @@ def test_bytes_that_no_view_reaches_stay_behind_and_the_views_still_share_a_stor
 
 
 @pytest.mark.parametrize("start", [0, 1, 4, 63, 64, 65, 1000])
-def test_a_tensor_is_as_aligned_in_its_storage_as_it_was(engine, start):
+def test_a_tensor_is_as_aligned_in_its_storage_as_it_was(engine, start: int) -> None:
     tensor = torch.arange(4096, dtype=torch.float32)[start : start + 7]
     offloaded = engine.offload([tensor])
     offloaded.reload()
@@ -122,7 +122,7 @@ def test_a_tensor_is_as_aligned_in_its_storage_as_it_was(engine, start):
     assert back.storage_offset() % 64 == tensor.storage_offset() % 64
 
 
-def test_groups_with_no_tensors_or_no_elements_are_legal(engine):
+def test_groups_with_no_tensors_or_no_elements_are_legal(engine) -> None:
     empty = [torch.empty(0), torch.empty(3, 0, 2, dtype=torch.int64), torch.empty(2, 4)[:, 4:]]
     for group in ([], empty):
         offloaded = engine.offload(group)
@@ -134,7 +134,7 @@ def test_groups_with_no_tensors_or_no_elements_are_legal(engine):
     assert engine.bytes_out == engine.arena.peak_bytes == 0
 
 
-def test_a_tensor_that_needs_a_gradient_comes_back_without_its_graph(engine):
+def test_a_tensor_that_needs_a_gradient_comes_back_without_its_graph(engine) -> None:
     leaf = torch.randn(5, requires_grad=True)
     offloaded = engine.offload([leaf, leaf * 2])
     offloaded.reload()
@@ -143,7 +143,7 @@ def test_a_tensor_that_needs_a_gradient_comes_back_without_its_graph(engine):
     assert not any(t.requires_grad for t in back)
 
 
-def test_only_plain_tensors_of_the_engines_device_are_taken(engine):
+def test_only_plain_tensors_of_the_engines_device_are_taken(engine) -> None:
     with pytest.raises(AssertionError, match="not on cpu"):
         engine.offload([torch.empty(3, device="meta")])
     with pytest.raises(AssertionError, match="conjugation"):
@@ -152,7 +152,7 @@ def test_only_plain_tensors_of_the_engines_device_are_taken(engine):
         engine.offload([torch.eye(3).to_sparse()])
 
 
-def test_reading_before_the_reload_and_other_misuse_is_named(engine):
+def test_reading_before_the_reload_and_other_misuse_is_named(engine) -> None:
     offloaded = engine.offload([torch.ones(3)])
     with pytest.raises(AssertionError, match="before their RELOAD"):
         offloaded.tensors()
@@ -173,8 +173,8 @@ def test_reading_before_the_reload_and_other_misuse_is_named(engine):
 @pytest.mark.parametrize("state", ["out", "back", "read"])
 @pytest.mark.parametrize("way", ["drop", "collect"])
 def test_whatever_its_state_one_that_is_dropped_or_collected_returns_its_buffers_and_frees_its_tensors(
-    engine, state, way
-):
+    engine, state: str, way: str
+) -> None:
     offloaded = engine.offload([torch.randn(1000), torch.randn(300)])
     held = []
     if state != "out":
@@ -193,7 +193,7 @@ def test_whatever_its_state_one_that_is_dropped_or_collected_returns_its_buffers
     again.drop()
 
 
-def test_a_cycle_that_holds_one_is_collected_with_its_buffers(engine):
+def test_a_cycle_that_holds_one_is_collected_with_its_buffers(engine) -> None:
     cycle = [engine.offload([torch.ones(100)])]
     cycle.append(cycle)
     del cycle
@@ -202,7 +202,7 @@ def test_a_cycle_that_holds_one_is_collected_with_its_buffers(engine):
     assert engine.arena.used_bytes == 0
 
 
-def test_device_memory_is_let_go_of_explicitly_only_when_nobody_waited_for_its_copy():
+def test_device_memory_is_let_go_of_explicitly_only_when_nobody_waited_for_its_copy() -> None:
     engine = counting_engine()
     back = engine.device.streams["reload"]
     for read, way, expected in [(True, "drop", 0), (False, "drop", 2), (True, "", 0), (False, "", 2)]:
@@ -217,7 +217,7 @@ def test_device_memory_is_let_go_of_explicitly_only_when_nobody_waited_for_its_c
         assert back.num_uses == expected
 
 
-def test_nothing_keeps_what_was_copied_out(engine):
+def test_nothing_keeps_what_was_copied_out(engine) -> None:
     tensors = [torch.randn(1000), torch.randn(30, 30).t()]
     storages = [StorageWeakRef(t.untyped_storage()) for t in tensors]
     offloaded = engine.offload(tensors)
@@ -229,7 +229,7 @@ def test_nothing_keeps_what_was_copied_out(engine):
     offloaded.drop()
 
 
-def test_what_was_read_is_freed_with_the_callers_last_reference(engine):
+def test_what_was_read_is_freed_with_the_callers_last_reference(engine) -> None:
     offloaded = engine.offload([torch.randn(1000)])
     offloaded.reload()
     tensors = offloaded.tensors()
@@ -240,7 +240,7 @@ def test_what_was_read_is_freed_with_the_callers_last_reference(engine):
     assert all(s.expired() for s in storages)
 
 
-def test_an_arena_that_runs_out_leaves_everything_as_it_was():
+def test_an_arena_that_runs_out_leaves_everything_as_it_was() -> None:
     engine = counting_engine(limit_bytes=8192)
     first = engine.offload([torch.ones(1024)])
     with pytest.raises(HostMemoryError):
@@ -251,7 +251,7 @@ def test_an_arena_that_runs_out_leaves_everything_as_it_was():
     assert torch.equal(first.tensors()[0], torch.ones(1024))
 
 
-def test_counters_tell_what_went_out_came_back_and_is_on_the_host(engine):
+def test_counters_tell_what_went_out_came_back_and_is_on_the_host(engine) -> None:
     first = engine.offload([torch.ones(100), torch.ones(50)])
     second = engine.offload([torch.ones(10)])
     assert (engine.bytes_out, engine.bytes_back, engine.in_flight_bytes) == (640, 0, 640)
@@ -263,7 +263,7 @@ def test_counters_tell_what_went_out_came_back_and_is_on_the_host(engine):
     assert engine.in_flight_bytes == 0
 
 
-def test_copy_seconds_add_up_by_direction_and_tell_the_exposed_part():
+def test_copy_seconds_add_up_by_direction_and_tell_the_exposed_part() -> None:
     """In simulated time every queued item takes one tick, so a copy lasts at least one and the sums
     are whole numbers."""
     device = SimulatedDevice(seed=0, eager_compute=False)
@@ -281,14 +281,14 @@ def test_copy_seconds_add_up_by_direction_and_tell_the_exposed_part():
     assert engine.copy_seconds().out == 0
 
 
-def test_an_engine_that_is_not_timed_refuses_to_report_times(engine):
+def test_an_engine_that_is_not_timed_refuses_to_report_times(engine) -> None:
     with pytest.raises(AssertionError, match="timed=True"):
         engine.copy_seconds()
 
 
 @pytest.mark.gpu
 @gpu
-def test_a_gpu_round_trip_is_exact_while_compute_goes_on(dtype, bits, storage_of, all_views):
+def test_a_gpu_round_trip_is_exact_while_compute_goes_on(dtype, bits, storage_of, all_views) -> None:
     device = torch.device("cuda", torch.cuda.current_device())
     timed = build_device(device, timed=True)
     engine = OffloadEngine(timed, HostArena(timed), timed=True)
@@ -307,7 +307,7 @@ def test_a_gpu_round_trip_is_exact_while_compute_goes_on(dtype, bits, storage_of
 
 @pytest.mark.gpu
 @gpu
-def test_a_gpu_frees_what_was_copied_out():
+def test_a_gpu_frees_what_was_copied_out() -> None:
     device = torch.device("cuda", torch.cuda.current_device())
     engine = OffloadEngine(build_device(device), HostArena(build_device(device)))
     torch.cuda.synchronize()

@@ -30,7 +30,7 @@ class PoisoningArena(HostArena):
     """Overwrites a buffer when it is given back, as its next user might. For copies that are over
     at once."""
 
-    def give_back(self, buffer):
+    def give_back(self, buffer) -> None:
         buffer.bytes.fill_(FREED_BYTE)
         super().give_back(buffer)
 
@@ -38,21 +38,21 @@ class PoisoningArena(HostArena):
 class ImmediateDevice(CpuDevice):
     """Kernels and copies happen in the call."""
 
-    def compute(self, kernel):
+    def compute(self, kernel) -> None:
         kernel()
 
-    def advance(self, num_items):
+    def advance(self, num_items) -> None:
         pass
 
 
 class ForgetfulStream(SimulatedStream):
     """Does not wait for one other stream, or does not say what it uses."""
 
-    def wait(self, *events):
+    def wait(self, *events) -> None:
         forgotten = self.device.forgotten
         super().wait(*(event for event in events if event and (self.name, event.stream.name) != forgotten))
 
-    def uses(self, *tensors):
+    def uses(self, *tensors) -> None:
         if (self.name, "uses") != self.device.forgotten:
             super().uses(*tensors)
 
@@ -62,7 +62,7 @@ class ForgetfulDevice(SimulatedDevice):
 
     stream_type = ForgetfulStream
 
-    def __init__(self, seed, forgotten):
+    def __init__(self, seed, forgotten) -> None:
         super().__init__(seed, eager_compute=False, pages_read_once=True)
         self.forgotten = forgotten
 
@@ -80,7 +80,7 @@ class Run:
     """A training run's offloading: forwards that produce and offload, backwards that reload ahead,
     read and compare."""
 
-    def __init__(self, device, arena, seed, tools):
+    def __init__(self, device, arena, seed, tools) -> None:
         self.device = device
         self.engine = OffloadEngine(device, arena)
         self.random = random.Random(seed)
@@ -109,19 +109,19 @@ class Run:
         geometry = [(t.shape, t.stride()) for t in targets]
         return Microbatch([self.bits(v) for _, v in tensors], geometry, self.engine.offload(targets))
 
-    def backward(self, microbatch):
+    def backward(self, microbatch) -> None:
         """Read by a kernel that is queued, which compares; the tensors die with it."""
         tensors = microbatch.offloaded.tensors()
         assert [(t.shape, t.stride()) for t in tensors] == microbatch.geometry
         expected = microbatch.expected
 
-        def compare():
+        def compare() -> None:
             self.num_read += 1
             self.wrong += [self.bits(t) for t in tensors] != expected
 
         self.device.compute(compare)
 
-    def step(self, num_microbatches, in_flight, prefetch_depth, interrupt_at=None):
+    def step(self, num_microbatches, in_flight, prefetch_depth, interrupt_at=None) -> None:
         """One forward, one backward, with so many microbatches in flight; backwards in order of the
         forwards or reversed."""
         waiting: list[Microbatch] = []
@@ -145,20 +145,20 @@ class Run:
         assert not waiting
         assert not reloaded
 
-    def interrupt(self, microbatches):
+    def interrupt(self, microbatches) -> None:
         """The step ends here: some are dropped, some only forgotten."""
         for microbatch in microbatches:
             if self.random.random() < 0.5:
                 microbatch.offloaded.drop()
         microbatches.clear()
 
-    def evaluate(self):
+    def evaluate(self) -> None:
         """Other users of the host's memory and the device's time between two steps."""
         buffers = [self.engine.arena.take(self.random.randint(1, 9000)) for _ in range(3)]
         for buffer in buffers:
             self.engine.arena.give_back(buffer)
 
-    def train(self, num_steps):
+    def train(self, num_steps) -> None:
         """Steps of random shape, some interrupted, evaluations between them."""
         for _ in range(num_steps):
             num_microbatches = self.random.randint(1, 7)
@@ -179,13 +179,13 @@ def tools(bits, storage_of, all_views, dtypes):
     return bits, storage_of, all_views, dtypes
 
 
-def check_nothing_is_left(run):
+def check_nothing_is_left(run) -> None:
     assert run.engine.arena.used_bytes == run.engine.in_flight_bytes == 0
     assert all(storage.expired() for storage in run.produced)
 
 
 @pytest.mark.parametrize("seed", range(60))
-def test_every_value_comes_back_whatever_order_the_queues_run_in(seed, tools):
+def test_every_value_comes_back_whatever_order_the_queues_run_in(seed: int, tools) -> None:
     device = SimulatedDevice(seed, eager_compute=False, pages_read_once=True)
     run = Run(device, HostArena(device), seed, tools)
     run.train(num_steps=8)
@@ -195,7 +195,7 @@ def test_every_value_comes_back_whatever_order_the_queues_run_in(seed, tools):
 
 
 @pytest.mark.parametrize("seed", range(10))
-def test_every_value_comes_back_when_copies_are_over_at_once(seed, tools):
+def test_every_value_comes_back_when_copies_are_over_at_once(seed: int, tools) -> None:
     device = ImmediateDevice()
     run = Run(device, PoisoningArena(device), seed, tools)
     run.train(num_steps=8)
@@ -215,7 +215,7 @@ WAITS = {
 
 
 @pytest.mark.parametrize("forgotten", WAITS.values(), ids=WAITS.keys())
-def test_a_missing_wait_is_caught(forgotten, tools):
+def test_a_missing_wait_is_caught(forgotten, tools) -> None:
     wrong = 0
     for seed in range(10):
         device = ForgetfulDevice(seed, forgotten)
@@ -225,7 +225,7 @@ def test_a_missing_wait_is_caught(forgotten, tools):
     assert wrong > 0
 
 
-def test_the_simulated_device_with_no_wait_forgotten_is_the_right_one(tools):
+def test_the_simulated_device_with_no_wait_forgotten_is_the_right_one(tools) -> None:
     """The control of the test above: the same class, seeds and steps."""
     for seed in range(10):
         device = ForgetfulDevice(seed, None)
@@ -253,7 +253,7 @@ def wrong_after_taking_a_buffer_again_at_once(device):
     return sum(wrong)
 
 
-def test_a_host_buffer_taken_again_before_its_values_are_back_is_written_only_after_they_are():
+def test_a_host_buffer_taken_again_before_its_values_are_back_is_written_only_after_they_are() -> None:
     """With the wait left out a copy out may overtake the copy back before it: most seeds go wrong,
     far more than ten."""
     assert [wrong_after_taking_a_buffer_again_at_once(ForgetfulDevice(seed, None)) for seed in range(40)] == [
@@ -267,7 +267,9 @@ def test_a_host_buffer_taken_again_before_its_values_are_back_is_written_only_af
 
 
 @pytest.mark.parametrize("depth", [1, 2, 3])
-def test_buffers_are_reused_so_equal_steps_allocate_only_once_however_far_the_device_lags(depth, tools):
+def test_buffers_are_reused_so_equal_steps_allocate_only_once_however_far_the_device_lags(
+    depth: int, tools
+) -> None:
     device = SimulatedDevice(seed=depth, eager_compute=False, pages_read_once=True)
     run = Run(device, HostArena(device), 0, tools)
     allocated = set()
@@ -281,12 +283,12 @@ def test_buffers_are_reused_so_equal_steps_allocate_only_once_however_far_the_de
 
 
 @pytest.mark.parametrize("seed", range(10))
-def test_a_step_that_hits_the_memory_limit_leaves_a_run_that_can_go_on(seed, tools):
+def test_a_step_that_hits_the_memory_limit_leaves_a_run_that_can_go_on(seed: int, tools) -> None:
     device = SimulatedDevice(seed, eager_compute=False, pages_read_once=True)
     run = Run(device, HostArena(device, limit_bytes=40_000), seed, tools)
     kept = []
 
-    def fill():
+    def fill() -> None:
         while True:
             kept.append(run.forward())
 
@@ -321,7 +323,7 @@ def regions(draw):
     st.sampled_from([torch.float32, torch.bfloat16, torch.uint8, torch.float64]),
     st.integers(0, 99),
 )
-def test_any_views_of_a_storage_come_back_as_views_of_one(views, dtype, seed):
+def test_any_views_of_a_storage_come_back_as_views_of_one(views, dtype, seed) -> None:
     flat = torch.randint(0, 200, (4096,), generator=torch.Generator().manual_seed(seed)).to(dtype)
     tensors = [flat.as_strided((rows, columns), strides, start) for start, rows, columns, strides in views]
     device = SimulatedDevice(seed, eager_compute=True, pages_read_once=True)

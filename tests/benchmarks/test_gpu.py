@@ -7,7 +7,9 @@ import os
 import subprocess
 import sys
 import zipfile
+from collections.abc import Callable
 from pathlib import Path
+from types import ModuleType
 
 import pytest
 
@@ -139,12 +141,14 @@ def test_a_folder_of_wheels_is_found_behind_what_is_installed(tmp_path: Path) ->
 
 
 @pytest.fixture
-def sections(monkeypatch: pytest.MonkeyPatch):
+def sections(monkeypatch: pytest.MonkeyPatch) -> Callable[[str], ModuleType]:
     monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
     return lambda name: importlib.import_module(f"gpu_sections.{name}")
 
 
-def test_configs_read_without_hydra_are_those_that_hydra_composes(sections) -> None:
+def test_configs_read_without_hydra_are_those_that_hydra_composes(
+    sections: Callable[[str], ModuleType],
+) -> None:
     compose = sections("configs").compose
     for activations in ("none", "recompute_fp8", "k2"):
         for cluster in ("cpu", "h100", "h200", "h800"):
@@ -165,11 +169,13 @@ def test_configs_read_without_hydra_are_those_that_hydra_composes(sections) -> N
         (None, "cpu"),
     ],
 )
-def test_the_plans_device_is_the_one_of_the_name(name, cluster, sections) -> None:
+def test_the_plans_device_is_the_one_of_the_name(
+    name: str | None, cluster: str | None, sections: Callable[[str], ModuleType]
+) -> None:
     assert sections("setting").cluster_of(name) == cluster
 
 
-def test_limits_are_shares_of_what_is_left(sections) -> None:
+def test_limits_are_shares_of_what_is_left(sections: Callable[[str], ModuleType]) -> None:
     catalogue = sections("catalogue")
     assert sum(section.share for section in catalogue.SECTIONS) == 480
     everything = list(catalogue.SECTIONS)
@@ -184,7 +190,7 @@ def test_limits_are_shares_of_what_is_left(sections) -> None:
 
 
 def test_a_figure_that_is_not_finite_is_a_failure_and_a_cut_line_is_left_out(
-    sections, tmp_path: Path
+    sections: Callable[[str], ModuleType], tmp_path: Path
 ) -> None:
     report = sections("report")
     log = tmp_path / "log.jsonl"
@@ -207,7 +213,9 @@ def test_a_figure_that_is_not_finite_is_a_failure_and_a_cut_line_is_left_out(
     assert results[3]["note"] == "RuntimeError: first"
 
 
-def test_the_text_corpus_gives_neighbouring_tokens_and_begins_again(sections) -> None:
+def test_the_text_corpus_gives_neighbouring_tokens_and_begins_again(
+    sections: Callable[[str], ModuleType],
+) -> None:
     corpus = sections("adapter").TextCorpus(16, 17 * 5 + 3)
     batch = corpus.batch("train", 0, 6)
     assert batch.shape == (6, 17)

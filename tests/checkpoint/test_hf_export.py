@@ -50,7 +50,7 @@ def exported(directory: Path) -> dict[str, Tensor]:
 @pytest.mark.parametrize("dtype", [None, torch.bfloat16, torch.float16, torch.float32])
 @pytest.mark.parametrize("max_shard_bytes", [2000, 10**9])
 def test_import_then_export_is_byte_equal_for_every_tensor(
-    write_hf, weights, tmp_path, files, dtype, max_shard_bytes
+    write_hf, weights, tmp_path: Path, files: int, dtype: torch.dtype | None, max_shard_bytes: int
 ) -> None:
     tensors = weights if dtype is None else {name: tensor.to(dtype) for name, tensor in weights.items()}
     checkpoint = import_model(open_hf_model(write_hf(tensors, files)), tmp_path / "ck", max_shard_bytes=1500)
@@ -65,7 +65,9 @@ def test_import_then_export_is_byte_equal_for_every_tensor(
     assert (len(shards) == 1) == (max_shard_bytes > 2000)
 
 
-def test_export_then_import_is_byte_equal_and_the_same_model(write_hf, weights, model, tmp_path) -> None:
+def test_export_then_import_is_byte_equal_and_the_same_model(
+    write_hf, weights, model, tmp_path: Path
+) -> None:
     first = open_checkpoint(import_model(open_hf_model(write_hf(weights)), tmp_path / "a"))
     out = export_model(plan_export(first), tmp_path / "out", max_shard_bytes=5000)
     second = open_checkpoint(import_model(open_hf_model(out), tmp_path / "b"))
@@ -75,7 +77,7 @@ def test_export_then_import_is_byte_equal_and_the_same_model(write_hf, weights, 
     assert to_model_config(json.loads((out / "config.json").read_text())) == model
 
 
-def test_tokens_and_generation_settings_come_through(write_hf, weights, model, tmp_path) -> None:
+def test_tokens_and_generation_settings_come_through(write_hf, weights, model, tmp_path: Path) -> None:
     config = {
         **to_hf_config(model, "bfloat16"),
         "bos_token_id": 5,
@@ -128,7 +130,7 @@ def training_checkpoint(directory: Path, model, dtype: str = "bfloat16") -> dict
     ],
 )
 def test_masters_are_cast_to_the_runs_type_or_the_one_asked_for(
-    model, tmp_path, computed, asked, expected
+    model, tmp_path: Path, computed: str, asked: str | None, expected: torch.dtype
 ) -> None:
     masters = training_checkpoint(tmp_path / "ck", model, computed)
     export = plan_export(open_checkpoint(tmp_path / "ck"), asked)
@@ -144,7 +146,7 @@ def test_masters_are_cast_to_the_runs_type_or_the_one_asked_for(
     assert not (tmp_path / "out" / "generation_config.json").exists()
 
 
-def test_a_master_is_preferred_to_the_rounded_copy_beside_it(model, tmp_path) -> None:
+def test_a_master_is_preferred_to_the_rounded_copy_beside_it(model, tmp_path: Path) -> None:
     masters = {spec.name: torch.full(spec.shape, 1.001) for spec in model_tensors(model)}
     tensors = [(f"master/{name}", tensor) for name, tensor in masters.items()]
     tensors += [(f"model/{name}", torch.zeros_like(tensor).bfloat16()) for name, tensor in masters.items()]
@@ -153,7 +155,7 @@ def test_a_master_is_preferred_to_the_rounded_copy_beside_it(model, tmp_path) ->
     assert all(same(got[name], masters[name]) for name in masters)
 
 
-def test_a_checkpoint_that_is_no_whole_model_is_refused(model, tmp_path) -> None:
+def test_a_checkpoint_that_is_no_whole_model_is_refused(model, tmp_path: Path) -> None:
     tensors = [(f"model/{spec.name}", torch.zeros(spec.shape)) for spec in model_tensors(model)]
     write_checkpoint(tmp_path / "few", tensors[:-3], {"model": to_dict(model)})
     with pytest.raises(CheckpointError, match=r"lacks 3 tensors of its model: .*lm_head\.weight"):
@@ -173,7 +175,7 @@ def test_a_checkpoint_that_is_no_whole_model_is_refused(model, tmp_path) -> None
         plan_export(open_checkpoint(tmp_path / "odd"))
 
 
-def test_a_damaged_shard_or_ctrl_c_leaves_nothing(model, tmp_path) -> None:
+def test_a_damaged_shard_or_ctrl_c_leaves_nothing(model, tmp_path: Path) -> None:
     training_checkpoint(tmp_path / "ck", model)
     shard = tmp_path / "ck" / "r1-00001.safetensors"
     raw = bytearray(shard.read_bytes())
@@ -191,7 +193,7 @@ def test_a_damaged_shard_or_ctrl_c_leaves_nothing(model, tmp_path) -> None:
     assert os.listdir(tmp_path) == ["ck"]
 
 
-def test_a_model_directory_that_is_not_empty_is_kept(model, tmp_path) -> None:
+def test_a_model_directory_that_is_not_empty_is_kept(model, tmp_path: Path) -> None:
     training_checkpoint(tmp_path / "ck", model)
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "mine").write_text("x")

@@ -44,7 +44,9 @@ def refused(directory: Path, out: Path, *words: str) -> str:
 
 @pytest.mark.parametrize("files", [1, 3])
 @pytest.mark.parametrize("dtype", [None, torch.bfloat16, torch.float16, torch.float32, torch.float64])
-def test_every_tensor_keeps_its_bytes_and_type(write_hf, weights, model, tmp_path, files, dtype) -> None:
+def test_every_tensor_keeps_its_bytes_and_type(
+    write_hf, weights, model, tmp_path: Path, files: int, dtype: torch.dtype | None
+) -> None:
     tensors = weights if dtype is None else {name: tensor.to(dtype) for name, tensor in weights.items()}
     source = open_hf_model(write_hf(tensors, files))
     assert source.num_bytes == sum(tensor.nbytes for tensor in tensors.values())
@@ -54,7 +56,7 @@ def test_every_tensor_keeps_its_bytes_and_type(write_hf, weights, model, tmp_pat
     assert from_dict(ModelConfig, checkpoint.meta["model"]) == model
 
 
-def test_block_fp8_becomes_the_bf16_it_stands_for(write_hf, weights, model, tmp_path) -> None:
+def test_block_fp8_becomes_the_bf16_it_stands_for(write_hf, weights, model, tmp_path: Path) -> None:
     """Blocks of 8 x 16 on matrices whose sides are no multiples of either; norms, gate and biases
     stay as they are."""
     block, generator = (8, 16), torch.Generator().manual_seed(1)
@@ -75,7 +77,7 @@ def test_block_fp8_becomes_the_bf16_it_stands_for(write_hf, weights, model, tmp_
     assert all(same(checkpoint.load(f"model/{name}"), tensor) for name, tensor in expected.items())
 
 
-def test_fp8_without_its_scales_or_scales_without_fp8_are_named(write_hf, weights, tmp_path) -> None:
+def test_fp8_without_its_scales_or_scales_without_fp8_are_named(write_hf, weights, tmp_path: Path) -> None:
     quantized = {**weights, EXPERT: weights[EXPERT].to(torch.float8_e4m3fn)}
     refused(write_hf(quantized, name="a"), tmp_path / "ck", "missing (1)", EXPERT + "_scale_inv")
     refused(
@@ -90,7 +92,9 @@ def test_fp8_without_its_scales_or_scales_without_fp8_are_named(write_hf, weight
     refused(write_hf(integers, name="d"), tmp_path / "ck", EXPERT + "_scale_inv", "I32")
 
 
-def test_missing_extra_and_misshapen_tensors_are_all_named_and_counted(write_hf, weights, tmp_path) -> None:
+def test_missing_extra_and_misshapen_tensors_are_all_named_and_counted(
+    write_hf, weights, tmp_path: Path
+) -> None:
     tensors = {name: tensor for name, tensor in weights.items() if "experts.3." not in name}
     tensors["model.layers.0.self_attn.surprise.weight"] = torch.zeros(2)
     tensors["lm_head.weight"] = torch.zeros(37, 21)
@@ -109,18 +113,18 @@ def test_missing_extra_and_misshapen_tensors_are_all_named_and_counted(write_hf,
 
 
 @pytest.mark.parametrize("name", ["lm_head.weight", "model.layers.1.mlp.gate.e_score_correction_bias"])
-def test_each_single_missing_tensor_is_found(write_hf, weights, tmp_path, name) -> None:
+def test_each_single_missing_tensor_is_found(write_hf, weights, tmp_path: Path, name: str) -> None:
     refused(
         write_hf({n: t for n, t in weights.items() if n != name}, 2), tmp_path / "ck", "missing (1)", name
     )
 
 
 @pytest.mark.parametrize("dtype", [torch.int8, torch.uint8, torch.int64, torch.float8_e5m2])
-def test_a_type_that_is_no_weights_is_named(write_hf, weights, tmp_path, dtype) -> None:
+def test_a_type_that_is_no_weights_is_named(write_hf, weights, tmp_path: Path, dtype: torch.dtype) -> None:
     refused(write_hf({**weights, EXPERT: weights[EXPERT].to(dtype)}), tmp_path / "ck", EXPERT)
 
 
-def test_multi_token_prediction_layers_are_left_aside(write_hf, weights, tmp_path) -> None:
+def test_multi_token_prediction_layers_are_left_aside(write_hf, weights, tmp_path: Path) -> None:
     extra = {
         name.replace("layers.2.", "layers.3."): tensor
         for name, tensor in weights.items()
@@ -137,7 +141,7 @@ def test_multi_token_prediction_layers_are_left_aside(write_hf, weights, tmp_pat
     assert checkpoint.names() == sorted(f"model/{name}" for name in weights)
 
 
-def test_a_file_the_index_names_must_be_there_and_whole(write_hf, weights, tmp_path) -> None:
+def test_a_file_the_index_names_must_be_there_and_whole(write_hf, weights, tmp_path: Path) -> None:
     file = "model-2-of-3.safetensors"
     directory = write_hf(weights, 3)
     whole = (directory / file).read_bytes()
@@ -148,7 +152,7 @@ def test_a_file_the_index_names_must_be_there_and_whole(write_hf, weights, tmp_p
         refused(directory, tmp_path / "ck", file, "damaged")
 
 
-def test_an_index_that_does_not_match_its_files_is_refused(write_hf, weights, tmp_path) -> None:
+def test_an_index_that_does_not_match_its_files_is_refused(write_hf, weights, tmp_path: Path) -> None:
     directory = write_hf(weights, 2)
     index = directory / "model.safetensors.index.json"
     good = json.loads(index.read_text())["weight_map"]
@@ -166,14 +170,14 @@ def test_an_index_that_does_not_match_its_files_is_refused(write_hf, weights, tm
     refused(directory, tmp_path / "ck", "third.safetensors")
 
 
-def test_a_directory_without_safetensors_is_refused(tmp_path, model) -> None:
+def test_a_directory_without_safetensors_is_refused(tmp_path: Path, model) -> None:
     (tmp_path / "hf").mkdir()
     (tmp_path / "hf" / "config.json").write_text(json.dumps(to_hf_config(model, "float32")))
     (tmp_path / "hf" / "pytorch_model.bin").write_bytes(b"pickle")
     refused(tmp_path / "hf", tmp_path / "ck", "safetensors")
 
 
-def test_an_output_that_is_not_empty_is_refused_and_kept(write_hf, weights, tmp_path) -> None:
+def test_an_output_that_is_not_empty_is_refused_and_kept(write_hf, weights, tmp_path: Path) -> None:
     source = open_hf_model(write_hf(weights))
     (tmp_path / "full").mkdir()
     (tmp_path / "full" / "mine").write_text("x")
@@ -188,7 +192,7 @@ def test_an_output_that_is_not_empty_is_refused_and_kept(write_hf, weights, tmp_
 
 
 def test_too_small_a_disk_is_said_before_anything_is_written(
-    write_hf, weights, tmp_path, monkeypatch
+    write_hf, weights, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     source = open_hf_model(write_hf(weights))
     usage = collections.namedtuple("usage", "total used free")
@@ -198,7 +202,7 @@ def test_too_small_a_disk_is_said_before_anything_is_written(
     assert not (tmp_path / "new").exists()
 
 
-def test_a_disk_that_fills_while_writing_leaves_nothing(write_hf, weights, tmp_path) -> None:
+def test_a_disk_that_fills_while_writing_leaves_nothing(write_hf, weights, tmp_path: Path) -> None:
     """The kernel itself refuses the bytes: a limit on the size of files stands in for the full
     disk."""
     source = open_hf_model(write_hf(weights))
@@ -212,7 +216,7 @@ def test_a_disk_that_fills_while_writing_leaves_nothing(write_hf, weights, tmp_p
     assert sorted(os.listdir(tmp_path)) == ["hf"]
 
 
-def test_no_space_left_is_named_as_such(write_hf, weights, tmp_path) -> None:
+def test_no_space_left_is_named_as_such(write_hf, weights, tmp_path: Path) -> None:
     def fail(_: int) -> None:
         raise OSError(28, "No space left on device")
 
@@ -221,7 +225,7 @@ def test_no_space_left_is_named_as_such(write_hf, weights, tmp_path) -> None:
     assert sorted(os.listdir(tmp_path)) == ["hf"]
 
 
-def test_ctrl_c_in_the_middle_leaves_nothing(write_hf, weights, tmp_path) -> None:
+def test_ctrl_c_in_the_middle_leaves_nothing(write_hf, weights, tmp_path: Path) -> None:
     calls = []
 
     def interrupt(num_bytes: int) -> None:
@@ -236,7 +240,7 @@ def test_ctrl_c_in_the_middle_leaves_nothing(write_hf, weights, tmp_path) -> Non
     assert sorted(os.listdir(tmp_path)) == ["hf"]
 
 
-def test_a_source_that_is_cut_while_it_is_copied_leaves_nothing(write_hf, weights, tmp_path) -> None:
+def test_a_source_that_is_cut_while_it_is_copied_leaves_nothing(write_hf, weights, tmp_path: Path) -> None:
     directory = write_hf(weights)
     source = open_hf_model(directory)
     file = directory / "model.safetensors"
@@ -246,7 +250,7 @@ def test_a_source_that_is_cut_while_it_is_copied_leaves_nothing(write_hf, weight
     assert sorted(os.listdir(tmp_path)) == ["hf"]
 
 
-def test_verify_finds_bytes_that_the_disk_changed(write_hf, weights, tmp_path) -> None:
+def test_verify_finds_bytes_that_the_disk_changed(write_hf, weights, tmp_path: Path) -> None:
     """The last shard is complete when the callback sees the last tensor of it, so flip a byte of an
     earlier one."""
     seen = 0

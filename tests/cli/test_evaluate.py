@@ -59,7 +59,9 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return root
 
 
-def test_a_checkpoint_scores_as_the_run_said(trained: Path, tmp_path: Path, capsys) -> None:
+def test_a_checkpoint_scores_as_the_run_said(
+    trained: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     assert main(["evaluate", f"run_dir={trained / 'run'}", f"json={tmp_path / 'score.json'}"]) == 0
     last = read_metrics(trained / "run" / "metrics.jsonl")[-1]
     score = json.loads((tmp_path / "score.json").read_text())
@@ -97,6 +99,8 @@ def test_another_layout_and_another_text_may_be_given(trained: Path, tmp_path: P
         (["run_dir={run}", "model.hidden_size=32"], "model.hidden_size"),
     ],
 )
-def test_a_mistake_is_named(trained: Path, words: list[str], part: str, capsys) -> None:
+def test_a_mistake_is_named(
+    trained: Path, words: list[str], part: str, capsys: pytest.CaptureFixture[str]
+) -> None:
     assert main(["evaluate", *(word.format(run=trained / "run") for word in words)]) == 2
     assert part in capsys.readouterr().err

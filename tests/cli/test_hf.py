@@ -7,7 +7,9 @@ import os
 import re
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -55,7 +57,7 @@ YARN = {
     "mscale": 1.0,
     "mscale_all_dim": 1.0,
 }
-FAMILIES = {
+FAMILIES: dict[str, dict[str, Any]] = {
     "k2": {
         **SIZES,
         "q_lora_rank": 12,
@@ -88,7 +90,7 @@ FAMILIES = {
 }
 
 
-NO_SHARED_EXPERTS = {**FAMILIES["k2"], "n_shared_experts": 0}
+NO_SHARED_EXPERTS: dict[str, Any] = {**FAMILIES["k2"], "n_shared_experts": 0}
 
 
 def saved_by_transformers(
@@ -112,13 +114,17 @@ def logits(model: torch.nn.Module, vocab_size: int = 61) -> Tensor:
 
 
 def opened(directory: Path) -> torch.nn.Module:
-    model, info = AutoModelForCausalLM.from_pretrained(directory, output_loading_info=True)
+    loaded: Any = AutoModelForCausalLM.from_pretrained(directory, output_loading_info=True)
+    model, info = loaded
     assert not any(info[kind] for kind in ("missing_keys", "unexpected_keys", "mismatched_keys"))
-    return model.eval()
+    result: torch.nn.Module = model.eval()
+    return result
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_a_model_of_transformers_comes_back_with_the_same_logits(family: str, tmp_path: Path, capsys) -> None:
+def test_a_model_of_transformers_comes_back_with_the_same_logits(
+    family: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     """Same bytes and same config, so the logits are equal to the bit."""
     theirs = saved_by_transformers(tmp_path / "hf", FAMILIES[family])
     assert len(list((tmp_path / "hf").glob("*.safetensors"))) > 1
@@ -194,7 +200,11 @@ def test_a_run_without_a_complete_checkpoint_is_said(tmp_path: Path) -> None:
     ],
 )
 def test_a_mistake_is_named_with_its_remedy_and_nothing_is_made(
-    run, args, words, tmp_path, monkeypatch
+    run: Callable[[list[str]], int],
+    args: list[str],
+    words: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.chdir(tmp_path)
     with pytest.raises(ConfigError, match=words):
@@ -202,7 +212,9 @@ def test_a_mistake_is_named_with_its_remedy_and_nothing_is_made(
     assert os.listdir(tmp_path) == []
 
 
-def test_a_mistake_is_exit_status_2_and_no_traceback(tmp_path: Path, capsys) -> None:
+def test_a_mistake_is_exit_status_2_and_no_traceback(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     assert main(["import-hf", str(tmp_path), f"out={tmp_path}/ck"]) == 2
     said = capsys.readouterr().err
     assert "config.json" in said
@@ -211,7 +223,7 @@ def test_a_mistake_is_exit_status_2_and_no_traceback(tmp_path: Path, capsys) -> 
 
 
 @pytest.mark.parametrize("command", ["import-hf", "export-hf"])
-def test_help_explains_every_key(command: str, capsys) -> None:
+def test_help_explains_every_key(command: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert main([command, "--help"]) == 0
     said = capsys.readouterr().out
     keys = {
@@ -222,7 +234,9 @@ def test_help_explains_every_key(command: str, capsys) -> None:
     assert f"usage: k2train {command} DIR" in said
 
 
-def test_relative_paths_with_spaces_and_equal_signs_work(tmp_path: Path, monkeypatch) -> None:
+def test_relative_paths_with_spaces_and_equal_signs_work(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Hydra's sweeps make directories like `lr=0.1,seed=2`."""
     monkeypatch.chdir(tmp_path)
     saved_by_transformers(tmp_path / "my models" / "lr=0.1", FAMILIES["moonlight"])
@@ -231,7 +245,9 @@ def test_relative_paths_with_spaces_and_equal_signs_work(tmp_path: Path, monkeyp
     assert (tmp_path / "out=1" / "config.json").is_file()
 
 
-def test_multi_token_prediction_layers_are_left_out_with_a_note(tmp_path: Path, capsys) -> None:
+def test_multi_token_prediction_layers_are_left_out_with_a_note(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     theirs = saved_by_transformers(tmp_path / "hf", FAMILIES["k2"], "1GB")
     path = tmp_path / "hf" / "extra.safetensors"
     save_file({"model.layers.3.eh_proj.weight": torch.zeros(32, 64)}, path)

@@ -9,7 +9,7 @@ import signal
 import subprocess
 import sys
 import time
-from multiprocessing.process import BaseProcess
+from multiprocessing.context import SpawnProcess
 
 import pytest
 
@@ -17,7 +17,7 @@ from k2train.cli.launch import is_wanted, passing_signals_to, wait
 from k2train.config.compose import load_config
 
 
-def start(*seconds_and_status: tuple[float, int]) -> list[BaseProcess]:
+def start(*seconds_and_status: tuple[float, int]) -> list[SpawnProcess]:
     """Processes that end after some seconds with a status; a negative one is the signal they end
     themselves by."""
     context = multiprocessing.get_context("spawn")

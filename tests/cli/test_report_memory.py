@@ -8,7 +8,7 @@ import pytest
 from k2train.cli.main import main
 from k2train.config.compose import load_config
 from k2train.device.cpu import CpuDevice
-from k2train.trainer.memory_report import measure_memory
+from k2train.trainer.memory_report import MemoryReport, measure_memory
 
 CPU = CpuDevice()
 PRESETS = ["none", "recompute", "recompute_fp8", "recompute_offload", "offload", "k2"]
@@ -19,13 +19,13 @@ MODELS = {
 }
 
 
-def report(model: str, preset: str):
+def report(model: str, preset: str) -> MemoryReport:
     return measure_memory(load_config([*MODELS[model], f"activations={preset}"]), CPU)
 
 
 @pytest.mark.parametrize("preset", PRESETS)
 @pytest.mark.parametrize("model", sorted(MODELS))
-def test_predicted_is_measured_for_every_name(model, preset):
+def test_predicted_is_measured_for_every_name(model: str, preset: str) -> None:
     found = report(model, preset)
     assert set(found.layers) == {"dense layer", "MoE layer"}
     assert found.largest_difference == 0
@@ -35,7 +35,7 @@ def test_predicted_is_measured_for_every_name(model, preset):
     assert kept > 0
 
 
-def test_each_step_of_k2s_plan_leaves_less_on_the_device_and_the_last_a_tenth_at_most():
+def test_each_step_of_k2s_plan_leaves_less_on_the_device_and_the_last_a_tenth_at_most() -> None:
     rows = [
         report("k2", preset).layers["MoE layer"] for preset in ("none", "recompute", "recompute_fp8", "k2")
     ]
@@ -45,12 +45,14 @@ def test_each_step_of_k2s_plan_leaves_less_on_the_device_and_the_last_a_tenth_at
     assert device[-1] <= device[0] / 10
 
 
-def test_k2_is_measured_at_a_fraction_of_its_widths_and_a_small_model_whole():
+def test_k2_is_measured_at_a_fraction_of_its_widths_and_a_small_model_whole() -> None:
     assert report("k2", "none").divisor == 16
     assert report("tiny", "none").divisor == 1
 
 
-def test_the_command_prints_both_layers_and_says_how_far_off_it_is(capsys):
+def test_the_command_prints_both_layers_and_says_how_far_off_it_is(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
     assert main(["report", "memory", "activations=k2"]) == 0
     said = capsys.readouterr().out
     assert "MoE layer" in said
@@ -59,11 +61,11 @@ def test_the_command_prints_both_layers_and_says_how_far_off_it_is(capsys):
     assert "0.00 %" in said
 
 
-def test_policies_that_cannot_be_are_refused(capsys):
+def test_policies_that_cannot_be_are_refused(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["report", "memory", "activations.routing=recompute"]) == 2
     assert "activations.routing=recompute" in capsys.readouterr().err
 
 
-def test_a_config_made_for_gpus_can_be_looked_at_without_one(capsys):
+def test_a_config_made_for_gpus_can_be_looked_at_without_one(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["report", "memory", "experiment=k2"]) == 0
     assert "1/16 of the widths" in capsys.readouterr().out

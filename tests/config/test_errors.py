@@ -88,7 +88,7 @@ def test_every_error_names_a_whole_key() -> None:
         if isinstance(field, ast.Constant):
             seen += 1
             if field.value not in KEYS | WORDS | ARGUMENTS:
-                wrong.append(f"{place} {field.value}")
+                wrong.append(f"{place} {field.value!r}")
         elif isinstance(field, ast.JoinedStr) and isinstance(field.values[0], ast.Constant):
             seen += 1
             if str(field.values[0].value).split(".")[0].split("[")[0] not in sections:

@@ -7,6 +7,7 @@ import json
 import random
 from collections.abc import Iterable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -238,7 +239,7 @@ def test_inputs_that_cannot_work_are_refused(tmp_path: Path) -> None:
     pq.write_table(pa.table({"id": [1]}), tmp_path / "ids.parquet")
     (tmp_path / "none.txt").write_text("")
     good = write_jsonl(tmp_path / "good.jsonl", ["x"])
-    cases = [
+    cases: list[tuple[tuple[Path, ...], dict[str, Any], str]] = [
         ((tmp_path / "missing.txt",), {}, r"input\[0\]=.*not found"),
         ((good, tmp_path / "x.csv"), {}, r"input\[1\]=.*no kind that can be read"),
         ((tmp_path / "empty",), {}, "holds no .txt"),

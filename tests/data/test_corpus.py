@@ -19,7 +19,7 @@ from k2train.config.data import CorpusConfig, DataConfig
 from k2train.config.errors import ConfigError
 from k2train.data.corpus import Corpus, build_corpus
 from k2train.data.order import BLOCK, Blend, epoch_seed
-from k2train.data.split import document_ranges, parse_split
+from k2train.data.split import SplitName, document_ranges, parse_split
 
 from .conftest import WriteDataset, numbered_documents
 
@@ -45,7 +45,7 @@ def open_corpus(
 
 @pytest.mark.parametrize("split", ["train", "valid", "test"])
 def test_a_batch_is_the_same_however_it_is_cut_up(
-    tmp_path: Path, write_dataset: WriteDataset, split: str
+    tmp_path: Path, write_dataset: WriteDataset, split: SplitName
 ) -> None:
     """Across an epoch's end too, and in a corpus opened anew, as after a restart."""
     prefixes = (
@@ -300,7 +300,7 @@ def test_a_rank_that_is_not_the_first_reads_without_communicating(
         ("inf", "negative"),
     ],
 )
-def test_a_split_that_cannot_be_is_refused(split: str, rule: str) -> None:
+def test_a_split_that_cannot_be_is_refused(split: SplitName, rule: str) -> None:
     with pytest.raises(ConfigError, match=rule) as caught:
         parse_split(split)
     assert caught.value.field == "data.split"

@@ -14,7 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tokenizers import decoders, models, pre_tokenizers, trainers
 
-from k2train.config.data import TokenizerConfig
+from k2train.config.data import TokenizerConfig, TokenizerKind
 from k2train.config.errors import ConfigError
 from k2train.data.tiktoken_file import KIMI_PATTERN, MAX_RUN_CHARACTERS, MAX_TEXT_CHARACTERS, cut_long
 from k2train.data.tokenizer import ByteTokenizer, Tokenizer, build_tokenizer
@@ -86,7 +86,7 @@ def tokenizer(request: pytest.FixtureRequest) -> Iterator[Tokenizer]:
     if request.param == "byte":
         yield ByteTokenizer()
         return
-    kind = "tiktoken" if request.param == "tiktoken" else "huggingface"
+    kind: TokenizerKind = "tiktoken" if request.param == "tiktoken" else "huggingface"
     file = request.getfixturevalue({"tiktoken": "ranks_file"}.get(request.param, f"{request.param}_file"))
     yield build_tokenizer(TokenizerConfig(kind, str(file)))
 

@@ -4,7 +4,8 @@ import dataclasses
 
 import pytest
 
-from k2train.config.sections import ActivationsConfig, LayoutConfig, TrainConfig
+from k2train.config.model import ModelConfig
+from k2train.config.sections import ActivationsConfig, ClusterConfig, LayoutConfig, TrainConfig
 from k2train.estimate.virtual_stage import build_estimator
 from k2train.layout.build import build_layout
 
@@ -12,12 +13,12 @@ TRAIN = TrainConfig(seq_len=512, microbatch_size=2, global_batch_tokens=512 * 2 
 
 
 @pytest.fixture
-def model(small_model):
+def model(small_model: ModelConfig):
     return small_model
 
 
 @pytest.fixture
-def cluster(round_cluster):
+def cluster(round_cluster: ClusterConfig):
     return round_cluster
 
 

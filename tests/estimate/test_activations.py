@@ -15,11 +15,11 @@ from k2train.estimate.activations import check_policies, saved_tensors
 NAMES = [field.name for field in dataclasses.fields(ActivationsConfig)]
 
 
-def by_name(w, policies, kind="moe"):
+def by_name(w, policies, kind: str = "moe"):
     return {tensor.name: tensor for tensor in saved_tensors(w, policies, kind)}
 
 
-def test_every_name_belongs_to_a_dense_or_a_moe_layer(model, train, policies):
+def test_every_name_belongs_to_a_dense_or_a_moe_layer(model, train, policies) -> None:
     w = workload(model, train, 1)
     moe, dense = by_name(w, policies()), by_name(w, policies(), kind="dense")
     assert set(moe) | set(dense) == set(NAMES)
@@ -33,7 +33,7 @@ def test_every_name_belongs_to_a_dense_or_a_moe_layer(model, train, policies):
     }
 
 
-def test_bytes_of_single_names_by_hand(model, train, policies):
+def test_bytes_of_single_names_by_hand(model, train, policies) -> None:
     w = workload(model, train, 2)
     saved = by_name(w, policies(expert_input="fp8", query="recompute", layer_input="offload"))
     tokens, rows = 1024, 4096
@@ -54,7 +54,7 @@ def test_bytes_of_single_names_by_hand(model, train, policies):
 
 
 @pytest.mark.parametrize("policy", ["keep", "fp8", "offload", "fp8_offload", "recompute"])
-def test_policies_only_move_bytes_or_drop_them(model, train, policies, policy):
+def test_policies_only_move_bytes_or_drop_them(model, train, policies, policy: str) -> None:
     w = workload(model, train, 1)
     for name in set(NAMES) - {
         "layer_input",
@@ -85,8 +85,8 @@ def test_policies_only_move_bytes_or_drop_them(model, train, policies, policy):
     ],
 )
 def test_fused_attention_keeps_a_log_sum_and_triton_rebuilds_scores_twice(
-    model, train, policies, device, dtype, backend, kernel
-):
+    model, train, policies, device: str, dtype: str, backend: str, kernel: str
+) -> None:
     w = workload(model, dataclasses.replace(train, device=device, dtype=dtype), 1, ops=OpsConfig(backend))
     assert w.attention == kernel
     fused = kernel != "tiles"
@@ -101,13 +101,13 @@ def test_fused_attention_keeps_a_log_sum_and_triton_rebuilds_scores_twice(
     assert any(op.name == "row_statistics" for op in layer_of(model, "dense").attention_ops(w)) == fused
 
 
-def test_a_model_without_query_latent_or_shared_experts_has_no_such_names(model, train, policies):
+def test_a_model_without_query_latent_or_shared_experts_has_no_such_names(model, train, policies) -> None:
     plain = dataclasses.replace(model, q_lora_rank=None, n_shared_experts=0)
     names = set(by_name(workload(plain, train, 1), policies()))
     assert not names & {"q_latent", "q_latent_norm_output", "shared_swiglu_input", "shared_swiglu_output"}
 
 
-def test_k2_policies_leave_a_tenth_or_less_on_the_device():
+def test_k2_policies_leave_a_tenth_or_less_on_the_device() -> None:
     config = load_config(["experiment=k2"])
     w = workload(config.model, config.train, 16)
     before = sum(tensor.device_bytes for tensor in saved_tensors(w, ActivationsConfig(), "moe"))
@@ -125,13 +125,13 @@ def test_k2_policies_leave_a_tenth_or_less_on_the_device():
         ("routing", "fp8_offload"),
     ],
 )
-def test_policies_that_cannot_be_carried_out_are_refused(policies, name, policy):
+def test_policies_that_cannot_be_carried_out_are_refused(policies, name: str, policy: str) -> None:
     with pytest.raises(ConfigError, match=f"activations.{name}={policy}"):
         check_policies(policies(**{name: policy}))
 
 
 @pytest.mark.parametrize("dtype", ["float32", "float64"])
-def test_wider_types_take_more_bytes(model, train, policies, dtype):
+def test_wider_types_take_more_bytes(model, train, policies, dtype: str) -> None:
     narrow = workload(model, train, 1)
     wide = dataclasses.replace(narrow, dtype=dtype)
     factor = {"float32": 2, "float64": 4}[dtype]

@@ -21,8 +21,8 @@ from k2train.estimate.exchange import (
 @pytest.mark.parametrize("copies", ["per_expert", "per_rank", "per_node"])
 @pytest.mark.parametrize(("ep", "gpus"), [(2, 4), (4, 4), (4, 2), (6, 2)])
 def test_expected_copies_equal_the_mean_over_all_choices(
-    model, train, make_layout, cluster, copies, ep, gpus
-):
+    model, train, make_layout, cluster, copies: str, ep: int, gpus: int
+) -> None:
     small = dataclasses.replace(model, n_routed_experts=12, num_experts_per_tok=3)
     cluster = dataclasses.replace(cluster, gpus_per_node=gpus)
     layout = make_layout(cluster, ep=ep, pp=1, dispatch=copies)
@@ -54,13 +54,13 @@ def test_expected_copies_equal_the_mean_over_all_choices(
         assert hop.copies >= hop.intranode_bytes + hop.internode_bytes
 
 
-def test_hit_probability_is_certain_for_all_ranks_and_nothing_for_none(model, train):
+def test_hit_probability_is_certain_for_all_ranks_and_nothing_for_none(model, train) -> None:
     w = workload(model, train, 4)
     assert hit_probability(w, 4) == 1.0
     assert hit_probability(w, 0) == 0.0
 
 
-def test_all_to_all_inside_a_node_never_touches_the_network(model, train, make_layout, cluster):
+def test_all_to_all_inside_a_node_never_touches_the_network(model, train, make_layout, cluster) -> None:
     slow = dataclasses.replace(cluster, internode_bytes_per_second=1.0)
     w = workload(model, train, 4)
     for seconds in (dispatch_seconds, combine_seconds):
@@ -68,7 +68,9 @@ def test_all_to_all_inside_a_node_never_touches_the_network(model, train, make_l
         assert seconds(w, make_layout(slow, ep=4), slow, False) == unchanged > 0
 
 
-def test_copying_per_node_sends_less_than_per_rank_and_that_less_than_per_expert(model, train, make_layout):
+def test_copying_per_node_sends_less_than_per_rank_and_that_less_than_per_expert(
+    model, train, make_layout
+) -> None:
     w = workload(model, train, 8)
     far = [
         sum(hop.internode_bytes for hop in dispatch_hops(w, make_layout(ep=8, dispatch=copies)))
@@ -80,7 +82,7 @@ def test_copying_per_node_sends_less_than_per_rank_and_that_less_than_per_expert
 
 def test_a_route_costs_what_ranks_tell_each_other_its_kernels_and_the_hosts_wait(
     model, train, make_layout, cluster
-):
+) -> None:
     """Rates without latency: choices of 4 bytes to each of 3 neighbours over NVLink, and two
     constants."""
     w = workload(model, train, 4)
@@ -94,14 +96,14 @@ def test_a_route_costs_what_ranks_tell_each_other_its_kernels_and_the_hosts_wait
         assert seconds == pytest.approx(told[dispatch] + ROUTE_OPERATIONS[dispatch] * 1e-6 + 1e-3)
 
 
-def test_one_rank_tells_nobody_but_its_host(model, train, make_layout, cluster):
+def test_one_rank_tells_nobody_but_its_host(model, train, make_layout, cluster) -> None:
     quick = dataclasses.replace(cluster, kernel_latency_seconds=0.0, host_read_seconds=1e-3)
     assert route_seconds(workload(model, train, 1), make_layout(quick), quick) == 1e-3
 
 
 def test_without_expert_parallelism_an_exchange_copies_rows_and_adds_them_up(
     model, train, make_layout, cluster
-):
+) -> None:
     w = workload(model, train, 1)
     bandwidth = cluster.memory_bytes_per_second * cluster.memory_efficiency
     token, experts = token_bytes(w), model.num_experts_per_tok
@@ -112,7 +114,7 @@ def test_without_expert_parallelism_an_exchange_copies_rows_and_adds_them_up(
     )
 
 
-def test_weights_add_a_packing_of_what_they_travel_with(model, train, make_layout, cluster):
+def test_weights_add_a_packing_of_what_they_travel_with(model, train, make_layout, cluster) -> None:
     """per_rank in one node: tokens are packed on the way to the experts, a rank's copies on the way
     back."""
     w, layout = workload(model, train, 4), make_layout(ep=4, dispatch="per_rank")

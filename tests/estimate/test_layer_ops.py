@@ -19,7 +19,7 @@ from k2train.ops.embedding import COLUMNS
 
 
 @pytest.mark.parametrize("ep", [1, 2, 4])
-def test_phases_multiply_every_active_weight_once(model, train, ep):
+def test_phases_multiply_every_active_weight_once(model, train, ep: int) -> None:
     w = workload(model, train, ep)
     for kind, layer in (
         ("dense", layer_of(model, "dense")),
@@ -30,7 +30,7 @@ def test_phases_multiply_every_active_weight_once(model, train, ep):
     assert sum(op.flops for op in head_ops(w)) == w.tokens * head_flops(model)
 
 
-def test_weight_gradients_touch_every_local_matrix_once(model, train):
+def test_weight_gradients_touch_every_local_matrix_once(model, train) -> None:
     w = workload(model, train, ep=4)
     ops = [op for _, phase in layer_of(model, "moe").phases(w) for op in phase]
     local = sum(
@@ -42,14 +42,14 @@ def test_weight_gradients_touch_every_local_matrix_once(model, train):
 
 
 @pytest.mark.parametrize("seq_len", [1, 2, 7, 64])
-def test_causal_attention_counts_each_visible_position(model, seq_len):
+def test_causal_attention_counts_each_visible_position(model, seq_len: int) -> None:
     visible = sum(position + 1 for position in range(seq_len))
     heads = mixer_of(model).heads
     per_position = 2 * model.num_attention_heads * (heads.query + heads.value)
     assert heads.score_flops(seq_len) * seq_len == pytest.approx(visible * per_position)
 
 
-def test_doubling_the_heads_doubles_the_quadratic_term_alone(model, train):
+def test_doubling_the_heads_doubles_the_quadratic_term_alone(model, train) -> None:
     double = dataclasses.replace(model, num_attention_heads=2 * model.num_attention_heads)
     once, twice = (mixer_of(m).heads.score_flops(4096) for m in (model, double))
     assert twice == 2 * once
@@ -57,7 +57,7 @@ def test_doubling_the_heads_doubles_the_quadratic_term_alone(model, train):
     assert few == many
 
 
-def test_recomputation_costs_what_it_rebuilds(model, train, cluster, policies):
+def test_recomputation_costs_what_it_rebuilds(model, train, cluster, policies) -> None:
     w = workload(model, train, 1)
     machine = Machine(cluster, train.dtype)
     plain = transformer_layer(w, policies(), machine, Exchange(0.0, 0.0, 0.0, 0.0, 0.0), "moe")
@@ -76,14 +76,16 @@ def test_recomputation_costs_what_it_rebuilds(model, train, cluster, policies):
     assert sum(p.seconds for p in rebuilt.backward_input) > sum(p.seconds for p in plain.backward_input)
 
 
-def test_a_kernel_takes_the_longer_of_its_arithmetic_and_its_bytes(cluster):
+def test_a_kernel_takes_the_longer_of_its_arithmetic_and_its_bytes(cluster) -> None:
     machine = Machine(cluster, "bfloat16")
     assert machine.seconds(5e14, 1.0, "matmul") == 1.0
     assert machine.seconds(2.5e14, 1.0, "attention") == 1.0
     assert machine.seconds(1.0, 3e12, "matmul") == 3.0
 
 
-def test_exact_largest_logits_cost_all_scores_once_more_and_count_for_no_utilisation(model, train, cluster):
+def test_exact_largest_logits_cost_all_scores_once_more_and_count_for_no_utilisation(
+    model, train, cluster
+) -> None:
     """Scores are the query width's share of attention, at the Triton kernels' rate."""
     machine = Machine(cluster, train.dtype)
     train = dataclasses.replace(train, device="cuda", seq_len=4096)
@@ -107,7 +109,7 @@ def test_exact_largest_logits_cost_all_scores_once_more_and_count_for_no_utilisa
     assert machine.backward_input([plain]) == machine.backward_input([statistics])
 
 
-def test_triton_attention_is_slower_and_makes_two_more_products(model, train, cluster):
+def test_triton_attention_is_slower_and_makes_two_more_products(model, train, cluster) -> None:
     """At a length where arithmetic bounds it: seven products at 0.7 of the rate where cuDNN makes
     five."""
     machine = Machine(cluster, train.dtype)
@@ -124,7 +126,7 @@ def test_triton_attention_is_slower_and_makes_two_more_products(model, train, cl
     assert backward[1] / backward[0] == pytest.approx(more / TRITON_SPEED, rel=1e-3)
 
 
-def test_the_head_does_its_three_products_in_the_forward(model, train, cluster):
+def test_the_head_does_its_three_products_in_the_forward(model, train, cluster) -> None:
     w = workload(model, train, 1)
     costs = head(w, Machine(cluster, train.dtype))
     three_products = 3 * 2 * w.tokens * model.hidden_size * model.vocab_size / 5e14
@@ -136,7 +138,7 @@ def test_the_head_does_its_three_products_in_the_forward(model, train, cluster):
     assert costs.weight_queue_bytes == 4 * model.hidden_size
 
 
-def test_a_chunked_head_passes_over_its_weight_once_a_chunk(model, train):
+def test_a_chunked_head_passes_over_its_weight_once_a_chunk(model, train) -> None:
     w = workload(model, train, 1)
     once, thrice = head_ops(w, 1)[1], head_ops(w, 3)[1]
     weight = model.hidden_size * model.vocab_size
@@ -145,7 +147,7 @@ def test_a_chunked_head_passes_over_its_weight_once_a_chunk(model, train):
     assert thrice.flops == once.flops
 
 
-def test_gradients_of_norms_wait_in_the_type_of_the_sums(model, train, cluster, policies):
+def test_gradients_of_norms_wait_in_the_type_of_the_sums(model, train, cluster, policies) -> None:
     """BF16 products beside FP32 norms: what is left of a dense layer's queue without its products
     is four norms."""
     w = workload(model, train, 1)
@@ -160,7 +162,7 @@ def test_gradients_of_norms_wait_in_the_type_of_the_sums(model, train, cluster, 
     assert queue - products_bytes == 4 * (2 * model.hidden_size + model.q_lora_rank + model.kv_lora_rank)
 
 
-def test_a_bf16_router_multiplies_its_fp32_gradient_in_parts(model, train, cluster):
+def test_a_bf16_router_multiplies_its_fp32_gradient_in_parts(model, train, cluster) -> None:
     """One product forward, a double one for the input, three for the weight; in FP32 one of
     each."""
     narrow = next(
@@ -179,7 +181,7 @@ def test_a_bf16_router_multiplies_its_fp32_gradient_in_parts(model, train, clust
     assert machine.weight_grad([narrow]) == 3 * machine.weight_grad([once])
 
 
-def test_every_expert_and_every_run_of_the_heads_rows_is_a_kernel(model, train, cluster):
+def test_every_expert_and_every_run_of_the_heads_rows_is_a_kernel(model, train, cluster) -> None:
     slow = dataclasses.replace(cluster, kernel_latency_seconds=1.0)
     local = model.n_routed_experts // 4
     up = next(
@@ -190,5 +192,5 @@ def test_every_expert_and_every_run_of_the_heads_rows_is_a_kernel(model, train, 
         assert Machine(slow, "bfloat16").weight_grad([op]) == pytest.approx(kernels, abs=0.1)
 
 
-def test_the_plan_sums_as_many_columns_of_the_embedding_at_a_time_as_the_program():
+def test_the_plan_sums_as_many_columns_of_the_embedding_at_a_time_as_the_program() -> None:
     assert EMBEDDING_COLUMNS == COLUMNS

@@ -20,13 +20,13 @@ def optim_of(name, **changes):
     return dataclasses.replace(load_config([f"optim={name}"]).optim, **changes)
 
 
-def states_of(model, layout, stage, optim, dtype="bfloat16"):
+def states_of(model, layout, stage, optim, dtype: str = "bfloat16"):
     pieces = [layout.virtual_stages[v] for v in layout.virtual_stages_of(stage)]
     return stage_states(pieces, model, optim, dtype, layout.ep, (layout.dp, layout.edp))
 
 
 @pytest.mark.parametrize(("pp", "edp", "ep"), list(itertools.product((1, 2, 4), (1, 3), (1, 2, 4))))
-def test_parameters_and_gradients_cover_what_the_stage_holds(model, make_layout, pp, edp, ep):
+def test_parameters_and_gradients_cover_what_the_stage_holds(model, make_layout, pp, edp, ep) -> None:
     layout = make_layout(pp=pp, edp=edp, ep=ep)
     parameters = model_parameters(model)
     for stage in range(pp):
@@ -38,7 +38,7 @@ def test_parameters_and_gradients_cover_what_the_stage_holds(model, make_layout,
 
 @pytest.mark.parametrize(("pp", "edp", "ep"), list(itertools.product((1, 2), (1, 2, 3), (1, 2, 4))))
 @pytest.mark.parametrize("name", NAMES)
-def test_owners_together_hold_each_state_once(model, make_layout, pp, edp, ep, name):
+def test_owners_together_hold_each_state_once(model, make_layout, pp, edp, ep, name) -> None:
     layout = make_layout(pp=pp, edp=edp, ep=ep)
     parameters = model_parameters(model)
     total = 0.0
@@ -53,7 +53,7 @@ def test_owners_together_hold_each_state_once(model, make_layout, pp, edp, ep, n
     assert total == pytest.approx(4 * (kept[0] * (parameters.total - others) + kept[1] * others))
 
 
-def test_muonclip_keeps_two_numbers_of_a_matrix_and_adamw_three_of_everything():
+def test_muonclip_keeps_two_numbers_of_a_matrix_and_adamw_three_of_everything() -> None:
     kept = {
         named.name: [numbers_kept(rule) for rule in (rules.matrices, rules.others)]
         for named in all_rules()
@@ -62,13 +62,13 @@ def test_muonclip_keeps_two_numbers_of_a_matrix_and_adamw_three_of_everything():
     assert (kept["muonclip"], kept["adamw"]) == ([2, 3], [3, 3])
 
 
-def test_more_replicas_shrink_optimizer_states_and_nothing_else(model, make_layout):
+def test_more_replicas_shrink_optimizer_states_and_nothing_else(model, make_layout) -> None:
     few, many = (states_of(model, make_layout(edp=edp), 0, optim_of("adamw")) for edp in (1, 8))
     assert many.parameter_bytes == few.parameter_bytes
     assert many.optimizer_bytes == pytest.approx(few.optimizer_bytes / 8, rel=0.01)
 
 
-def test_float64_runs_double_every_state(model, make_layout):
+def test_float64_runs_double_every_state(model, make_layout) -> None:
     single, double = (
         states_of(model, make_layout(), 0, optim_of("muonclip"), dtype) for dtype in ("float32", "float64")
     )
@@ -76,7 +76,7 @@ def test_float64_runs_double_every_state(model, make_layout):
         assert getattr(double, name) == 2 * getattr(single, name)
 
 
-def test_one_rank_needs_no_gradient_traffic_and_replicas_do(model, make_layout, cluster):
+def test_one_rank_needs_no_gradient_traffic_and_replicas_do(model, make_layout, cluster) -> None:
     machine = Machine(cluster, "bfloat16")
     alone, replicated = (
         update_seconds(
@@ -85,12 +85,15 @@ def test_one_rank_needs_no_gradient_traffic_and_replicas_do(model, make_layout, 
         for layout in (make_layout(), make_layout(edp=4))
     )
     assert alone.data_parallel == 0.0
-    assert replicated.reduce_scatter == pytest.approx(2 * replicated.all_gather)  # FP32 out, BF16 back
+    # FP32 out, BF16 back.
+    assert replicated.reduce_scatter == pytest.approx(2 * replicated.all_gather)
     assert replicated.update < alone.update
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_host_states_of_muon_cross_the_bus_and_of_adamw_only_gradients_do(model, make_layout, cluster, name):
+def test_host_states_of_muon_cross_the_bus_and_of_adamw_only_gradients_do(
+    model, make_layout, cluster, name
+) -> None:
     """FP32: Muon's master and momentum out, 8 bytes; AdamW's gradient out, 4; then every master in
     for the gather, 4."""
     slow = dataclasses.replace(cluster, host_link_bytes_per_second=1e6, host_link_efficiency=1.0)
@@ -102,7 +105,7 @@ def test_host_states_of_muon_cross_the_bus_and_of_adamw_only_gradients_do(model,
     assert update == pytest.approx(crossed / 1e6)
 
 
-def test_host_states_wait_for_the_host_where_it_is_slowest(model, make_layout, cluster):
+def test_host_states_wait_for_the_host_where_it_is_slowest(model, make_layout, cluster) -> None:
     """Seven FP32 numbers of an AdamW parameter are read or written; the link of the round cluster
     moves 2e10 bytes/s."""
     slow = dataclasses.replace(cluster, host_update_bytes_per_second=1e6)
@@ -112,12 +115,12 @@ def test_host_states_wait_for_the_host_where_it_is_slowest(model, make_layout, c
     assert update == pytest.approx(states.row_elements * (28 / 1e6 + 4 / 2e10))
 
 
-def test_mfu_is_one_when_devices_do_nothing_but_useful_work(model):
+def test_mfu_is_one_when_devices_do_nothing_but_useful_work(model) -> None:
     flops = step_flops(model, 512, tokens=1024)
     assert model_flops_utilisation(flops, flops / 1e12 / 8, world=8, peak=1e12) == pytest.approx(1.0)
 
 
-def test_k2_needs_about_six_flops_a_token_and_active_parameter():
+def test_k2_needs_about_six_flops_a_token_and_active_parameter() -> None:
     model = load_config(["model=k2"]).model
     active = model_parameters(model).activated - 163840 * 7168  # the look-up multiplies nothing
     # 8 % more for causal attention at 4096 tokens.

@@ -19,18 +19,20 @@ from k2train.estimate.traffic import Network, local_peers, message_seconds
         (1, 1, 8, 1),
     ],
 )
-def test_local_peers_counts_the_worst_rank(size, stride, gpus, expected):
+def test_local_peers_counts_the_worst_rank(size: int, stride: int, gpus: int, expected: int) -> None:
     assert local_peers(size, stride, gpus) == expected
 
 
-def test_the_slower_share_decides_an_exchange(cluster):
+def test_the_slower_share_decides_an_exchange(cluster) -> None:
     network = Network(cluster)
     assert network.exchange(1e11, 1e9) == 1.0
     assert network.exchange(1e9, 2.5e10) == 1.0
     assert network.exchange(0.0, 0.0) == 0.0
 
 
-def test_a_pipeline_message_crosses_nodes_as_soon_as_the_world_does(model, train, make_layout, cluster):
+def test_a_pipeline_message_crosses_nodes_as_soon_as_the_world_does(
+    model, train, make_layout, cluster
+) -> None:
     w = workload(model, train, 2)
     num_bytes = 1024 * 256 * 2
     assert message_seconds(w, make_layout(pp=2, ep=2), cluster) == num_bytes / 1e11
@@ -39,6 +41,8 @@ def test_a_pipeline_message_crosses_nodes_as_soon_as_the_world_does(model, train
 
 
 @pytest.mark.parametrize(("size", "near", "rate"), [(4, 4, 1e11), (8, 4, 1e11), (8, 2, 5e10), (8, 1, 2.5e10)])
-def test_ring_moves_all_but_one_share_at_the_rate_of_its_narrowest_link(cluster, size, near, rate):
+def test_ring_moves_all_but_one_share_at_the_rate_of_its_narrowest_link(
+    cluster, size: int, near: int, rate: float
+) -> None:
     assert Network(cluster).ring(8e9, size, near) == pytest.approx(8e9 * (size - 1) / size / rate)
     assert Network(cluster).ring(8e9, 1, 1) == 0.0

@@ -7,7 +7,7 @@ from k2train.estimate.virtual_stage import PASS_ON
 from k2train.layout.layout import VirtualStage
 
 
-def test_phases_of_a_moe_layer_forward_and_backward(make_estimator):
+def test_phases_of_a_moe_layer_forward_and_backward(make_estimator) -> None:
     estimate = make_estimator(ep=2).virtual_stage(VirtualStage(1, 2))
     assert [(p.name, p.stream) for p in estimate.forward] == [
         ("attention", "compute"),
@@ -25,7 +25,7 @@ def test_phases_of_a_moe_layer_forward_and_backward(make_estimator):
     ]
 
 
-def test_a_dense_layer_has_no_all_to_all_and_one_rank_none_but_the_hosts_wait(make_estimator):
+def test_a_dense_layer_has_no_all_to_all_and_one_rank_none_but_the_hosts_wait(make_estimator) -> None:
     dense = make_estimator(ep=4).virtual_stage(VirtualStage(0, 1))
     assert {phase.stream for phase in dense.forward + dense.backward_input} == {"compute"}
     alone = make_estimator(ep=1).virtual_stage(VirtualStage(1, 2))
@@ -33,7 +33,7 @@ def test_a_dense_layer_has_no_all_to_all_and_one_rank_none_but_the_hosts_wait(ma
         assert [phase.name for phase in phases if phase.stream == "ep" and phase.seconds] == waits
 
 
-def test_a_piece_is_the_sum_of_its_parts(make_estimator, policies):
+def test_a_piece_is_the_sum_of_its_parts(make_estimator, policies) -> None:
     estimator = make_estimator(policies(layer_input="offload", query="fp8"), ep=2, pp=2)
     piece = VirtualStage(0, 3, embedding=True, head=True)
     pieces = [
@@ -57,7 +57,7 @@ def test_a_piece_is_the_sum_of_its_parts(make_estimator, policies):
     assert whole.forward_transient_bytes == max(part.forward_transient_bytes for part in parts)
 
 
-def test_an_empty_piece_costs_nothing_but_its_message(make_estimator):
+def test_an_empty_piece_costs_nothing_but_its_message(make_estimator) -> None:
     estimate = make_estimator(pp=2).virtual_stage(VirtualStage(2, 2))
     assert estimate.forward == estimate.backward_input == PASS_ON
     assert sum(phase.seconds for phase in PASS_ON) == 0
@@ -65,20 +65,20 @@ def test_an_empty_piece_costs_nothing_but_its_message(make_estimator):
     assert estimate.send_forward_seconds == estimate.send_backward_seconds > 0
 
 
-def test_offloaded_bytes_take_bus_time(make_estimator, policies, train):
+def test_offloaded_bytes_take_bus_time(make_estimator, policies, train) -> None:
     estimate = make_estimator(policies(layer_input="offload")).virtual_stage(VirtualStage(0, 2))
     # Two layers, 1024 tokens, 256 numbers of 2 bytes and an FP32 of the norm.
     assert estimate.offload_bytes == 2 * 1024 * (256 * 2 + 4)
     assert estimate.offload_seconds == estimate.reload_seconds == estimate.offload_bytes / 2e10
 
 
-def test_impossible_policies_are_refused(make_estimator, policies):
+def test_impossible_policies_are_refused(make_estimator, policies) -> None:
     with pytest.raises(ConfigError):
         make_estimator(policies(expert_input="recompute"))
 
 
 @pytest.mark.parametrize("layers", [1, 2, 5])
-def test_put_off_weight_gradients_pile_up_layer_after_layer(make_estimator, layers):
+def test_put_off_weight_gradients_pile_up_layer_after_layer(make_estimator, layers: int) -> None:
     """A layer that is done has left its queue and let go of what it saved; the one at work has its
     buffers beside that."""
     estimator = make_estimator()

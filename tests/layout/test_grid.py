@@ -4,13 +4,13 @@ import itertools
 
 import pytest
 
-from k2train.layout.grid import AXES, RankGrid
+from k2train.layout.grid import AXES, Axis, RankGrid
 
 GRIDS = [RankGrid(*degrees) for degrees in itertools.product(range(1, 5), range(1, 4), range(1, 5))]
 
 
 @pytest.mark.parametrize("grid", GRIDS, ids=str)
-def test_groups_partition_the_world(grid):
+def test_groups_partition_the_world(grid: RankGrid) -> None:
     sizes = {"pp": grid.pp, "ep": grid.ep, "edp": grid.edp, "dp": grid.edp * grid.ep}
     for axis in AXES:
         groups = grid.groups(axis)
@@ -21,7 +21,7 @@ def test_groups_partition_the_world(grid):
 
 
 @pytest.mark.parametrize("grid", GRIDS, ids=str)
-def test_rank_and_coordinates_are_inverse_and_follow_the_formula(grid):
+def test_rank_and_coordinates_are_inverse_and_follow_the_formula(grid: RankGrid) -> None:
     for rank in range(grid.world):
         pp_rank, edp_rank, ep_rank = grid.coordinates(rank)
         assert (
@@ -33,7 +33,7 @@ def test_rank_and_coordinates_are_inverse_and_follow_the_formula(grid):
 
 
 @pytest.mark.parametrize("grid", GRIDS, ids=str)
-def test_neighbours_are_consistent_and_stay_in_the_pipeline(grid):
+def test_neighbours_are_consistent_and_stay_in_the_pipeline(grid: RankGrid) -> None:
     for rank in range(grid.world):
         following = grid.next_stage(rank)
         assert grid.previous_stage(following) == rank
@@ -43,9 +43,10 @@ def test_neighbours_are_consistent_and_stay_in_the_pipeline(grid):
 
 
 @pytest.mark.parametrize("grid", GRIDS, ids=str)
-def test_two_groups_of_crossing_axes_meet_in_one_rank(grid):
+def test_two_groups_of_crossing_axes_meet_in_one_rank(grid: RankGrid) -> None:
     for rank in range(grid.world):
-        for one, other in itertools.combinations(("pp", "ep", "edp"), 2):
+        axes: tuple[Axis, ...] = ("pp", "ep", "edp")
+        for one, other in itertools.combinations(axes, 2):
             assert set(grid.group(one, rank)) & set(grid.group(other, rank)) == {rank}
         assert set(grid.group("dp", rank)) == {
             peer for replica in grid.group("edp", rank) for peer in grid.group("ep", replica)
@@ -53,7 +54,7 @@ def test_two_groups_of_crossing_axes_meet_in_one_rank(grid):
 
 
 @pytest.mark.parametrize("grid", GRIDS, ids=str)
-def test_relay_groups_cut_every_expert_group_into_neighbours_and_cross_them_once(grid):
+def test_relay_groups_cut_every_expert_group_into_neighbours_and_cross_them_once(grid: RankGrid) -> None:
     for size in (size for size in range(1, grid.ep + 1) if grid.ep % size == 0):
         for rank in range(grid.world):
             neighbours, places = grid.relay_groups(rank, size)
@@ -65,7 +66,7 @@ def test_relay_groups_cut_every_expert_group_into_neighbours_and_cross_them_once
             assert all(grid.relay_groups(peer, size)[1] == places for peer in places)
 
 
-def test_ranks_outside_the_world_are_refused():
+def test_ranks_outside_the_world_are_refused() -> None:
     grid = RankGrid(2, 1, 2)
     for rank in (-1, 4):
         with pytest.raises(IndexError):
@@ -74,7 +75,7 @@ def test_ranks_outside_the_world_are_refused():
         grid.rank_of(2, 0, 0)
 
 
-def test_k2_expert_groups_fill_two_neighbouring_nodes():
+def test_k2_expert_groups_fill_two_neighbouring_nodes() -> None:
     grid = RankGrid(16, 2, 16)
     assert grid.world == 512
     for group in grid.groups("ep"):

@@ -4,12 +4,14 @@ correction bias that changes what is chosen."""
 from __future__ import annotations
 
 import warnings
+from collections.abc import Callable
 
 import pytest
 import torch
 
 from k2train.config.model import ModelConfig
 from k2train.model.context import MicrobatchContext
+from k2train.model.model import Model
 from k2train.model.routing import Router
 
 SEQUENCES, LENGTH, SCALE = 3, 7, 0.25
@@ -24,7 +26,7 @@ def config(request: pytest.FixtureRequest, families: dict[str, ModelConfig]) -> 
 
 
 @pytest.fixture
-def router(config: ModelConfig, make_model) -> Router:
+def router(config: ModelConfig, make_model: Callable[..., Model]) -> Router:
     """With a bias as large as the spread of its scores."""
     return make_model(config, torch.float64, 3).routers()[config.first_k_dense_replace]
 

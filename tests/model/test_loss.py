@@ -1,10 +1,14 @@
 """Losses of the head: weighted cross-entropy against torch's, and the protocol with an objective of
-whole responses."""
+whole responses.
+
+Letters: T tokens, D hidden, V vocabulary.
+"""
 
 from __future__ import annotations
 
 import dataclasses
 import functools
+from collections.abc import Callable
 
 import pytest
 import torch
@@ -14,6 +18,7 @@ from k2train.config.model import ModelConfig
 from k2train.model.context import MicrobatchContext
 from k2train.model.ends import HeadPhase
 from k2train.model.loss import CrossEntropy
+from k2train.model.model import Model
 from k2train.ops.cross_entropy import AddWeightGrad, linear_cross_entropy
 from k2train.ops.weight_grad import PlainGradients, add_product_into
 
@@ -105,7 +110,9 @@ class Responses:
         return linear + (value - linear).detach()
 
 
-def test_the_head_takes_an_objective_of_whole_responses(families: dict[str, ModelConfig], make_model) -> None:
+def test_the_head_takes_an_objective_of_whole_responses(
+    families: dict[str, ModelConfig], make_model: Callable[..., Model]
+) -> None:
     """Its value, the gradients of input, norm and head: those of plain autograd, but for rounding
     in float64."""
     model = make_model(families["k2"], torch.float64, 0)

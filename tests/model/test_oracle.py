@@ -4,6 +4,7 @@ gradient."""
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Callable
 
 import pytest
 import torch
@@ -11,7 +12,7 @@ import torch.nn.functional as F
 
 from k2train.model.context import MicrobatchContext
 from k2train.model.loss import CrossEntropy
-from k2train.model.model import forward_backward, logits
+from k2train.model.model import Model, forward_backward, logits
 from k2train.ops.weight_grad import PlainGradients
 
 
@@ -38,8 +39,15 @@ def run_both(model, oracle, tokens, targets):
 @pytest.mark.parametrize(("sequences", "length", "seed"), [(2, 70, 0), (1, 17, 1), (3, 1, 2)])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_logits_loss_and_every_gradient_are_those_of_transformers(
-    family, make_model, make_oracle, oracle_gradient, dtype, sequences, length, seed
-):
+    family,
+    make_model: Callable[..., Model],
+    make_oracle,
+    oracle_gradient,
+    dtype: torch.dtype,
+    sequences: int,
+    length: int,
+    seed: int,
+) -> None:
     """Logits within 1e-5 of their scale, gradients within 1e-4 of their norm.
 
     FP32 rounding alone may differ. In float64 ours has none, but transformers still computes norms
@@ -61,7 +69,9 @@ def test_logits_loss_and_every_gradient_are_those_of_transformers(
             assert (got - want).norm() <= 1e-4 * want.norm() + 1e-7, piece.name
 
 
-def test_the_oracle_notices_a_wrong_rotary_base_scale_bias_or_factor(families, make_model, make_oracle):
+def test_the_oracle_notices_a_wrong_rotary_base_scale_bias_or_factor(
+    families, make_model: Callable[..., Model], make_oracle
+) -> None:
     """Each rule matters at these weights: change one on our side alone and the logits leave the
     tolerance by far."""
     base = families["deepseek_v3"]
@@ -86,7 +96,9 @@ def test_the_oracle_notices_a_wrong_rotary_base_scale_bias_or_factor(families, m
     assert (logits(model, tokens) - expected).abs().max() > 1e-3 * expected.abs().max()
 
 
-def test_our_fp32_is_as_near_to_the_truth_as_transformers(family, make_model, make_oracle):
+def test_our_fp32_is_as_near_to_the_truth_as_transformers(
+    family, make_model: Callable[..., Model], make_oracle
+) -> None:
     """Truth is our float64, which the tests above hold to transformers' float64; a lossy step would
     double the error."""
     tokens, _ = batch(family.vocab_size, 2, 70, 5)

@@ -1,9 +1,13 @@
 """Phase-wise forward and backward against plain autograd through the same mathematics, in
-float64."""
+float64.
+
+Letters: T tokens, K experts per token, E experts.
+"""
 
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Callable
 
 import pytest
 import torch
@@ -12,7 +16,7 @@ from k2train.device.cpu import CpuDevice
 from k2train.model.context import MicrobatchContext
 from k2train.model.dispatcher import LocalDispatcher, Results
 from k2train.model.loss import CrossEntropy
-from k2train.model.model import backward, build_model, forward, forward_backward, forward_loss, logits
+from k2train.model.model import Model, backward, build_model, forward, forward_backward, forward_loss, logits
 from k2train.model.pieces import ModelPart, whole_model
 from k2train.ops.weight_grad import PlainGradients, WeightGradQueue
 
@@ -60,7 +64,9 @@ def assert_gradients(sink: PlainGradients, expected: dict[torch.Tensor, torch.Te
 
 
 @pytest.mark.parametrize("queued", [False, True])
-def test_phase_by_phase_backward_equals_plain_autograd(family, make_model, queued):
+def test_phase_by_phase_backward_equals_plain_autograd(
+    family, make_model: Callable[..., Model], queued: bool
+) -> None:
     model = make_model(family, torch.float64, 0)
     tokens, targets = batch(family, 2, 21)
     queue = WeightGradQueue() if queued else None
@@ -74,7 +80,9 @@ def test_phase_by_phase_backward_equals_plain_autograd(family, make_model, queue
     assert_gradients(context.gradients, plain_gradients(model, tokens, context_of(tokens, targets)))
 
 
-def test_two_interleaved_microbatches_with_late_weight_gradients_equal_their_sum(family, make_model):
+def test_two_interleaved_microbatches_with_late_weight_gradients_equal_their_sum(
+    family, make_model: Callable[..., Model]
+) -> None:
     """The steady state of K2's pipeline: one's forward phases between the other's backward phases,
     W at the end."""
     model = make_model(family, torch.float64, 1)
@@ -97,7 +105,7 @@ def test_two_interleaved_microbatches_with_late_weight_gradients_equal_their_sum
     assert_gradients(sink, {p: expected[0][p] + expected[1][p] for p in expected[0]})
 
 
-def test_communication_phases_run_in_halves(family, make_model):
+def test_communication_phases_run_in_halves(family, make_model: Callable[..., Model]) -> None:
     model = make_model(family, torch.float64, 2)
     tokens, targets = batch(family, 1, 8)
     whole, halves = context_of(tokens, targets), context_of(tokens, targets)
@@ -130,7 +138,9 @@ class ReversedExperts(LocalDispatcher):
         return super().start_route(len(counts_E) - 1 - experts_TK, counts_E.flip(0), saved, ready)
 
 
-def test_the_order_in_which_a_rank_stores_its_experts_changes_nothing(families, make_model):
+def test_the_order_in_which_a_rank_stores_its_experts_changes_nothing(
+    families, make_model: Callable[..., Model]
+) -> None:
     config = families["odd"]
     model = make_model(config, torch.float64, 3)
     part = dataclasses.replace(
@@ -157,7 +167,7 @@ def test_the_order_in_which_a_rank_stores_its_experts_changes_nothing(families, 
             )
 
 
-def test_stages_joined_by_hand_equal_the_whole_model(families, make_model):
+def test_stages_joined_by_hand_equal_the_whole_model(families, make_model: Callable[..., Model]) -> None:
     """Cut after the embedding, inside the layers and before the head; what crosses is one tensor
     each way."""
     config = families["deepseek_v3"]
@@ -195,7 +205,7 @@ def test_stages_joined_by_hand_equal_the_whole_model(families, make_model):
             )
 
 
-def test_experts_that_no_token_chose_get_zero_gradients(families, make_model):
+def test_experts_that_no_token_chose_get_zero_gradients(families, make_model: Callable[..., Model]) -> None:
     config = families["k2"]
     model = make_model(config, torch.float64, 5)
     for router in model.routers().values():
@@ -212,7 +222,7 @@ def test_experts_that_no_token_chose_get_zero_gradients(families, make_model):
             assert (gradient.abs().max() > 0) == (expert < 4)
 
 
-def test_evaluation_saves_nothing_and_gives_the_same_loss(family, make_model):
+def test_evaluation_saves_nothing_and_gives_the_same_loss(family, make_model: Callable[..., Model]) -> None:
     model = make_model(family, torch.float64, 6)
     tokens, targets = batch(family, 2, 7)
     training = forward_backward(model, tokens, context_of(tokens, targets))
@@ -225,7 +235,7 @@ def test_evaluation_saves_nothing_and_gives_the_same_loss(family, make_model):
     torch.testing.assert_close(loss, training)
 
 
-def test_a_later_token_never_changes_an_earlier_logit(family, make_model):
+def test_a_later_token_never_changes_an_earlier_logit(family, make_model: Callable[..., Model]) -> None:
     model = make_model(family, torch.float64, 7)
     tokens, _ = batch(family, 1, 12)
     changed = tokens.clone()
@@ -236,7 +246,9 @@ def test_a_later_token_never_changes_an_earlier_logit(family, make_model):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_narrow_types_train_and_keep_wide_gradients_and_statistics(family, make_model, dtype):
+def test_narrow_types_train_and_keep_wide_gradients_and_statistics(
+    family, make_model: Callable[..., Model], dtype: torch.dtype
+) -> None:
     model = make_model(family, dtype, 8)
     tokens, targets = batch(family, 2, 16)
     context = context_of(tokens, targets)

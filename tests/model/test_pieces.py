@@ -16,14 +16,16 @@ from k2train.model.pieces import ModelPart, whole_model
 
 
 @pytest.mark.parametrize(("name", "billions"), [("k2", 1026.41), ("deepseek_v3", 671.03)])
-def test_the_published_models_have_their_parameter_counts_on_the_meta_device(name, billions):
+def test_the_published_models_have_their_parameter_counts_on_the_meta_device(
+    name: str, billions: float
+) -> None:
     config = load_config([f"model={name}"]).model
     model = build_model(config, whole_model(config), torch.bfloat16, "meta")
     trained = sum(piece.tensor.numel() for piece in model.pieces() if piece.trained)
     assert round(trained / 1e9, 2) == billions
 
 
-def test_pieces_of_a_whole_model_are_the_catalogue_in_its_order(family):
+def test_pieces_of_a_whole_model_are_the_catalogue_in_its_order(family) -> None:
     model = build_model(family, whole_model(family), device="meta")
     catalogue = list(model_tensors(family))
     pieces = list(model.pieces())
@@ -32,7 +34,7 @@ def test_pieces_of_a_whole_model_are_the_catalogue_in_its_order(family):
     ]
 
 
-def test_pieces_cover_every_element_of_every_parameter_once(family):
+def test_pieces_cover_every_element_of_every_parameter_once(family) -> None:
     model = build_model(family, whole_model(family), torch.float64)
     pieces = list(model.pieces())
     counts = {piece.parameter: torch.zeros(piece.parameter.shape) for piece in pieces}
@@ -41,7 +43,7 @@ def test_pieces_cover_every_element_of_every_parameter_once(family):
     assert all(bool((count == 1).all()) for count in counts.values())
 
 
-def test_any_split_of_layers_and_experts_holds_exactly_its_tensors(family):
+def test_any_split_of_layers_and_experts_holds_exactly_its_tensors(family) -> None:
     layers, experts = range(family.num_hidden_layers), family.n_routed_experts
     cut, half = family.num_hidden_layers // 2, experts // 2
     names = []
@@ -61,7 +63,7 @@ def test_any_split_of_layers_and_experts_holds_exactly_its_tensors(family):
     assert set.union(*names) == {spec.name for spec in model_tensors(family)}
 
 
-def test_initial_values_depend_on_seed_and_name_alone(families):
+def test_initial_values_depend_on_seed_and_name_alone(families) -> None:
     """A part with some layers and experts starts from the same tensors as the whole model, in every
     type."""
     config = families["odd"]
@@ -79,7 +81,7 @@ def test_initial_values_depend_on_seed_and_name_alone(families):
     assert sorted(differing) == sorted(n for n, v in values.items() if v.dim() == 2)
 
 
-def test_initial_values_have_the_asked_spread_and_no_two_tensors_are_equal(families):
+def test_initial_values_have_the_asked_spread_and_no_two_tensors_are_equal(families) -> None:
     config = families["k2"]
     model = build_model(config, whole_model(config))
     model.initialise(0)
@@ -92,7 +94,7 @@ def test_initial_values_have_the_asked_spread_and_no_two_tensors_are_equal(famil
     assert len({m.flatten()[:4].sum().item() for m in matrices}) == len(matrices)
 
 
-def test_initial_values_do_not_depend_on_how_many_threads_draw_them(families):
+def test_initial_values_do_not_depend_on_how_many_threads_draw_them(families) -> None:
     config, drawn, threads = families["k2"], [], torch.get_num_threads()
     try:
         for count in (1, 4):

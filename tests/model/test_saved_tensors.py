@@ -6,6 +6,7 @@ from __future__ import annotations
 import dataclasses
 import gc
 import weakref
+from collections.abc import Callable
 
 import pytest
 import torch
@@ -14,7 +15,7 @@ from k2train.architecture.layer import mixer_of
 from k2train.config.sections import ActivationsConfig
 from k2train.model.context import MicrobatchContext
 from k2train.model.loss import CrossEntropy
-from k2train.model.model import forward_backward
+from k2train.model.model import Model, forward_backward
 from k2train.ops.weight_grad import PlainGradients, WeightGradQueue
 
 SEQUENCES, LENGTH = 2, 24
@@ -69,7 +70,7 @@ def saved_by_layer(model, layer: int) -> list[torch.Tensor]:
     return list(saved.values())
 
 
-def test_a_moe_layer_saves_the_named_tensors_and_no_others(family, make_model):
+def test_a_moe_layer_saves_the_named_tensors_and_no_others(family, make_model: Callable[..., Model]) -> None:
     model = make_model(family, torch.float32, 0)
     saved = saved_by_layer(model, family.first_k_dense_replace)
     table = widths(family)
@@ -85,7 +86,9 @@ def test_a_moe_layer_saves_the_named_tensors_and_no_others(family, make_model):
     assert sorted(got) == sorted(expected)
 
 
-def test_a_dense_layer_saves_the_named_tensors_and_no_others(family, make_model):
+def test_a_dense_layer_saves_the_named_tensors_and_no_others(
+    family, make_model: Callable[..., Model]
+) -> None:
     model = make_model(family, torch.float32, 0)
     hidden, width, tokens = family.hidden_size, family.intermediate_size, SEQUENCES * LENGTH
     table = widths(family)
@@ -104,7 +107,9 @@ def test_a_dense_layer_saves_the_named_tensors_and_no_others(family, make_model)
     assert sorted(got) == sorted(w * tokens for w in expected)
 
 
-def test_nothing_of_a_microbatch_survives_its_backward_and_its_weight_gradients(families, make_model):
+def test_nothing_of_a_microbatch_survives_its_backward_and_its_weight_gradients(
+    families, make_model: Callable[..., Model]
+) -> None:
     model = make_model(families["k2"], torch.float32, 0)
     tokens = torch.randint(96, (SEQUENCES, LENGTH))
     queue = WeightGradQueue()
@@ -131,7 +136,9 @@ def test_nothing_of_a_microbatch_survives_its_backward_and_its_weight_gradients(
 
 
 @pytest.mark.parametrize("phase_name", ["layer1.combine", "layer1.dispatch"])
-def test_communication_phases_keep_no_rows(families, make_model, phase_name):
+def test_communication_phases_keep_no_rows(
+    families, make_model: Callable[..., Model], phase_name: str
+) -> None:
     """The record of a combine holds its index table; a dispatch needs none."""
     model = make_model(families["k2"], torch.float32, 0)
     tokens = torch.randint(96, (SEQUENCES, LENGTH))

@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import pytest
 import torch
 
 from k2train.model.context import MicrobatchContext, Statistics
 from k2train.model.loss import CrossEntropy
-from k2train.model.model import forward_backward, forward_loss
+from k2train.model.model import Model, forward_backward, forward_loss
 from k2train.model.routing import choose_experts, load_violation, update_correction_bias
 from k2train.ops.attention import causal_attention_reference
 from k2train.ops.weight_grad import PlainGradients
 
 
-def tokens_of(config, sequences, length, seed=0):
+def tokens_of(config, sequences, length, seed: int = 0):
     generator = torch.Generator().manual_seed(seed)
     batch = torch.randint(config.vocab_size, (sequences, length + 1), generator=generator)
     return batch[:, :-1].contiguous(), batch[:, 1:].contiguous()
@@ -25,7 +27,9 @@ def evaluate(model, tokens, targets, **options) -> MicrobatchContext:
     return context
 
 
-def test_max_logits_are_the_largest_over_heads_queries_and_microbatches(family, make_model, monkeypatch):
+def test_max_logits_are_the_largest_over_heads_queries_and_microbatches(
+    family, make_model: Callable[..., Model], monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Recomputed from full scores of the queries and keys that attention really got."""
     import k2train.model.attention as module
 
@@ -47,7 +51,9 @@ def test_max_logits_are_the_largest_over_heads_queries_and_microbatches(family, 
         assert expected.shape == (family.num_attention_heads,)
 
 
-def test_loads_count_every_choice_once_and_add_up_over_microbatches(family, make_model):
+def test_loads_count_every_choice_once_and_add_up_over_microbatches(
+    family, make_model: Callable[..., Model]
+) -> None:
     model = make_model(family, torch.float64, 1)
     statistics = Statistics()
     for seed in (1, 2, 3):
@@ -59,7 +65,9 @@ def test_loads_count_every_choice_once_and_add_up_over_microbatches(family, make
         assert loads.sum().item() == 3 * 2 * 11 * family.num_experts_per_tok
 
 
-def test_the_balance_loss_changes_gradients_but_not_the_reported_loss(families, make_model):
+def test_the_balance_loss_changes_gradients_but_not_the_reported_loss(
+    families, make_model: Callable[..., Model]
+) -> None:
     config = families["k2"]
     model = make_model(config, torch.float64, 2)
     tokens, targets = tokens_of(config, 3, 9)
@@ -76,7 +84,9 @@ def test_the_balance_loss_changes_gradients_but_not_the_reported_loss(families, 
     assert not torch.equal(without.gradients.buffer(gate), with_loss.gradients.buffer(gate))
 
 
-def test_the_bias_changes_the_choice_but_not_the_weights_of_what_is_chosen(families, make_model):
+def test_the_bias_changes_the_choice_but_not_the_weights_of_what_is_chosen(
+    families, make_model: Callable[..., Model]
+) -> None:
     config = families["k2"]
     model = make_model(config, torch.float64, 4)
     router = model.routers()[1]
@@ -94,7 +104,7 @@ def test_the_bias_changes_the_choice_but_not_the_weights_of_what_is_chosen(famil
     torch.testing.assert_close(weights, expected)
 
 
-def test_chosen_experts_lie_in_the_best_groups(families):
+def test_chosen_experts_lie_in_the_best_groups(families) -> None:
     config = families["deepseek_v3"]
     torch.manual_seed(0)
     scores, bias = torch.rand(50, config.n_routed_experts), 0.1 * torch.randn(config.n_routed_experts)
@@ -109,13 +119,15 @@ def test_chosen_experts_lie_in_the_best_groups(families):
         assert set(experts[token].tolist()) == set(expected[: config.num_experts_per_tok])
 
 
-def test_the_bias_rises_where_load_is_short_and_falls_where_it_is_long():
+def test_the_bias_rises_where_load_is_short_and_falls_where_it_is_long() -> None:
     bias = torch.zeros(4)
     update_correction_bias(bias, torch.tensor([0, 5, 10, 5]), 0.001)
     torch.testing.assert_close(bias, torch.tensor([0.001, 0.0, -0.001, 0.0]))
 
 
-def test_bias_updates_even_out_a_router_that_prefers_one_expert(families, make_model):
+def test_bias_updates_even_out_a_router_that_prefers_one_expert(
+    families, make_model: Callable[..., Model]
+) -> None:
     config = families["k2"]
     model = make_model(config, torch.float64, 5)
     router = model.routers()[1]
@@ -134,7 +146,7 @@ def test_bias_updates_even_out_a_router_that_prefers_one_expert(families, make_m
     assert violations[-1] < 0.3
 
 
-def test_load_violation_is_that_of_the_worst_layer():
+def test_load_violation_is_that_of_the_worst_layer() -> None:
     assert load_violation(torch.empty(0, 4)) == 0.0
     assert load_violation(torch.tensor([[4, 4], [2, 6]])).item() == pytest.approx(0.5)
     assert load_violation(torch.tensor([[0, 0]])) == 0.0

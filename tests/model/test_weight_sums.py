@@ -30,7 +30,7 @@ def microbatch(config, seed: int, **options) -> tuple[torch.Tensor, MicrobatchCo
 
 
 @pytest.mark.parametrize("queued", [False, True])
-def test_no_gradient_of_a_bf16_model_was_rounded_to_bf16(family, queued):
+def test_no_gradient_of_a_bf16_model_was_rounded_to_bf16(family, queued: bool) -> None:
     """Sums of products over 48 tokens need more than 8 bits, so a gradient that BF16 can hold has
     been rounded to it.
 
@@ -52,12 +52,12 @@ def test_no_gradient_of_a_bf16_model_was_rounded_to_bf16(family, queued):
             assert not torch.equal(gradient, gradient.bfloat16().float()), piece.name
 
 
-def test_every_norm_hands_its_gradient_over_once(family):
+def test_every_norm_hands_its_gradient_over_once(family) -> None:
     """A sink is given whole gradients by norms alone: all of them, latent and final ones too, in
     FP32."""
 
     class Given(PlainGradients):
-        def add(self, parameter, gradient):
+        def add(self, parameter, gradient) -> None:
             given.append((parameter, gradient.dtype))
 
     given: list[tuple[torch.Tensor, torch.dtype]] = []

@@ -3,6 +3,8 @@
 Of FP8 storage: a loop over tiles, and the error bound. Of Triton kernels: running a file's tests
 under the interpreter, which has to be chosen before triton is imported, and compiling a kernel for
 a GPU that is not here.
+
+Letters: R rows, W numbers of a row, N tiles of a row.
 """
 
 from __future__ import annotations
@@ -178,7 +180,9 @@ def compile_for_h100() -> Callable[..., Any]:
     return _compile_for_h100
 
 
-def _host_attention(q, k, v, bias, with_sums, dropout=0.0, causal=False, with_mask=False, scale=None):
+def _host_attention(
+    q, k, v, bias, with_sums, dropout: float = 0.0, causal: bool = False, with_mask: bool = False, scale=None
+):
     """What cuDNN's forward returns, from stock operations in float64."""
     assert (bias, with_sums, dropout, causal, with_mask) == (None, True, 0.0, True, False)
     logits = (q.double() @ k.double().transpose(2, 3)) * scale

@@ -15,7 +15,16 @@ from k2train.ops.attention import causal_attention, causal_attention_reference
 from k2train.ops.attention_tiles import AttentionScratch
 
 
-def inputs(batch, heads, length, width, value_width, dtype=torch.float64, seed=0, spread=1.0):
+def inputs(
+    batch,
+    heads,
+    length,
+    width,
+    value_width,
+    dtype: torch.dtype = torch.float64,
+    seed: int = 0,
+    spread: float = 1.0,
+):
     generator = torch.Generator().manual_seed(seed)
     shapes = [(batch, heads, length, width)] * 2 + [(batch, heads, length, value_width)]
     return [
@@ -32,7 +41,7 @@ def inputs(batch, heads, length, width, value_width, dtype=torch.float64, seed=0
     tile=st.sampled_from([1, 40, 700, 10**6]),
     seed=st.integers(0, 100),
 )
-def test_output_maxima_and_gradients_are_those_of_full_scores_for_any_tile(shape, tile, seed):
+def test_output_maxima_and_gradients_are_those_of_full_scores_for_any_tile(shape, tile, seed) -> None:
     q, k, v = inputs(*shape, seed=seed, spread=2.0)
     out, maxima, _ = causal_attention(q, k, v, 0.3, tile)
     expected, expected_maxima = causal_attention_reference(q, k, v, 0.3)
@@ -46,7 +55,7 @@ def test_output_maxima_and_gradients_are_those_of_full_scores_for_any_tile(shape
 
 
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-5), (torch.bfloat16, 2**-8)])
-def test_output_is_that_of_torch_sdpa(dtype, tolerance):
+def test_output_is_that_of_torch_sdpa(dtype: torch.dtype, tolerance: float) -> None:
     """SDPA rounds the probabilities to bfloat16 before the second product, which costs up to half a
     unit of 2^-8."""
     q, k, v = inputs(2, 4, 150, 24, 24, dtype=dtype)
@@ -57,7 +66,7 @@ def test_output_is_that_of_torch_sdpa(dtype, tolerance):
     assert maxima.dtype == torch.float32
 
 
-def test_maxima_ignore_the_future_and_may_be_negative():
+def test_maxima_ignore_the_future_and_may_be_negative() -> None:
     """Only the last query meets its large partner; every earlier product with that key lies in the
     future."""
     q, k = torch.ones(1, 1, 5, 2), -torch.ones(1, 1, 5, 2)
@@ -68,7 +77,7 @@ def test_maxima_ignore_the_future_and_may_be_negative():
     assert maxima.tolist() == [200.0]
 
 
-def test_gradcheck():
+def test_gradcheck() -> None:
     q, k, v = inputs(1, 2, 37, 3, 2)
     assert torch.autograd.gradcheck(lambda *t: causal_attention(*t, 0.5, 64)[0], (q, k, v))
 
@@ -97,7 +106,7 @@ class LargestEmpty(LargestTensor):
 
 
 @pytest.mark.parametrize("tile", [2**12, 2**14])
-def test_no_more_than_a_tile_of_scores_is_ever_allocated(tile):
+def test_no_more_than_a_tile_of_scores_is_ever_allocated(tile: int) -> None:
     """4 heads x 512 x 512 scores are 2^20; q, k, v and their gradients are 2^13 each."""
     q, k, v = inputs(1, 4, 512, 4, 4, dtype=torch.float32)
     with LargestTensor() as seen:
@@ -109,7 +118,7 @@ def test_no_more_than_a_tile_of_scores_is_ever_allocated(tile):
     assert full.largest == 4 * 512 * 512
 
 
-def test_calls_of_any_shape_and_type_share_a_scratch_and_change_nothing():
+def test_calls_of_any_shape_and_type_share_a_scratch_and_change_nothing() -> None:
     """Forwards before backwards, as a layer's calls come, and shapes whose tiles differ in number,
     size and type."""
     scratch = AttentionScratch()
@@ -127,7 +136,7 @@ def test_calls_of_any_shape_and_type_share_a_scratch_and_change_nothing():
         assert all(torch.equal(one, other) for one, other in zip(got, want, strict=True))
 
 
-def test_a_scratch_is_kept_for_calls_of_the_same_shape():
+def test_a_scratch_is_kept_for_calls_of_the_same_shape() -> None:
     scratch, tensors = AttentionScratch(), inputs(1, 4, 512, 4, 4, dtype=torch.float32)
     out, _, _ = causal_attention(*tensors, 0.5, 2**14, scratch)
     with LargestEmpty() as seen:
@@ -139,7 +148,7 @@ def test_a_scratch_is_kept_for_calls_of_the_same_shape():
     assert fresh.largest == 32 * 512
 
 
-def test_only_queries_keys_and_values_are_saved():
+def test_only_queries_keys_and_values_are_saved() -> None:
     q, k, v = inputs(1, 2, 20, 4, 3)
     saved = []
     with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t.data_ptr()) or t, lambda t: t):

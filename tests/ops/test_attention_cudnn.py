@@ -33,7 +33,9 @@ def attend(q, k, v, scale, backend=CUDNN):
 
 @pytest.mark.parametrize("widths", [(24, 16), (16, 16)])
 @pytest.mark.parametrize("length", [1, 2, 33])
-def test_output_gradients_and_largest_logits_are_those_of_full_scores(length, widths, cudnn_on_the_host):
+def test_output_gradients_and_largest_logits_are_those_of_full_scores(
+    length: int, widths: tuple[int, ...], cudnn_on_the_host
+) -> None:
     """The stand-in rounds to FP32 once; one position alone, which cuDNN refuses, takes tiles."""
     q, k, v, dout = inputs(length, widths, torch.float32)
     out, maxima, extras = attend(q, k, v, 0.3)
@@ -50,7 +52,7 @@ def test_output_gradients_and_largest_logits_are_those_of_full_scores(length, wi
         assert one.is_contiguous()
 
 
-def test_queries_with_heads_before_positions_give_the_same(cudnn_on_the_host):
+def test_queries_with_heads_before_positions_give_the_same(cudnn_on_the_host) -> None:
     q, k, v, dout = inputs(33, (24, 16), torch.float32)
     other = [t.detach().transpose(1, 2).contiguous().requires_grad_() for t in (q, k, v)]
     out = attend(q, k, v, 0.3).out
@@ -62,7 +64,7 @@ def test_queries_with_heads_before_positions_give_the_same(cudnn_on_the_host):
         torch.testing.assert_close(one, gradient.transpose(1, 2))
 
 
-def test_what_its_backward_needs_is_saved_once_and_handed_out_to_be_named(cudnn_on_the_host):
+def test_what_its_backward_needs_is_saved_once_and_handed_out_to_be_named(cudnn_on_the_host) -> None:
     q, k, v, _ = inputs(8, (24, 16), torch.float32)
     saved = []
     with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t) or t, lambda t: t):
@@ -73,14 +75,14 @@ def test_what_its_backward_needs_is_saved_once_and_handed_out_to_be_named(cudnn_
         assert attend(q, k, v, 1.0).extras == ()
 
 
-def test_nothing_is_asked_of_it_when_no_gradient_reaches_the_output(cudnn_on_the_host):
+def test_nothing_is_asked_of_it_when_no_gradient_reaches_the_output(cudnn_on_the_host) -> None:
     q, k, v, _ = inputs(8, (24, 16), torch.float32)
     out, maxima, _ = attend(q, k, v, 1.0)
     assert not maxima.requires_grad
     assert out.requires_grad
 
 
-def test_tensors_without_memory_come_out_as_those_of_the_operations_it_calls():
+def test_tensors_without_memory_come_out_as_those_of_the_operations_it_calls() -> None:
     """torch's own shapes, types and strides of cuDNN's attention, at K2's size, where no GPU is."""
     with FakeTensorMode():
         shape = (1, 4096, 64)
@@ -107,7 +109,7 @@ def geometry(t: torch.Tensor):
     return t.shape, t.stride(), t.dtype, t.device
 
 
-def test_torch_says_that_no_tensor_of_the_host_is_for_cudnn():
+def test_torch_says_that_no_tensor_of_the_host_is_for_cudnn() -> None:
     q, k, v, _ = inputs(8, (24, 16), torch.bfloat16)
     assert not cudnn_takes(*(t.transpose(1, 2) for t in (q, k, v)))
 
@@ -117,7 +119,9 @@ def test_torch_says_that_no_tensor_of_the_host_is_for_cudnn():
 @pytest.mark.parametrize("exact_above", [-math.inf, 3.0, math.inf])
 @pytest.mark.parametrize("widths", [(192, 128), (128, 128), (64, 32)])
 @pytest.mark.parametrize("length", [2, 65, 1000, 4096])
-def test_on_a_gpu_cudnn_equals_full_scores_in_float64(length, widths, exact_above):
+def test_on_a_gpu_cudnn_equals_full_scores_in_float64(
+    length: int, widths: tuple[int, ...], exact_above
+) -> None:
     """A few roundings to BF16 of the largest number of each. Largest logits: where above
     `exact_above` exact to FP32's rounding of 192 products, else between the exact and the row's
     log-sum-exp."""

@@ -41,7 +41,7 @@ def flex(q, k, v, scale, **wanted):
 
 
 @pytest.mark.parametrize("length", [3, 40])
-def test_the_output_is_flex_attentions(length):
+def test_the_output_is_flex_attentions(length: int) -> None:
     """In float64 both sum the same products in other orders."""
     q, k, v = inputs(length, torch.float64)
     out = causal_attention(q, k, v, SCALE).out
@@ -50,7 +50,7 @@ def test_the_output_is_flex_attentions(length):
 
 @needs_scores
 @pytest.mark.parametrize("length", [3, 40])
-def test_largest_logits_are_what_flex_attentions_log_sums_come_to_when_it_is_cold(length):
+def test_largest_logits_are_what_flex_attentions_log_sums_come_to_when_it_is_cold(length: int) -> None:
     """lse(t x) / t lies between the largest x and ln(n) / t above it: 4e-6 for 40 numbers and t of
     a million."""
     q, k, v = inputs(length, torch.float64)
@@ -66,7 +66,7 @@ def test_largest_logits_are_what_flex_attentions_log_sums_come_to_when_it_is_col
 @needs_gpu
 @needs_scores
 @pytest.mark.parametrize("length", [40, 1000])
-def test_on_a_gpu_largest_logits_are_flex_attentions_largest_scores(length):
+def test_on_a_gpu_largest_logits_are_flex_attentions_largest_scores(length: int) -> None:
     """Both from BF16 products with FP32 sums."""
     q, k, v = inputs(length, torch.bfloat16, "cuda")
     _, aux = flex(q, k, v, SCALE, return_aux=flex_attention.AuxRequest(max_scores=True))

@@ -65,7 +65,7 @@ def check(attend, tensors: list[torch.Tensor], scale: float, largest: float = 1.
         assert (one.double() - other).abs().max() <= tolerance * max(other.abs().max().item(), 1.0)
 
 
-def test_the_kernels_pass_their_tests_under_the_interpreter(pass_under_the_interpreter):
+def test_the_kernels_pass_their_tests_under_the_interpreter(pass_under_the_interpreter) -> None:
     pass_under_the_interpreter(__file__, 26)
 
 
@@ -80,7 +80,9 @@ def test_the_kernels_pass_their_tests_under_the_interpreter(pass_under_the_inter
         ("fp16", (12, 8), 3, 1001),
     ],
 )
-def test_the_kernels_compile_for_an_h100(element, widths, heads, length, compile_for_h100, kernels):
+def test_the_kernels_compile_for_an_h100(
+    element: str, widths: tuple[int, ...], heads: int, length: int, compile_for_h100, kernels
+) -> None:
     """As a launch of K2's sequences would, and of lengths and numbers of heads that are multiples
     of nothing, or 1."""
     for name, (kernel, arguments, constants, options) in launches(
@@ -134,7 +136,7 @@ def launches(kernels, element, widths, heads, length):
     }
 
 
-def test_features_are_cut_into_two_powers_of_two_that_hold_them(kernels):
+def test_features_are_cut_into_two_powers_of_two_that_hold_them(kernels) -> None:
     for query in range(1, 257):
         cut = kernels.features(query, query)
         parts = [part for part in (cut["K1"], cut["K2"]) if part]
@@ -146,25 +148,25 @@ def test_features_are_cut_into_two_powers_of_two_that_hold_them(kernels):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
 @pytest.mark.parametrize("length", LENGTHS)
-def test_interpreted_kernels_equal_the_reference_at_every_length(length, dtype, kernels):
+def test_interpreted_kernels_equal_the_reference_at_every_length(length, dtype: torch.dtype, kernels) -> None:
     check(kernels.fused_attention, inputs(length, (48, 32), dtype), 0.25)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
 @pytest.mark.parametrize("widths", WIDTHS)
-def test_interpreted_kernels_equal_the_reference_at_every_width(widths, dtype, kernels):
+def test_interpreted_kernels_equal_the_reference_at_every_width(widths, dtype: torch.dtype, kernels) -> None:
     check(kernels.fused_attention, inputs(70, widths, dtype), widths[0] ** -0.5)
 
 
 @pytest.mark.parametrize("largest", [1e-3, 30.0, 1000.0])
-def test_interpreted_kernels_take_logits_of_any_size(largest, kernels):
+def test_interpreted_kernels_take_logits_of_any_size(largest: float, kernels) -> None:
     """K2's logits reach 1000 before QK-Clip."""
     q, k, v, dout = inputs(40, (16, 16), torch.float32)
     top = causal_attention_reference(q, k, v, 1.0)[1].abs().max()
     check(kernels.fused_attention, [q, k, v, dout], largest / top.item(), largest)
 
 
-def test_interpreted_largest_logits_are_those_of_positions_that_see_each_other(kernels):
+def test_interpreted_largest_logits_are_those_of_positions_that_see_each_other(kernels) -> None:
     q, k = torch.zeros(1, 2, 70, 16), torch.zeros(1, 2, 70, 16)
     q[0, 0, 3, 0], k[0, 0, 50, 0] = 9.0, 9.0  # row 3 does not see key 50
     q[0, 1, 50, 0], k[0, 1, 3, 0] = 9.0, 9.0
@@ -176,7 +178,7 @@ def test_interpreted_largest_logits_are_those_of_positions_that_see_each_other(k
     assert (kernels.fused_attention(-ones, ones, ones, 0.5)[1] == -8.0).all()
 
 
-def test_interpreted_kernels_need_no_gradient(kernels):
+def test_interpreted_kernels_need_no_gradient(kernels) -> None:
     q, k, v, _ = inputs(5, (16, 16), torch.float32)
     with torch.no_grad():
         out, maxima, _ = kernels.fused_attention(q, k, v, 0.5)
@@ -189,7 +191,9 @@ def test_interpreted_kernels_need_no_gradient(kernels):
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("widths", WIDTHS)
 @pytest.mark.parametrize("length", [*LENGTHS, 2048])
-def test_on_a_gpu_attention_takes_the_kernels_and_equals_the_reference(length, widths, dtype):
+def test_on_a_gpu_attention_takes_the_kernels_and_equals_the_reference(
+    length, widths, dtype: torch.dtype
+) -> None:
     tensors = inputs(length, widths, dtype, "cuda")
     attend = functools.partial(causal_attention, backend=OpsBackend("triton"))
     assert attend(*tensors[:3], 0.5).out.dtype == dtype

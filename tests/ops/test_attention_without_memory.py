@@ -22,7 +22,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from k2train.config.compose import load_config
 from k2train.model.context import MicrobatchContext
 from k2train.model.layers import AttentionPhase
-from k2train.model.attention import Rotary
+from k2train.architecture.layer import layer_of
+from k2train.model.attention import LayerTools, Rotary
 from k2train.model.pieces import Allocator
 from k2train.ops.attention_tiles import AttentionScratch
 from k2train.ops.backend import choose_backend
@@ -48,7 +49,8 @@ device = torch.device("cuda:0")
 backend = choose_backend(config.ops, config.model, "bfloat16", config.optim.tau, device)
 with FakeTensorMode(allow_non_fake_inputs=True), Ours() as ours:
     allocator = Allocator(torch.bfloat16, device)
-    phase = AttentionPhase(config.model, 0, Rotary(config.model, allocator), AttentionScratch(), backend, allocator)
+    tools = LayerTools(config.model, Rotary(config.model, allocator), AttentionScratch(), backend, allocator)
+    phase = AttentionPhase(layer_of(config.model, "dense"), 0, tools)
     context = MicrobatchContext(1, PlainGradients())
     x = torch.empty(4096, 7168, dtype=torch.bfloat16, device=device)
     (out,), record = phase.forward((x,), context)
@@ -74,7 +76,7 @@ print(backend.attention, *(f"{name}={count}" for name, count in sorted(ours.call
         ),
     ],
 )
-def test_a_layer_of_k2s_size_goes_through_the_backends_own_operations(backend, taken):
+def test_a_layer_of_k2s_size_goes_through_the_backends_own_operations(backend: str, taken: str) -> None:
     done = subprocess.run(
         [sys.executable, "-c", SCRIPT, backend], capture_output=True, text=True, timeout=300, check=False
     )

@@ -37,7 +37,7 @@ HOPPER = AttentionSite(True, "bfloat16", 192, 128)
         ("te", {}, "te"),
     ],
 )
-def test_the_fastest_that_can_run_is_taken(backend, changes, kernel):
+def test_the_fastest_that_can_run_is_taken(backend: str, changes, kernel: str) -> None:
     assert attention_kernel(backend, dataclasses.replace(HOPPER, **changes)) == kernel
 
 
@@ -52,14 +52,14 @@ def test_the_fastest_that_can_run_is_taken(backend, changes, kernel):
         ("te", {"dtype": "float32"}, "train.dtype is float32"),
     ],
 )
-def test_a_backend_asked_for_by_name_that_cannot_run_is_refused(backend, changes, why):
+def test_a_backend_asked_for_by_name_that_cannot_run_is_refused(backend: str, changes, why: str) -> None:
     with pytest.raises(ConfigError, match=why) as caught:
         attention_kernel(backend, dataclasses.replace(HOPPER, **changes))
     assert (caught.value.field, caught.value.value) == ("ops.backend", backend)
     assert "ops.backend=auto" in caught.value.remedy
 
 
-def test_logits_are_exact_from_where_qk_clip_would_clip_them():
+def test_logits_are_exact_from_where_qk_clip_would_clip_them() -> None:
     assert exact_above(OpsConfig(), 100.0) == 100.0
     assert exact_above(OpsConfig(), None) == math.inf
     assert exact_above(OpsConfig(exact_max_logits=True), 100.0) == -math.inf
@@ -68,7 +68,7 @@ def test_logits_are_exact_from_where_qk_clip_would_clip_them():
 
 
 @pytest.mark.parametrize("optimizer", ["muonclip", "adamw"])
-def test_the_choice_follows_the_config_and_the_device(optimizer):
+def test_the_choice_follows_the_config_and_the_device(optimizer: str) -> None:
     config = load_config(["experiment=k2", f"optim={optimizer}"])
     model, tau = config.model, config.optim.tau
     assert tau == (100.0 if optimizer == "muonclip" else None)
@@ -79,7 +79,7 @@ def test_the_choice_follows_the_config_and_the_device(optimizer):
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="a CUDA device where torch finds none")
-def test_a_rehearsed_gpu_takes_what_a_hopper_gpu_takes():
+def test_a_rehearsed_gpu_takes_what_a_hopper_gpu_takes() -> None:
     config = load_config(["experiment=k2"])
     chosen = choose_backend(config.ops, config.model, "bfloat16", config.optim.tau, torch.device("cuda:0"))
     assert (chosen.attention, chosen.exact_above, chosen.heads_inside) == ("cudnn", 100.0, True)
@@ -88,6 +88,6 @@ def test_a_rehearsed_gpu_takes_what_a_hopper_gpu_takes():
     assert "stock" in stock.words
 
 
-def test_a_choice_cannot_be_changed():
+def test_a_choice_cannot_be_changed() -> None:
     with pytest.raises(dataclasses.FrozenInstanceError):
         OpsBackend().attention = "cudnn"

@@ -15,12 +15,12 @@ needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CU
 
 
 @pytest.fixture(autouse=True)
-def fixed_seed():
+def fixed_seed() -> None:
     torch.manual_seed(0)
 
 
 @pytest.fixture
-def products_here(monkeypatch):
+def products_here(monkeypatch: pytest.MonkeyPatch) -> None:
     """The CUDA products by FP32 ones of the same values, so that what is done with them can be
     tried without a GPU.
 
@@ -28,14 +28,14 @@ def products_here(monkeypatch):
     FP32.
     """
 
-    def takes(x, other, result=torch.float32):
+    def takes(x, other, result: torch.dtype = torch.float32):
         return other.dtype == torch.bfloat16 and result == torch.float32
 
     def product(x, y):
         assert x.dtype == y.dtype == torch.bfloat16
         return x.float() @ y.float()
 
-    def add(total, x, y):
+    def add(total, x, y) -> None:
         assert total.dtype == torch.float32
         total.add_(product(x, y))
 
@@ -48,12 +48,12 @@ def numbers(*shape: int) -> torch.Tensor:
     return torch.randn(shape) * torch.exp(4 * torch.randn(shape))
 
 
-def test_three_parts_of_an_fp32_number_are_the_number():
+def test_three_parts_of_an_fp32_number_are_the_number() -> None:
     x = numbers(10_000)
     assert torch.equal(sum(part.double() for part in bf16_parts(x, EXACT_PARTS)), x.double())
 
 
-def test_fewer_parts_leave_out_what_they_say():
+def test_fewer_parts_leave_out_what_they_say() -> None:
     x = numbers(10_000)
     for num_parts, bound in ((1, 2.0**-8), (2, 2.0**-17)):
         parts = bf16_parts(x, num_parts)
@@ -63,17 +63,17 @@ def test_fewer_parts_leave_out_what_they_say():
         assert (left > bound / 2 * x.double().abs()).any()
 
 
-def test_a_bf16_number_is_its_only_part():
+def test_a_bf16_number_is_its_only_part() -> None:
     x = numbers(5).bfloat16()
     assert [part.data_ptr() for part in bf16_parts(x, 3)] == [x.data_ptr()]
 
 
-def test_not_finite_gradients_stay_not_finite():
+def test_not_finite_gradients_stay_not_finite() -> None:
     x = torch.tensor([float("inf"), float("nan"), 1.0])
     assert sum(bf16_parts(x, 3)).isfinite().tolist() == [False, False, True]
 
 
-def test_the_routers_input_gradient_is_within_its_bound():
+def test_the_routers_input_gradient_is_within_its_bound() -> None:
     """Two parts leave out 2^-17 of each dy; 2 x 40 FP32 additions of at most the sum of magnitudes;
     one rounding to BF16."""
     dy, weight = numbers(30, 40), torch.randn(40, 25).bfloat16()
@@ -86,7 +86,7 @@ def test_the_routers_input_gradient_is_within_its_bound():
     ).all()
 
 
-def test_a_router_of_bf16_products_has_scores_and_gradients_of_float64(products_here):
+def test_a_router_of_bf16_products_has_scores_and_gradients_of_float64(products_here) -> None:
     """FP32 additions are all that is lost of scores and weight gradient (40 and 3 x 30 of them); dx
     as above."""
     x, weight, dy = torch.randn(30, 40).bfloat16(), torch.randn(25, 40).bfloat16(), numbers(30, 25)
@@ -110,7 +110,7 @@ def test_a_router_of_bf16_products_has_scores_and_gradients_of_float64(products_
         assert torch.equal(linear(x, weight, None, compute_dtype=torch.float32), y)
 
 
-def test_a_cpu_takes_none_of_these_products():
+def test_a_cpu_takes_none_of_these_products() -> None:
     x, weight = torch.randn(3, 4).bfloat16(), torch.randn(5, 4).bfloat16()
     assert not bf16_products.takes(x, weight)
 
@@ -123,7 +123,9 @@ GPU_SHAPES = [(1300, 2048, 7168), (37, 129, 264), (4096, 64, 512), (1, 8, 8)]
 @needs_gpu
 @pytest.mark.parametrize("in_place", [True, False])
 @pytest.mark.parametrize(("tokens", "outer", "inner"), GPU_SHAPES)
-def test_on_a_gpu_a_product_adds_to_its_own_sum(tokens, outer, inner, in_place, monkeypatch):
+def test_on_a_gpu_a_product_adds_to_its_own_sum(
+    tokens, outer, inner, in_place: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """out = self of addmm: against float64 (so many FP32 additions), and against the product by
     itself and an addition."""
     monkeypatch.setattr(bf16_products, "ADDS_IN_PLACE", in_place)
@@ -155,7 +157,7 @@ def test_on_a_gpu_a_product_adds_to_its_own_sum(tokens, outer, inner, in_place, 
 
 @pytest.mark.gpu
 @needs_gpu
-def test_on_a_gpu_fp32_gradients_add_products_as_in_float64():
+def test_on_a_gpu_fp32_gradients_add_products_as_in_float64() -> None:
     dy, x = numbers(500, 48).cuda(), torch.randn(500, 256).bfloat16().cuda()
     total = torch.zeros(48, 256, device="cuda")
     add_product_into(total, dy, x)

@@ -1,5 +1,8 @@
 """Norm, SwiGLU, rotary, permutation, routing and cross-entropy: gradcheck, references, and what
-each saves."""
+each saves.
+
+Letters: N copies, S sources, D features.
+"""
 
 from __future__ import annotations
 
@@ -32,7 +35,7 @@ from k2train.ops.weight_grad import add_product_into
 
 
 @pytest.fixture(autouse=True)
-def fixed_seed():
+def fixed_seed() -> None:
     torch.manual_seed(0)
 
 
@@ -62,7 +65,7 @@ def of_copies(function):
     return call
 
 
-def test_gradcheck_of_every_custom_function():
+def test_gradcheck_of_every_custom_function() -> None:
     check = torch.autograd.gradcheck
     assert check(lambda x, w: rms_norm(x, inverse_rms(x, 1e-3), w), (leaf(4, 5), leaf(5)))
     assert check(of_copies(swiglu), (leaf(3, 10),))
@@ -75,7 +78,7 @@ def test_gradcheck_of_every_custom_function():
 
 
 @pytest.mark.parametrize("normalise", [True, False])
-def test_gradcheck_of_routing_weights_and_balance_loss(normalise):
+def test_gradcheck_of_routing_weights_and_balance_loss(normalise: bool) -> None:
     experts = routing(6, 5, 2)
     scores = torch.rand(6, 5, dtype=torch.float64, requires_grad=True)
     assert torch.autograd.gradcheck(lambda s: chosen_weights(s, experts, normalise, 2.5), (scores,))
@@ -84,7 +87,7 @@ def test_gradcheck_of_routing_weights_and_balance_loss(normalise):
 
 
 @pytest.mark.parametrize("chunk_elements", [1, 20, 10**6])
-def test_gradcheck_of_linear_cross_entropy_with_ignored_targets(chunk_elements):
+def test_gradcheck_of_linear_cross_entropy_with_ignored_targets(chunk_elements: int) -> None:
     targets = torch.tensor([0, 4, -100, 2, 1])
     hidden, weight = leaf(5, 3), leaf(7, 3)
     assert torch.autograd.gradcheck(
@@ -96,12 +99,12 @@ def test_gradcheck_of_linear_cross_entropy_with_ignored_targets(chunk_elements):
     )
 
 
-def test_a_gpu_has_as_many_logits_alive_as_the_plan_assumes_and_a_cpu_an_eighth():
+def test_a_gpu_has_as_many_logits_alive_as_the_plan_assumes_and_a_cpu_an_eighth() -> None:
     assert default_chunk_elements(torch.device("cuda", 1)) == LOGITS_CHUNK_ELEMENTS
     assert default_chunk_elements(torch.device("cpu")) == LOGITS_CHUNK_ELEMENTS // 8
 
 
-def test_linear_cross_entropy_adds_the_weight_gradient_to_a_buffer_it_is_given():
+def test_linear_cross_entropy_adds_the_weight_gradient_to_a_buffer_it_is_given() -> None:
     targets = torch.tensor([0, 4, 2])
     hidden, weight = leaf(3, 3), leaf(5, 3)
     loss = linear_cross_entropy(hidden, weight, targets, 0.5)
@@ -113,7 +116,7 @@ def test_linear_cross_entropy_adds_the_weight_gradient_to_a_buffer_it_is_given()
     torch.testing.assert_close(torch.autograd.grad(same, hidden)[0], dhidden)
 
 
-def test_linear_cross_entropy_of_hopeless_tokens_is_finite():
+def test_linear_cross_entropy_of_hopeless_tokens_is_finite() -> None:
     """The target's probability underflows to 0 in FP32, but its logarithm is just the difference of
     logits."""
     hidden, weight = torch.ones(1, 1, requires_grad=True), torch.tensor([[0.0], [500.0]])
@@ -132,7 +135,7 @@ class Products(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
-def test_linear_cross_entropy_without_gradients_makes_none():
+def test_linear_cross_entropy_without_gradients_makes_none() -> None:
     """A parameter asks for its gradient inside an autograd function even where gradients are
     off."""
     hidden, targets = leaf(4, 3), torch.tensor([0, 6, 2, 1])
@@ -146,7 +149,7 @@ def test_linear_cross_entropy_without_gradients_makes_none():
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_norm_and_swiglu_equal_their_references(dtype):
+def test_norm_and_swiglu_equal_their_references(dtype: torch.dtype) -> None:
     x, weight, gate_up = leaf(9, 24, dtype=dtype), leaf(24, dtype=dtype), leaf(9, 26, dtype=dtype)
     torch.testing.assert_close(rms_norm(x, inverse_rms(x, 1e-6), weight), rms_norm_reference(x, weight, 1e-6))
     torch.testing.assert_close(swiglu(gate_up), swiglu_reference(gate_up))
@@ -158,7 +161,7 @@ def test_norm_and_swiglu_equal_their_references(dtype):
         torch.testing.assert_close(one, other, rtol=0.05 if dtype == torch.bfloat16 else 1e-5, atol=0.05)
 
 
-def test_operations_save_what_they_say_and_no_more():
+def test_operations_save_what_they_say_and_no_more() -> None:
     x, weight = leaf(4, 6), leaf(6)
     assert num_saved(lambda: rms_norm(x, inverse_rms(x, 1e-6), weight)) == 2
     assert num_saved(lambda: rms_norm_reference(x, weight, 1e-6)) > 3
@@ -171,7 +174,7 @@ def test_operations_save_what_they_say_and_no_more():
     assert num_saved(lambda: rotary_keys(leaf(1, 4, 2, 5), leaf(1, 4, 2), tables)) == 0
 
 
-def test_rows_are_sorted_by_expert_and_in_token_order_within_one():
+def test_rows_are_sorted_by_expert_and_in_token_order_within_one() -> None:
     experts = torch.tensor([[2, 0], [0, 1], [2, 1]])
     order = sort_slots(experts)
     assert experts.reshape(-1)[order.slot_of_row].tolist() == [0, 0, 1, 1, 2, 2]
@@ -182,7 +185,7 @@ def test_rows_are_sorted_by_expert_and_in_token_order_within_one():
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
 @pytest.mark.parametrize(("copies", "sources"), [(0, 3), (1, 1), (12, 5), (3, 9)])
-def test_copies_are_added_up_at_their_source(dtype, copies, sources):
+def test_copies_are_added_up_at_their_source(dtype: torch.dtype, copies: int, sources: int) -> None:
     """Against torch's index_add; small whole numbers, so that every type adds them exactly."""
     generator = torch.Generator().manual_seed(copies)
     source_N = torch.randint(sources, (copies,), generator=generator)
@@ -191,7 +194,7 @@ def test_copies_are_added_up_at_their_source(dtype, copies, sources):
     assert torch.equal(sum_copies(rows_ND, *sum_order(source_N, sources)), expected_SD)
 
 
-def test_an_attached_loss_gets_its_gradient_and_changes_no_value():
+def test_an_attached_loss_gets_its_gradient_and_changes_no_value() -> None:
     x, y = leaf(3), leaf(3)
     out = attach_loss(x, y.pow(2).sum(), 0.25)
     assert torch.equal(out, x)
@@ -200,7 +203,7 @@ def test_an_attached_loss_gets_its_gradient_and_changes_no_value():
     torch.testing.assert_close(dy, 0.5 * y)
 
 
-def test_balance_loss_is_1_when_even_and_the_number_of_experts_over_k_when_one_takes_all():
+def test_balance_loss_is_1_when_even_and_the_number_of_experts_over_k_when_one_takes_all() -> None:
     even = sequence_balance_loss(torch.full((8, 4), 0.3), torch.full((1, 4), 4), 2)
     assert even.item() == pytest.approx(1.0)
     scores = torch.zeros(8, 4)
@@ -208,7 +211,7 @@ def test_balance_loss_is_1_when_even_and_the_number_of_experts_over_k_when_one_t
     assert sequence_balance_loss(scores, torch.tensor([[8, 0, 0, 0]]), 1).item() == pytest.approx(4.0)
 
 
-def test_rotation_keeps_lengths_and_scores_depend_on_distance_alone():
+def test_rotation_keeps_lengths_and_scores_depend_on_distance_alone() -> None:
     model = dataclasses.replace(load_config(["model=k2_tiny"]).model, qk_nope_head_dim=2)
     tables = rotary_tables(model, 12, torch.float64, torch.device("cpu"))
     vector = torch.randn(mixer_of(model).heads.query, dtype=torch.float64)
@@ -220,7 +223,7 @@ def test_rotation_keeps_lengths_and_scores_depend_on_distance_alone():
     assert (scores[3, 1] - scores[3, 2]).abs() > 1e-3
 
 
-def test_softmax_scale_follows_yarn():
+def test_softmax_scale_follows_yarn() -> None:
     model = load_config(["model=k2"]).model
     mscale = 0.1 * 3.4657359027997265 + 1  # ln 32
     assert softmax_scale(model) == pytest.approx(192**-0.5 * mscale**2)
@@ -231,7 +234,7 @@ def test_softmax_scale_follows_yarn():
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
 @pytest.mark.parametrize("nope", [2, 3])
-def test_a_pair_turned_as_a_complex_number_is_the_pair_turned_by_hand(dtype, nope):
+def test_a_pair_turned_as_a_complex_number_is_the_pair_turned_by_hand(dtype: torch.dtype, nope: int) -> None:
     """Even offsets take the complex product, odd ones the two halves; both round each of two
     products and their sum."""
     q = torch.randn(2, 6, 3, nope + 8, dtype=dtype, requires_grad=True)
@@ -248,7 +251,7 @@ def test_a_pair_turned_as_a_complex_number_is_the_pair_turned_by_hand(dtype, nop
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
-def test_gradients_of_swiglu_are_those_of_its_reference(dtype):
+def test_gradients_of_swiglu_are_those_of_its_reference(dtype: torch.dtype) -> None:
     """In bfloat16 the reference rounds at each of its three steps, a relative 2^-8 each; ours
     rounds once."""
     gate_up, dy = leaf(9, 26, dtype=dtype), torch.randn(9, 13, dtype=dtype)
@@ -258,7 +261,7 @@ def test_gradients_of_swiglu_are_those_of_its_reference(dtype):
     torch.testing.assert_close(got, want, rtol=tolerance, atol=tolerance)
 
 
-def test_swiglu_writes_its_gradient_over_its_input_and_says_so_to_others_that_saved_it():
+def test_swiglu_writes_its_gradient_over_its_input_and_says_so_to_others_that_saved_it() -> None:
     gate_up = leaf(3, 10)
     fed = gate_up.clone()
     (dfed,) = torch.autograd.grad(swiglu(fed).sum(), fed)
@@ -272,7 +275,7 @@ def test_swiglu_writes_its_gradient_over_its_input_and_says_so_to_others_that_sa
 
 @pytest.mark.parametrize("rows", [9, 1, 0])
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
-def test_weighted_swiglu_is_its_reference_times_a_weight_a_row(dtype, rows):
+def test_weighted_swiglu_is_its_reference_times_a_weight_a_row(dtype: torch.dtype, rows: int) -> None:
     """The weights are FP32 beside bfloat16 rows. One of them is 0, which stops its row but not the
     weight's own gradient.
 

@@ -26,7 +26,7 @@ def counter() -> torch.Tensor:
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("width", WIDTHS)
-def test_codes_and_scales_are_those_of_a_loop_over_tiles_bit_for_bit(dtype, width, looped):
+def test_codes_and_scales_are_those_of_a_loop_over_tiles_bit_for_bit(dtype, width, looped) -> None:
     x = normal(7, width, dtype=dtype) * torch.logspace(-20, 4, 7, base=2, dtype=dtype)[:, None]
     stored = quantise(x)
     codes, scales = looped(x)
@@ -47,7 +47,7 @@ def test_codes_and_scales_are_those_of_a_loop_over_tiles_bit_for_bit(dtype, widt
 )
 def test_no_element_errs_by_more_than_the_bound_of_its_tile(
     width, rows, dtype, exponents, zeros, seed, bound
-):
+) -> None:
     """Magnitudes spread over 10^low to 10^high within one tile, cut to float16's range there; zeros
     stay zeros."""
     generator = torch.Generator().manual_seed(seed)
@@ -66,7 +66,7 @@ def test_no_element_errs_by_more_than_the_bound_of_its_tile(
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_the_ends_of_every_dtype_come_back(dtype, bound):
+def test_the_ends_of_every_dtype_come_back(dtype, bound) -> None:
     info = torch.finfo(dtype if dtype != torch.float64 else torch.float32)
     values = (info.max, info.tiny, info.tiny * info.eps)
     x = torch.tensor(values, dtype=torch.float64)[:, None].expand(3, 130).to(dtype)
@@ -77,7 +77,7 @@ def test_the_ends_of_every_dtype_come_back(dtype, bound):
     assert ((back.double() - x.double()).abs() <= bound(x, stored.scales)).all()
 
 
-def test_a_small_number_among_ones_survives_where_a_cast_without_scale_loses_it():
+def test_a_small_number_among_ones_survives_where_a_cast_without_scale_loses_it() -> None:
     """0.0009 is under half of E4M3's smallest step, 2^-10; with the scale 1/448 it is 0.4032, a
     normal code."""
     x = torch.ones(1, 128)
@@ -87,7 +87,7 @@ def test_a_small_number_among_ones_survives_where_a_cast_without_scale_loses_it(
     assert abs(back - 0.0009) <= 0.0009 * 2**-4
 
 
-def test_an_outlier_costs_precision_in_its_own_tile_alone():
+def test_an_outlier_costs_precision_in_its_own_tile_alone() -> None:
     """Beside 2^20 the step is 2^-9 of 2^20 / 448, over 4, so a one vanishes; the tile next to it is
     exact."""
     x = torch.ones(1, 256)
@@ -97,14 +97,14 @@ def test_an_outlier_costs_precision_in_its_own_tile_alone():
     assert torch.equal(back[0, 128:], x[0, 128:])
 
 
-def test_numbers_past_448_do_not_become_nan():
+def test_numbers_past_448_do_not_become_nan() -> None:
     """torch 2.11 casts what is past 464 to NaN; scaled and clamped, no finite number gets there."""
     x = torch.tensor([[1e4, -1e4, 500.0, -465.0, 449.0]])
     back = dequantise(quantise(x))
     assert (back / x - 1).abs().max() <= 2**-4
 
 
-def test_tiles_of_zeros_come_back_as_zeros():
+def test_tiles_of_zeros_come_back_as_zeros() -> None:
     x = normal(3, 300)
     x[1], x[2, 128:256] = 0, 0
     back = dequantise(quantise(x))
@@ -113,7 +113,7 @@ def test_tiles_of_zeros_come_back_as_zeros():
 
 @pytest.mark.parametrize("bad", [math.nan, -math.nan, math.inf, -math.inf])
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_a_tile_that_is_not_finite_comes_back_as_nan_and_is_counted(bad, dtype):
+def test_a_tile_that_is_not_finite_comes_back_as_nan_and_is_counted(bad, dtype) -> None:
     x = normal(4, 300, dtype=dtype)
     clean = dequantise(quantise(x))
     x[1, 130], x[1, 131], x[3, 299] = bad, bad, bad
@@ -127,7 +127,7 @@ def test_a_tile_that_is_not_finite_comes_back_as_nan_and_is_counted(bad, dtype):
     assert torch.equal(back[~poisoned], clean[~poisoned])
 
 
-def test_a_float64_beyond_float32_poisons_its_tile():
+def test_a_float64_beyond_float32_poisons_its_tile() -> None:
     count = counter()
     back = dequantise(quantise(torch.tensor([[1e300, 1.0]], dtype=torch.float64), count))
     assert back.isnan().all()
@@ -135,7 +135,7 @@ def test_a_float64_beyond_float32_poisons_its_tile():
 
 
 @pytest.mark.parametrize("shape", [(5,), (2, 3, 4, 130), (2, 0, 7), (0, 128), (3, 0), (0,)])
-def test_any_shape_is_rows_of_its_last_dimension(shape):
+def test_any_shape_is_rows_of_its_last_dimension(shape: tuple[int, ...]) -> None:
     x = normal(*shape, dtype=torch.bfloat16)
     stored = quantise(x)
     rows, width = math.prod(shape[:-1]), shape[-1]
@@ -149,7 +149,7 @@ def test_any_shape_is_rows_of_its_last_dimension(shape):
     assert torch.equal(stored.codes, flat.codes)
 
 
-def test_views_are_quantised_as_their_contiguous_copies():
+def test_views_are_quantised_as_their_contiguous_copies() -> None:
     x = normal(6, 5, 140)
     for view in (x.transpose(0, 2), x[:, 1:4, 3:], x[::2], x[0, 0].expand(4, 140)):
         stored, copied = quantise(view), quantise(view.clone(memory_format=torch.contiguous_format))
@@ -160,7 +160,7 @@ def test_views_are_quantised_as_their_contiguous_copies():
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_storing_a_second_time_changes_nothing(dtype):
+def test_storing_a_second_time_changes_nothing(dtype: torch.dtype) -> None:
     """A tile's largest number comes back exactly, 448 times the scale being off by 2^-24, so the
     scale is the same; the others moved by eps / 2 <= 2^-8 of themselves from a code, and codes are
     2^-4 apart. Away from subnormals."""
@@ -170,7 +170,7 @@ def test_storing_a_second_time_changes_nothing(dtype):
     assert torch.equal(first.scales, second.scales)
 
 
-def test_nothing_stored_refers_to_the_original_or_its_graph():
+def test_nothing_stored_refers_to_the_original_or_its_graph() -> None:
     x = normal(2, 130).requires_grad_()
     stored = quantise(x * 2)
     before = dequantise(stored)
@@ -181,7 +181,7 @@ def test_nothing_stored_refers_to_the_original_or_its_graph():
     assert torch.equal(dequantise(stored), before)
 
 
-def test_a_copy_of_codes_and_scales_is_the_same_tensor():
+def test_a_copy_of_codes_and_scales_is_the_same_tensor() -> None:
     stored = quantise(normal(2, 3, 130, dtype=torch.bfloat16))
     copied = stored.form.over(*(tensor.clone() for tensor in stored.tensors))
     assert copied.codes.data_ptr() != stored.codes.data_ptr()
@@ -192,7 +192,9 @@ def test_a_copy_of_codes_and_scales_is_the_same_tensor():
 
 @pytest.mark.parametrize("rows", range(4))
 @pytest.mark.parametrize("width", [*WIDTHS, 256, 384, 1000])
-def test_whatever_the_rows_and_the_width_the_tensor_comes_back_with_its_shape_and_strides(rows, width):
+def test_whatever_the_rows_and_the_width_the_tensor_comes_back_with_its_shape_and_strides(
+    rows: int, width
+) -> None:
     """No rows at all included: a rank may receive none, and a slice of no rows counts as contiguous
     with any strides."""
     x = normal(rows, width, dtype=torch.bfloat16)
@@ -202,7 +204,7 @@ def test_whatever_the_rows_and_the_width_the_tensor_comes_back_with_its_shape_an
     assert dequantise(stored).shape == x.shape
 
 
-def test_the_form_of_a_stored_tensor_keeps_none_of_its_memory():
+def test_the_form_of_a_stored_tensor_keeps_none_of_its_memory() -> None:
     stored = quantise(normal(4, 200))
     form = stored.form
     codes, scales = (weakref.ref(tensor.untyped_storage()) for tensor in stored.tensors)
@@ -210,7 +212,7 @@ def test_the_form_of_a_stored_tensor_keeps_none_of_its_memory():
     assert (codes(), scales(), form.shape) == (None, None, (4, 200))
 
 
-def test_a_scalar_or_an_integer_tensor_is_our_own_mistake():
+def test_a_scalar_or_an_integer_tensor_is_our_own_mistake() -> None:
     with pytest.raises(AssertionError, match="scalar"):
         quantise(torch.tensor(1.0))
     with pytest.raises(AssertionError, match="int64"):

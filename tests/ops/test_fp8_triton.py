@@ -56,7 +56,7 @@ def exact_rows(rows: int, width: int, dtype: torch.dtype) -> torch.Tensor:
     return (codes.view(torch.float8_e4m3fn).float() * 2**powers).to(dtype)
 
 
-def test_the_kernels_pass_their_tests_under_the_interpreter(pass_under_the_interpreter):
+def test_the_kernels_pass_their_tests_under_the_interpreter(pass_under_the_interpreter) -> None:
     pass_under_the_interpreter(__file__, 30)
 
 
@@ -64,7 +64,9 @@ def test_the_kernels_pass_their_tests_under_the_interpreter(pass_under_the_inter
     ("element", "rows", "width"),
     [("bf16", 32768, 4096), ("bf16", 32768, 7168), ("fp16", 7, 33), ("fp32", 4096, 7168), ("fp64", 1, 1)],
 )
-def test_the_kernels_compile_for_an_h100(element, rows, width, compile_for_h100, kernels):
+def test_the_kernels_compile_for_an_h100(
+    element: str, rows: int, width: int, compile_for_h100, kernels
+) -> None:
     """As launches of what K2 stores would, without a spilled register; and of sizes that are
     multiples of nothing."""
     sizes = {"num_rows": rows, "width": width, "tiles": num_tiles(width)}
@@ -80,7 +82,7 @@ def test_the_kernels_compile_for_an_h100(element, rows, width, compile_for_h100,
         assert compiled.registers <= 128
 
 
-def test_tensors_of_the_host_take_the_reference():
+def test_tensors_of_the_host_take_the_reference() -> None:
     assert fp8._kernels(torch.device("cpu")) is None
 
 
@@ -88,7 +90,7 @@ def test_tensors_of_the_host_take_the_reference():
 @pytest.mark.parametrize(("rows", "width"), SHAPES)
 def test_interpreted_kernels_equal_the_reference_bit_for_bit_where_no_cast_rounds(
     rows, width, dtype, kernels
-):
+) -> None:
     """Signs of zeros included."""
     x = exact_rows(rows, width, dtype)
     stored = quantise_reference(x)
@@ -101,7 +103,9 @@ def test_interpreted_kernels_equal_the_reference_bit_for_bit_where_no_cast_round
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize(("rows", "width"), SHAPES)
-def test_interpreted_codes_differ_only_where_the_interpreters_cast_does(rows, width, dtype, kernels, spread):
+def test_interpreted_codes_differ_only_where_the_interpreters_cast_does(
+    rows, width, dtype, kernels, spread
+) -> None:
     """Its cast loses the carry of a fraction that rounds up to 2 (at 1 + 15/16 and above) and
     rounds ties and what is below 2^-6 differently; all else, scales first, must be the reference's
     bits."""
@@ -119,7 +123,7 @@ def test_interpreted_codes_differ_only_where_the_interpreters_cast_does(rows, wi
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize(("rows", "width"), SHAPES)
-def test_interpreted_kernels_read_what_the_reference_wrote(rows, width, dtype, kernels):
+def test_interpreted_kernels_read_what_the_reference_wrote(rows, width, dtype, kernels) -> None:
     """Exact but for BF16, which the interpreter truncates: one unit in the last place, eps of the
     value."""
     stored = quantise_reference(scaled_rows(rows, width, dtype))
@@ -130,7 +134,7 @@ def test_interpreted_kernels_read_what_the_reference_wrote(rows, width, dtype, k
 
 
 @pytest.mark.parametrize("bad", [math.nan, -math.nan, math.inf, -math.inf])
-def test_interpreted_kernels_poison_and_count_tiles_that_are_not_finite(bad, kernels):
+def test_interpreted_kernels_poison_and_count_tiles_that_are_not_finite(bad, kernels) -> None:
     x = scaled_rows(40, 300, torch.float32)
     x[1, 130], x[1, 131], x[39, 299] = bad, bad, bad
     count = torch.full((), 5, dtype=torch.int64)
@@ -144,7 +148,7 @@ def test_interpreted_kernels_poison_and_count_tiles_that_are_not_finite(bad, ker
 
 
 @pytest.mark.parametrize("shape", [(0, 128), (3, 0)])
-def test_interpreted_kernels_take_empty_tensors(shape, kernels):
+def test_interpreted_kernels_take_empty_tensors(shape: tuple[int, ...], kernels) -> None:
     codes, scales = kernels.quantise_rows(torch.empty(shape))
     assert codes.shape == shape
     assert scales.shape == (shape[0], num_tiles(shape[1]))
@@ -155,7 +159,7 @@ def test_interpreted_kernels_take_empty_tensors(shape, kernels):
 @needs_gpu
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize(("rows", "width"), SHAPES)
-def test_kernels_on_a_gpu_equal_the_reference_bit_for_bit(rows, width, dtype, kernels):
+def test_kernels_on_a_gpu_equal_the_reference_bit_for_bit(rows, width, dtype, kernels) -> None:
     x = scaled_rows(rows, width, dtype, "cuda")
     stored = quantise_reference(x)
     codes, scales = kernels.quantise_rows(x)
@@ -169,7 +173,7 @@ def test_kernels_on_a_gpu_equal_the_reference_bit_for_bit(rows, width, dtype, ke
 @pytest.mark.gpu
 @needs_gpu
 @pytest.mark.parametrize("bad", [math.nan, math.inf])
-def test_on_a_gpu_tiles_that_are_not_finite_are_poisoned_and_counted(bad):
+def test_on_a_gpu_tiles_that_are_not_finite_are_poisoned_and_counted(bad) -> None:
     x = scaled_rows(40, 300, torch.bfloat16, "cuda")
     x[1, 130], x[39, 299] = bad, bad
     count = torch.zeros((), dtype=torch.int64, device="cuda")

@@ -58,7 +58,7 @@ def close(got: torch.Tensor, want: torch.Tensor) -> None:
     assert ((got.double() - want).abs() <= tolerance * largest).all()
 
 
-def test_the_kernels_pass_their_tests_under_the_interpreter(pass_under_the_interpreter):
+def test_the_kernels_pass_their_tests_under_the_interpreter(pass_under_the_interpreter) -> None:
     pass_under_the_interpreter(__file__, 30)
 
 
@@ -73,7 +73,9 @@ def test_the_kernels_pass_their_tests_under_the_interpreter(pass_under_the_inter
         ("fp32", 33, 1),
     ],
 )
-def test_the_kernels_compile_for_an_h100(element, features, tokens, compile_for_h100, kernels):
+def test_the_kernels_compile_for_an_h100(
+    element: str, features: int, tokens: int, compile_for_h100, kernels
+) -> None:
     """As launches of K2's hidden size and latents would, without a spilled register, and of sizes
     that are multiples of nothing."""
     options = kernels.options(features)
@@ -102,7 +104,7 @@ def test_the_kernels_compile_for_an_h100(element, features, tokens, compile_for_
 @pytest.mark.parametrize("gap", [0, 3])
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize(("tokens", "features"), SHAPES)
-def test_interpreted_kernels_equal_the_reference(tokens, features, dtype, gap, kernels):
+def test_interpreted_kernels_equal_the_reference(tokens, features, dtype, gap: int, kernels) -> None:
     x, weight, dy = inputs(tokens, features, dtype, gap)
     out, dx, dweight = expected(x, weight, dy)
     rstd = kernels.inverse_rms_rows(x, EPS)
@@ -114,7 +116,7 @@ def test_interpreted_kernels_equal_the_reference(tokens, features, dtype, gap, k
     torch.testing.assert_close(got_dweight.double(), dweight, rtol=1e-4, atol=1e-4)
 
 
-def test_interpreted_kernels_take_no_tokens(kernels):
+def test_interpreted_kernels_take_no_tokens(kernels) -> None:
     x, weight = torch.empty(0, 8), torch.rand(8)
     rstd = kernels.inverse_rms_rows(x, EPS)
     assert rstd.shape == (0, 1)
@@ -129,7 +131,9 @@ def test_interpreted_kernels_take_no_tokens(kernels):
 @pytest.mark.parametrize("gap", [0, 3])
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize(("tokens", "features"), [*SHAPES, (2000, 7168)])
-def test_on_a_gpu_the_norm_takes_the_kernels_and_equals_the_reference(tokens, features, dtype, gap):
+def test_on_a_gpu_the_norm_takes_the_kernels_and_equals_the_reference(
+    tokens, features, dtype, gap: int
+) -> None:
     x, weight, dy = (t.cuda() for t in inputs(tokens, features, dtype, gap))
     x, weight = x.requires_grad_(), weight.requires_grad_()
     out = rms_norm(x, inverse_rms(x, EPS), weight)

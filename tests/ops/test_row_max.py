@@ -43,13 +43,13 @@ def scores(q: torch.Tensor, k: torch.Tensor, scale: float) -> torch.Tensor:
     return logits.masked_fill(torch.ones_like(logits, dtype=torch.bool).triu(1), float("-inf"))
 
 
-def test_the_kernels_pass_their_tests_under_the_interpreter(pass_under_the_interpreter):
+def test_the_kernels_pass_their_tests_under_the_interpreter(pass_under_the_interpreter) -> None:
     pass_under_the_interpreter(__file__, 13)
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("length", LENGTHS[:-1])
-def test_stock_operations_find_the_largest_logit_of_every_head(length, dtype):
+def test_stock_operations_find_the_largest_logit_of_every_head(length, dtype: torch.dtype) -> None:
     """BF16 inputs are exact in float64, and FP32 sums of 48 products are within 48 roundings of the
     terms' size."""
     q, k = inputs(length, 48, dtype)
@@ -62,7 +62,7 @@ def test_stock_operations_find_the_largest_logit_of_every_head(length, dtype):
 @needs_triton
 @pytest.mark.parametrize("width", [192, 12])
 @pytest.mark.parametrize("length", LENGTHS)
-def test_interpreted_kernels_find_the_largest_logit_of_every_head(length, width, kernels):
+def test_interpreted_kernels_find_the_largest_logit_of_every_head(length, width: int, kernels) -> None:
     q, k = inputs(length, width, batch=2 if length < 1000 else 1, heads=3 if length < 1000 else 1)
     logits = scores(q, k, 0.3)
     lse = logits.logsumexp(-1).float()
@@ -71,7 +71,9 @@ def test_interpreted_kernels_find_the_largest_logit_of_every_head(length, width,
 
 
 @needs_triton
-def test_interpreted_heads_whose_log_sums_are_small_report_an_upper_bound_and_the_others_are_exact(kernels):
+def test_interpreted_heads_whose_log_sums_are_small_report_an_upper_bound_and_the_others_are_exact(
+    kernels,
+) -> None:
     q, k = inputs(300, 16)
     q[:, 1] *= 8
     logits = scores(q, k, 0.3)
@@ -89,7 +91,9 @@ def test_interpreted_heads_whose_log_sums_are_small_report_an_upper_bound_and_th
 
 @needs_triton
 @pytest.mark.parametrize("above", [99.5, 100.0])
-def test_interpreted_heads_with_a_large_log_sum_and_no_large_logit_report_an_upper_bound(above, kernels):
+def test_interpreted_heads_with_a_large_log_sum_and_no_large_logit_report_an_upper_bound(
+    above: float, kernels
+) -> None:
     """Rows of the first block have logits of 95 and log sums of 100.5, those of the second 98.5
     each: the first block is looked into and holds nothing above 99.5, the second is skipped and
     must count all the same."""
@@ -104,7 +108,7 @@ def test_interpreted_heads_with_a_large_log_sum_and_no_large_logit_report_an_upp
 
 
 @needs_triton
-def test_interpreted_blocks_that_cannot_hold_the_maximum_are_not_computed(kernels):
+def test_interpreted_blocks_that_cannot_hold_the_maximum_are_not_computed(kernels) -> None:
     """Log sums that lie: if the kernels looked where they say that nothing is, they would find
     more."""
     q, k = inputs(700, 16, batch=1, heads=1)
@@ -118,7 +122,7 @@ def test_interpreted_blocks_that_cannot_hold_the_maximum_are_not_computed(kernel
 
 
 @needs_triton
-def test_interpreted_largest_logits_are_those_of_positions_that_see_each_other(kernels):
+def test_interpreted_largest_logits_are_those_of_positions_that_see_each_other(kernels) -> None:
     q, k = torch.zeros(1, 2, 200, 16), torch.zeros(1, 2, 200, 16)
     q[0, 0, 3, 0], k[0, 0, 50, 0] = 9.0, 9.0  # row 3 does not see key 50
     q[0, 1, 150, 0], k[0, 1, 3, 0] = 9.0, 9.0
@@ -133,7 +137,9 @@ def test_interpreted_largest_logits_are_those_of_positions_that_see_each_other(k
 
 @needs_triton
 @pytest.mark.parametrize(("heads", "length", "batch"), [(64, 4096, 1), (3, 1001, 2)])
-def test_the_kernels_compile_for_an_h100(heads, length, batch, compile_for_h100, kernels):
+def test_the_kernels_compile_for_an_h100(
+    heads: int, length: int, batch: int, compile_for_h100, kernels
+) -> None:
     """At K2's widths; of its sequences, and of lengths that are multiples of nothing."""
     places = {
         f"{of}_{name}": stride
@@ -171,7 +177,7 @@ def test_the_kernels_compile_for_an_h100(heads, length, batch, compile_for_h100,
 @needs_gpu
 @needs_triton
 @pytest.mark.parametrize("length", [*LENGTHS, 4096])
-def test_on_a_gpu_the_kernels_find_the_largest_logit_of_every_head(length, kernels):
+def test_on_a_gpu_the_kernels_find_the_largest_logit_of_every_head(length, kernels) -> None:
     q, k = (t.cuda() for t in inputs(length, 192, torch.bfloat16))
     logits = scores(q, k, 0.1)
     lse = logits.logsumexp(-1).float()

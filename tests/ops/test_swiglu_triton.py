@@ -58,7 +58,7 @@ def close(got: torch.Tensor, want: torch.Tensor, terms: int = 1) -> None:
     torch.testing.assert_close(got.double(), want, rtol=tolerance, atol=tolerance * terms)
 
 
-def test_the_kernels_pass_their_tests_under_the_interpreter(pass_under_the_interpreter):
+def test_the_kernels_pass_their_tests_under_the_interpreter(pass_under_the_interpreter) -> None:
     pass_under_the_interpreter(__file__, 30)
 
 
@@ -66,7 +66,9 @@ def test_the_kernels_pass_their_tests_under_the_interpreter(pass_under_the_inter
     ("element", "weighted", "rows", "width"),
     [("bf16", True, 32768, 2048), ("bf16", False, 4096, 18432), ("fp16", True, 7, 33), ("fp32", False, 1, 1)],
 )
-def test_the_kernels_compile_for_an_h100(element, weighted, rows, width, compile_for_h100, kernels):
+def test_the_kernels_compile_for_an_h100(
+    element: str, weighted: bool, rows: int, width: int, compile_for_h100, kernels
+) -> None:
     """As launches of K2's experts and of its dense layer would, without a spilled register; and of
     other sizes."""
     tensors = {"gate_up_ptr": f"*{element}", "w_ptr": "*fp32" if weighted else f"*{element}"}
@@ -86,7 +88,7 @@ def test_the_kernels_compile_for_an_h100(element, weighted, rows, width, compile
 @pytest.mark.parametrize("weighted", [True, False])
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize(("rows", "width"), SHAPES)
-def test_interpreted_kernels_equal_the_reference(rows, width, dtype, weighted, kernels):
+def test_interpreted_kernels_equal_the_reference(rows, width, dtype, weighted: bool, kernels) -> None:
     gate_up, weights, dy = inputs(rows, width, dtype)
     w = weights if weighted else None
     out, dgate_up, dw = expected(gate_up, w, dy)
@@ -100,7 +102,7 @@ def test_interpreted_kernels_equal_the_reference(rows, width, dtype, weighted, k
 
 
 @pytest.mark.parametrize("shape", [(0, 8), (3, 0)])
-def test_interpreted_kernels_take_empty_tensors(shape, kernels):
+def test_interpreted_kernels_take_empty_tensors(shape: tuple[int, ...], kernels) -> None:
     rows, width = shape
     gate_up, weights = torch.empty(rows, 2 * width), torch.rand(rows)
     assert kernels.swiglu_rows(gate_up, weights).shape == shape
@@ -112,7 +114,9 @@ def test_interpreted_kernels_take_empty_tensors(shape, kernels):
 @pytest.mark.parametrize("weighted", [True, False])
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize(("rows", "width"), SHAPES)
-def test_on_a_gpu_swiglu_takes_the_kernels_and_equals_the_reference(rows, width, dtype, weighted):
+def test_on_a_gpu_swiglu_takes_the_kernels_and_equals_the_reference(
+    rows, width, dtype, weighted: bool
+) -> None:
     gate_up, weights, dy = inputs(rows, width, dtype)
     w = weights if weighted else None
     out, dgate_up, dw = (None if t is None else t.cuda() for t in expected(gate_up, w, dy))

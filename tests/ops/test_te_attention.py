@@ -69,13 +69,13 @@ class DotProductAttention:
         num_attention_heads,
         kv_channels,
         num_gqa_groups=None,
-        attention_dropout=0.0,
-        qkv_format="sbhd",
-        attn_mask_type="causal",
+        attention_dropout: float = 0.0,
+        qkv_format: str = "sbhd",
+        attn_mask_type: str = "causal",
         window_size=None,
         softmax_scale=None,
-        return_max_logit=False,
-    ):
+        return_max_logit: bool = False,
+    ) -> None:
         assert (attention_dropout, qkv_format, attn_mask_type) == (0.0, "bshd", "causal")
         assert return_max_logit is True
         assert window_size is None
@@ -109,7 +109,7 @@ def attend(tensors):
     return causal_attention(*(t.transpose(1, 2) for t in tensors), 0.3, backend=backend())
 
 
-def test_output_largest_logits_and_gradients_are_those_of_full_scores():
+def test_output_largest_logits_and_gradients_are_those_of_full_scores() -> None:
     tensors = inputs()
     out, maxima, _ = attend(tensors)
     expected, expected_maxima = causal_attention_reference(*(t.transpose(1, 2) for t in tensors), 0.3)
@@ -125,7 +125,7 @@ def test_output_largest_logits_and_gradients_are_those_of_full_scores():
     assert plain.extras == ()
 
 
-def test_what_it_saves_of_its_own_is_handed_out_to_be_named_and_saved_by_one_node():
+def test_what_it_saves_of_its_own_is_handed_out_to_be_named_and_saved_by_one_node() -> None:
     tensors, saved = inputs(), []
     with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t) or t, lambda t: t):
         out, _, extras = attend(tensors)
@@ -134,7 +134,7 @@ def test_what_it_saves_of_its_own_is_handed_out_to_be_named_and_saved_by_one_nod
     assert {t.untyped_storage().data_ptr() for t in saved} == known
 
 
-def test_no_tensor_is_held_beside_what_hooks_keep():
+def test_no_tensor_is_held_beside_what_hooks_keep() -> None:
     """With hooks that keep numbers in place of tensors, nothing else keeps queries, keys and values
     alive."""
     kept: list[torch.Tensor] = []
@@ -156,7 +156,7 @@ def test_no_tensor_is_held_beside_what_hooks_keep():
 
 
 @pytest.mark.parametrize("policies", ["none", "offload", "recompute", "recompute_offload"])
-def test_in_a_model_the_store_of_activations_finds_a_name_for_all_it_saves(policies):
+def test_in_a_model_the_store_of_activations_finds_a_name_for_all_it_saves(policies: str) -> None:
     """Gradients are those of a run that keeps everything, to the bit, and nothing is refused for
     want of a name."""
     config = load_config(["experiment=tiny", f"activations={policies}"])
@@ -184,12 +184,12 @@ def test_in_a_model_the_store_of_activations_finds_a_name_for_all_it_saves(polic
     assert all(torch.equal(one, other) for one, other in zip(stored, run(None), strict=True))
 
 
-def test_one_that_is_missing_or_too_old_is_refused_by_name():
+def test_one_that_is_missing_or_too_old_is_refused_by_name() -> None:
     with pytest.raises(ConfigError, match=r"ops.backend=te: transformer-engine cannot be imported"):
         build_te_attention(3, 12, 8, 0.3)
 
     class Old:
-        def __init__(self, num_attention_heads, kv_channels):
+        def __init__(self, num_attention_heads, kv_channels) -> None:
             raise AssertionError("made in spite of its age")
 
     with pytest.raises(ConfigError, match="return_max_logit"):

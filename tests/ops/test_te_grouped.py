@@ -40,7 +40,7 @@ class GeneralGroupedGemm:
     layouts: of the calls so far.
     """
 
-    def __init__(self):
+    def __init__(self) -> None:
         self.layouts = []
 
     def __call__(
@@ -50,16 +50,16 @@ class GeneralGroupedGemm:
         out,
         quantization_params,
         out_dtype,
-        layout="TN",
+        layout: str = "TN",
         m_splits=None,
-        gelu=False,
-        grad=False,
-        accumulate=False,
+        gelu: bool = False,
+        grad: bool = False,
+        accumulate: bool = False,
         bias=None,
-        use_bias=False,
-        use_split_accumulator=False,
+        use_bias: bool = False,
+        use_split_accumulator: bool = False,
         D_dtype=None,
-        single_output=False,
+        single_output: bool = False,
     ):
         assert not any((gelu, accumulate, bias, use_bias, use_split_accumulator, D_dtype))
         assert single_output is True
@@ -86,7 +86,7 @@ def gemm():
 COUNTS = [(3, 0, 4), (0, 0, 5), (5, 2, 0), (0, 0, 0)]
 
 
-def factors(counts, spare=0, dtype=torch.float64):
+def factors(counts, spare: int = 0, dtype: torch.dtype = torch.float64):
     generator = torch.Generator().manual_seed(0)
     x = torch.randn(sum(counts) + spare, 6, generator=generator, dtype=dtype).requires_grad_()
     weight = torch.randn(len(counts), 5, 6, generator=generator, dtype=dtype).requires_grad_()
@@ -95,7 +95,7 @@ def factors(counts, spare=0, dtype=torch.float64):
 
 @pytest.mark.parametrize("counts", COUNTS)
 @pytest.mark.parametrize("spare", [0, 2])
-def test_both_products_are_those_of_a_loop_over_experts(counts, spare, gemm):
+def test_both_products_are_those_of_a_loop_over_experts(counts, spare: int, gemm) -> None:
     """Also experts without rows, and rows past the last expert's, which are left undefined."""
     x, weight, offsets = (t.detach() for t in factors(counts, spare))
     known = sum(counts)
@@ -110,7 +110,7 @@ def test_both_products_are_those_of_a_loop_over_experts(counts, spare, gemm):
 
 
 @pytest.mark.parametrize("counts", COUNTS)
-def test_a_layer_has_its_two_products_from_it_and_our_weight_gradient(counts, gemm):
+def test_a_layer_has_its_two_products_from_it_and_our_weight_gradient(counts, gemm) -> None:
     x, weight, offsets = factors(counts)
     dy = torch.randn(sum(counts), 5, generator=torch.Generator().manual_seed(1), dtype=x.dtype)
     found = []
@@ -125,13 +125,13 @@ def test_a_layer_has_its_two_products_from_it_and_our_weight_gradient(counts, ge
     assert gemm.layouts == (["TN", "NN"] if any(counts) else [])
 
 
-def test_row_counts_that_only_the_device_knows_are_refused(gemm):
+def test_row_counts_that_only_the_device_knows_are_refused(gemm) -> None:
     x, weight, offsets = factors((2, 3))
     with pytest.raises(ValueError, match="on the host"):
         TeGroupedMM(gemm)(x, weight.transpose(1, 2), offsets)
 
 
-def test_a_model_built_with_it_has_the_gradients_of_one_without(gemm):
+def test_a_model_built_with_it_has_the_gradients_of_one_without(gemm) -> None:
     """Two MoE layers' two products, forward and backward: eight calls. Both add up in float64."""
     config = load_config(["experiment=tiny"]).model
     model = dataclasses.replace(config, num_hidden_layers=config.first_k_dense_replace + 2)
@@ -154,34 +154,45 @@ def test_a_model_built_with_it_has_the_gradients_of_one_without(gemm):
 
 
 def workspaces_from_the_caller(
-    A, B, out, out_dtype, workspaces, layout="TN", m_splits=None, gelu=False, grad=False, single_output=False
-):
+    A,
+    B,
+    out,
+    out_dtype,
+    workspaces,
+    layout: str = "TN",
+    m_splits=None,
+    gelu: bool = False,
+    grad: bool = False,
+    single_output: bool = False,
+) -> None:
     """Transformer Engine 2.8 and 2.9."""
 
 
 def without_quantization_params(
-    A, B, out, out_dtype, layout="TN", m_splits=None, grad=False, single_output=False
-):
+    A, B, out, out_dtype, layout: str = "TN", m_splits=None, grad: bool = False, single_output: bool = False
+) -> None:
     """Transformer Engine 2.10."""
 
 
 @pytest.mark.parametrize("old", [workspaces_from_the_caller, without_quantization_params])
-def test_a_release_with_other_arguments_is_refused_by_name(old):
+def test_a_release_with_other_arguments_is_refused_by_name(old) -> None:
     with pytest.raises(ConfigError, match=r"ops.backend=te: .* other arguments than releases 2\.11 to 2\.18"):
         checked(old)
 
 
-def test_one_that_is_missing_is_refused_by_name():
+def test_one_that_is_missing_is_refused_by_name() -> None:
     with pytest.raises(ConfigError, match=r"ops.backend=te: .* grouped product cannot be imported"):
         build_te_grouped()
 
 
-def test_a_run_that_asks_for_te_has_its_experts_products_from_it(monkeypatch, gemm):
+def test_a_run_that_asks_for_te_has_its_experts_products_from_it(
+    monkeypatch: pytest.MonkeyPatch, gemm
+) -> None:
     """An installed package is simulated by modules of its names; no other backend takes the
     product."""
 
     class DotProductAttention:
-        def __init__(self, return_max_logit, **others):
+        def __init__(self, return_max_logit, **others) -> None:
             pass
 
     pytorch = types.ModuleType("transformer_engine.pytorch")

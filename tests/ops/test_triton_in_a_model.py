@@ -28,7 +28,7 @@ from k2train.ops.weight_grad import PlainGradients
 pytestmark = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="needs triton")
 
 
-def test_the_model_passes_its_tests_under_the_interpreter(pass_under_the_interpreter):
+def test_the_model_passes_its_tests_under_the_interpreter(pass_under_the_interpreter) -> None:
     pass_under_the_interpreter(__file__, 10)
 
 
@@ -38,8 +38,8 @@ def test_the_model_passes_its_tests_under_the_interpreter(pass_under_the_interpr
     ["none", "recompute", "recompute activations.attention_output=recompute", "offload", "recompute_offload"],
 )
 def test_interpreted_kernels_in_a_model_give_its_gradients_and_save_what_has_a_name(
-    policies, kernel, monkeypatch, cudnn_on_the_host
-):
+    policies: str, kernel: str, monkeypatch: pytest.MonkeyPatch, cudnn_on_the_host
+) -> None:
     """A whole model in FP16 with the store of activations, which refuses a saved tensor without a
     name: the loss and every gradient are those of a run that keeps everything to the bit, and about
     those of stock operations."""

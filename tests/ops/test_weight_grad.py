@@ -1,4 +1,7 @@
-"""The weight-gradient queue and the linear layers that feed it."""
+"""The weight-gradient queue and the linear layers that feed it.
+
+Letters: T tokens, D features, N rows, C columns.
+"""
 
 from __future__ import annotations
 
@@ -31,7 +34,7 @@ class CutGradients:
             for first in range(0, run.last, 2)
         ]
 
-    def add_rows(self, parameter, rows_N, gradient_NC, first_column=0) -> None:
+    def add_rows(self, parameter, rows_N, gradient_NC, first_column: int = 0) -> None:
         self.whole.add_rows(parameter, rows_N, gradient_NC, first_column)
 
     def buffer(self, parameter: torch.Tensor) -> torch.Tensor:
@@ -43,12 +46,12 @@ def parameter(*shape: int, dtype: torch.dtype = torch.float64) -> torch.nn.Param
 
 
 @pytest.fixture(autouse=True)
-def fixed_seed():
+def fixed_seed() -> None:
     torch.manual_seed(0)
 
 
 @pytest.mark.parametrize("sink_type", [PlainGradients, CutGradients])
-def test_a_queued_linear_layer_has_the_gradients_of_a_plain_one(sink_type):
+def test_a_queued_linear_layer_has_the_gradients_of_a_plain_one(sink_type) -> None:
     x, weight, dy = parameter(7, 5), parameter(3, 5), torch.randn(7, 3, dtype=torch.float64)
     expected = torch.autograd.grad(F.linear(x, weight), (x, weight), dy)
     queue, sink = WeightGradQueue(), sink_type()
@@ -63,7 +66,7 @@ def test_a_queued_linear_layer_has_the_gradients_of_a_plain_one(sink_type):
     torch.testing.assert_close(sink.buffer(weight), expected[1])
 
 
-def test_draining_one_key_leaves_the_others():
+def test_draining_one_key_leaves_the_others() -> None:
     queue, sink = WeightGradQueue(), PlainGradients()
     weight = parameter(3, 5)
     for key in ((0, 0), (0, 1), (1, 0)):
@@ -75,7 +78,7 @@ def test_draining_one_key_leaves_the_others():
     assert queue.empty
 
 
-def test_queue_bytes_count_each_storage_once():
+def test_queue_bytes_count_each_storage_once() -> None:
     queue = WeightGradQueue()
     x = parameter(4, 6)
     slot = queue.slot((0, 0))
@@ -86,7 +89,7 @@ def test_queue_bytes_count_each_storage_once():
     assert queue.num_bytes((0, 1)) == 0
 
 
-def test_bfloat16_weight_gradients_accumulate_in_float32():
+def test_bfloat16_weight_gradients_accumulate_in_float32() -> None:
     """1 + 1000 x 2^-10 needs more bits than bfloat16 has; a bfloat16 sum would stay at 1."""
     weight, sink = parameter(1, 1, dtype=torch.bfloat16), PlainGradients()
     for value, times in ((1.0, 1), (2.0**-10, 1000)):
@@ -99,7 +102,7 @@ def test_bfloat16_weight_gradients_accumulate_in_float32():
     assert sink.buffer(weight).item() == 1 + 1000 * 2.0**-10
 
 
-def test_the_router_dtype_of_a_linear_layer_keeps_small_differences():
+def test_the_router_dtype_of_a_linear_layer_keeps_small_differences() -> None:
     x = torch.tensor([[256.0, 1.0]], dtype=torch.bfloat16, requires_grad=True)
     weight = parameter(1, 2, dtype=torch.bfloat16)
     weight.data.fill_(1.0)
@@ -121,7 +124,7 @@ counts_strategy = st.lists(st.integers(0, 9), min_size=1, max_size=6)
     dtype=st.sampled_from([torch.float32, torch.float64]),
     seed=st.integers(0, 1000),
 )
-def test_grouped_linear_is_a_loop_over_experts_for_any_counts_and_widths(counts, widths, dtype, seed):
+def test_grouped_linear_is_a_loop_over_experts_for_any_counts_and_widths(counts, widths, dtype, seed) -> None:
     """Also experts without tokens, no tokens at all, and widths that grouped_mm refuses."""
     torch.manual_seed(seed)
     inner, outer = widths
@@ -147,13 +150,13 @@ def test_grouped_linear_is_a_loop_over_experts_for_any_counts_and_widths(counts,
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_the_fast_grouped_product_is_the_reference_loop(dtype):
+def test_the_fast_grouped_product_is_the_reference_loop(dtype: torch.dtype) -> None:
     x, weight = torch.randn(20, 16, dtype=dtype), torch.randn(4, 16, 24, dtype=dtype)
     offsets = torch.tensor([3, 3, 19, 20], dtype=torch.int32)
     torch.testing.assert_close(grouped_mm(x, weight, offsets), grouped_mm_reference(x, weight, offsets))
 
 
-def test_rows_past_the_last_offset_touch_neither_other_rows_nor_the_weight_gradient():
+def test_rows_past_the_last_offset_touch_neither_other_rows_nor_the_weight_gradient() -> None:
     x, weight = parameter(10, 16, dtype=torch.float32), parameter(2, 8, 16, dtype=torch.float32)
     offsets = torch.tensor([2, 6], dtype=torch.int32)
     queue, sink = WeightGradQueue(), PlainGradients()
@@ -167,7 +170,7 @@ def test_rows_past_the_last_offset_touch_neither_other_rows_nor_the_weight_gradi
     assert sink.buffer(weight).isfinite().all()
 
 
-def test_experts_whose_rows_the_host_knows_ask_the_device_for_nothing():
+def test_experts_whose_rows_the_host_knows_ask_the_device_for_nothing() -> None:
     """The offsets say something else on purpose: they must not be read. One expert has no rows."""
     x, dy, weight = torch.randn(7, 6), torch.randn(7, 5), parameter(3, 5, 6, dtype=torch.float32)
     sink = PlainGradients()
@@ -177,7 +180,7 @@ def test_experts_whose_rows_the_host_knows_ask_the_device_for_nothing():
 
 
 @pytest.mark.parametrize("sink_type", [PlainGradients, CutGradients])
-def test_many_microbatches_of_bfloat16_experts_sum_as_in_float64(sink_type):
+def test_many_microbatches_of_bfloat16_experts_sum_as_in_float64(sink_type) -> None:
     """Factors are BF16 in both, so products are exact; 100 x 9 FP32 additions lose at most 900 x
     2^-24 of the sum of magnitudes. One rounding of a microbatch to BF16 alone would lose up to 2^-8
     of it."""
@@ -195,7 +198,7 @@ def test_many_microbatches_of_bfloat16_experts_sum_as_in_float64(sink_type):
     assert (error <= 900 * 2.0**-24 * magnitude).all()
 
 
-def test_many_microbatches_of_a_bfloat16_norm_sum_as_in_float64():
+def test_many_microbatches_of_a_bfloat16_norm_sum_as_in_float64() -> None:
     """The weight's gradient of every microbatch reaches the sum in FP32. Inputs are BF16 in both;
     each of 16 terms of a microbatch has four FP32 roundings (x, rstd, the two products), and there
     are 50 x 16 additions of them."""
@@ -217,7 +220,9 @@ def test_many_microbatches_of_a_bfloat16_norm_sum_as_in_float64():
 @pytest.mark.parametrize("tokens", [[], [3], [5, 2, 5, 5, 0, 2, 6], [4] * 9])
 @pytest.mark.parametrize("width", [1, 7, COLUMNS + 3])
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
-def test_rows_of_equal_tokens_are_added_up_before_they_reach_the_sum(tokens, width, dtype):
+def test_rows_of_equal_tokens_are_added_up_before_they_reach_the_sum(
+    tokens, width, dtype: torch.dtype
+) -> None:
     """Against torch's index_add; small whole numbers, so that every order of additions is exact."""
     weight, sink = parameter(7, width, dtype=dtype), PlainGradients()
     tokens_T = torch.tensor(tokens, dtype=torch.int64)
@@ -228,7 +233,7 @@ def test_rows_of_equal_tokens_are_added_up_before_they_reach_the_sum(tokens, wid
     assert torch.equal(sink.buffer(weight), expected)
 
 
-def test_an_embedding_adds_each_row_once_in_the_order_of_the_tokens():
+def test_an_embedding_adds_each_row_once_in_the_order_of_the_tokens() -> None:
     """0.1 three times and 2^24 once: (2^24 + 0.1) + ... would lose every 0.1, their sum first does
     not."""
     weight, cut = parameter(3, 1, dtype=torch.float32), CutGradients()
@@ -240,7 +245,7 @@ def test_an_embedding_adds_each_row_once_in_the_order_of_the_tokens():
 
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
-def test_on_a_gpu_equal_tokens_add_up_to_the_same_bits_every_time():
+def test_on_a_gpu_equal_tokens_add_up_to_the_same_bits_every_time() -> None:
     weight, dx = parameter(50, 2000, dtype=torch.bfloat16).cuda(), torch.randn(4096, 2000).bfloat16().cuda()
     tokens = torch.randint(0, 50, (4096,)).cuda()
     sums = []

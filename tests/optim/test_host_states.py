@@ -68,7 +68,7 @@ def moved(optim: OptimConfig, **changes: object) -> OptimConfig:
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32, torch.float64])
 @pytest.mark.parametrize("name", [named.name for named in all_rules()])
-def test_one_rank_trains_the_same_bits(one_rank, optim_config, name, dtype) -> None:
+def test_one_rank_trains_the_same_bits(one_rank, optim_config, name, dtype: torch.dtype) -> None:
     optim = dataclasses.replace(optim_config, name=name, newton_schulz_dtype="bfloat16")
     device = train(one_rank(optim=optim, dtype=dtype))
     host = train(one_rank(optim=moved(optim), dtype=dtype))
@@ -80,7 +80,9 @@ def test_one_rank_trains_the_same_bits(one_rank, optim_config, name, dtype) -> N
 @pytest.mark.parametrize(
     ("edp", "ep", "backend"), [(2, 2, "threads"), (3, 1, "threads"), (2, 1, "processes")]
 )
-def test_every_rank_of_a_layout_trains_the_same_bits(make_rank, optim_config, name, edp, ep, backend) -> None:
+def test_every_rank_of_a_layout_trains_the_same_bits(
+    make_rank, optim_config, name, edp: int, ep: int, backend: str
+) -> None:
     grid = RankGrid(1, edp, ep)
     optim = dataclasses.replace(optim_config, name=name)
     device, host = (
@@ -93,7 +95,9 @@ def test_every_rank_of_a_layout_trains_the_same_bits(make_rank, optim_config, na
 
 @pytest.mark.parametrize("name", [named.name for named in all_rules()])
 @pytest.mark.parametrize(("first", "second"), [("device", "host"), ("host", "device")])
-def test_states_of_one_mode_load_into_the_other(one_rank, optim_config, name, first, second) -> None:
+def test_states_of_one_mode_load_into_the_other(
+    one_rank, optim_config, name, first: str, second: str
+) -> None:
     optim = dataclasses.replace(optim_config, name=name)
     kept = train(one_rank(optim=optim), range(2)).states
     before = one_rank(optim=dataclasses.replace(optim, states=first))
@@ -127,7 +131,7 @@ def test_a_non_finite_gradient_leaves_host_states_alone(one_rank, optim_config) 
 @pytest.mark.parametrize("name", [named.name for named in all_rules()])
 @pytest.mark.parametrize("layers", [3, 6])
 def test_host_states_hold_only_their_slots_on_the_device(
-    one_rank, optim_config, model_config, name, layers
+    one_rank, optim_config, model_config, name, layers: int
 ) -> None:
     """Three slots of one batch, whatever the number of layers; no state shares memory with a slot
     or with a gradient."""
@@ -213,7 +217,7 @@ def test_deepspeeds_update_is_torchs_within_rounding(decayed: bool) -> None:
 
 @needs_deepspeed
 @pytest.mark.parametrize("name", ["muonclip", "adamw"])
-def test_a_run_with_deepspeeds_update_follows_torchs(one_rank, optim_config, name) -> None:
+def test_a_run_with_deepspeeds_update_follows_torchs(one_rank, optim_config, name: str) -> None:
     """Within the bound of the kernel's test: gradients are given, so a difference does not feed
     back into them."""
     optim = moved(optim_config, name=name)
@@ -236,7 +240,7 @@ def test_deepspeed_in_a_float64_run_is_refused(optim_config) -> None:
         check_host_adam(moved(optim_config, host_adam="deepspeed"), torch.float64)
 
 
-def test_a_missing_deepspeed_is_refused_with_its_extra(optim_config, monkeypatch) -> None:
+def test_a_missing_deepspeed_is_refused_with_its_extra(optim_config, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     with pytest.raises(ConfigError, match=r"not installed\n.*k2train\[deepspeed\]"):
         check_host_adam(moved(optim_config, host_adam="deepspeed"), torch.float32)

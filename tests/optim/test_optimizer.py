@@ -30,7 +30,7 @@ def named_gradients(rank, drawn, step: int) -> dict[str, torch.Tensor]:
 
 
 @pytest.mark.parametrize("name", ["muonclip", "adamw"])
-def test_adamw_and_global_clipping_equal_torchs(one_rank, drawn, optim_config, name) -> None:
+def test_adamw_and_global_clipping_equal_torchs(one_rank, drawn, optim_config, name: str) -> None:
     """Float64 masters on both sides; what remains is the order of a few operations."""
     rank = one_rank(optim=dataclasses.replace(optim_config, name=name))
     start = rank.weights()
@@ -83,7 +83,7 @@ def test_muon_parameters_equal_torchs_muon(one_rank, drawn) -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32, torch.float64])
-def test_parameters_are_their_masters_in_the_compute_type(one_rank, dtype) -> None:
+def test_parameters_are_their_masters_in_the_compute_type(one_rank, dtype: torch.dtype) -> None:
     rank = one_rank(dtype=dtype)
     for step in range(2):
         rank.feed(step)
@@ -109,7 +109,7 @@ def test_small_updates_add_up_in_the_masters_of_a_bfloat16_model(one_rank) -> No
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
 @pytest.mark.parametrize("name", [named.name for named in all_rules()])
-def test_a_resumed_run_is_bit_equal(one_rank, optim_config, name, dtype) -> None:
+def test_a_resumed_run_is_bit_equal(one_rank, optim_config, name, dtype: torch.dtype) -> None:
     optim = dataclasses.replace(optim_config, name=name, newton_schulz_dtype="bfloat16")
     high = {layer: torch.tensor([50.0, 130.0, 400.0]) for layer in range(3)}
     straight = one_rank(optim=optim, dtype=dtype)
@@ -197,7 +197,9 @@ def test_what_is_added_to_the_runs_of_a_parameter_is_its_gradient(one_rank, grad
 
 
 @pytest.mark.parametrize("latent", [14, None])
-def test_qk_clip_scales_masters_of_the_named_projections_only(one_rank, model_config, latent) -> None:
+def test_qk_clip_scales_masters_of_the_named_projections_only(
+    one_rank, model_config, latent: int | None
+) -> None:
     """A step of rate 0 moves nothing but what QK-Clip scales: head 1 of layer 2 by 1/4, half of it
     on each side."""
     rank = one_rank(model=dataclasses.replace(model_config, q_lora_rank=latent))

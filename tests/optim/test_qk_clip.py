@@ -76,7 +76,7 @@ def test_clipped_weights_give_logits_scaled_by_gamma() -> None:
 @pytest.mark.parametrize("latent", [14, None])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_the_same_batch_stays_at_tau_after_the_step(
-    one_rank, model_config: ModelConfig, latent: int | None, dtype
+    one_rank, model_config: ModelConfig, latent: int | None, dtype: torch.dtype
 ) -> None:
     """A real layer whose second head reaches 1000: after a step of rate 0 it reaches tau, the
     others what they did."""

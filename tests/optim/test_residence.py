@@ -20,7 +20,7 @@ LIKE = torch.zeros(0, dtype=torch.float32)
 
 
 @pytest.fixture(params=[None, *range(6)], ids=lambda seed: "at once" if seed is None else f"seed {seed}")
-def device(request):
+def device(request: pytest.FixtureRequest):
     """A CPU, and simulated devices whose computation happens at once and whose copies lag
     behind."""
     return CpuDevice() if request.param is None else SimulatedDevice(request.param, eager_compute=True)

@@ -38,7 +38,7 @@ def two_stages(model: ModelConfig) -> list[ModelPart]:
 @pytest.mark.parametrize("name", [named.name for named in all_rules()])
 @pytest.mark.parametrize(("dp", "edp"), [(1, 1), (2, 1), (2, 2), (6, 3), (7, 7), (40, 10)])
 def test_every_row_has_one_owner_and_every_owner_one_stretch(
-    model_config, optim_config, dp, edp, name
+    model_config, optim_config, dp: int, edp: int, name
 ) -> None:
     optim = dataclasses.replace(optim_config, name=name)
     plans, pieces = plan(model_config, optim, two_stages(model_config), dp, edp)
@@ -65,7 +65,7 @@ def test_every_row_has_one_owner_and_every_owner_one_stretch(
 
 
 @pytest.mark.parametrize(("dp", "edp"), [(1, 1), (2, 2), (6, 3)])
-def test_equal_shapes_of_an_owner_are_neighbours(model_config, optim_config, dp, edp) -> None:
+def test_equal_shapes_of_an_owner_are_neighbours(model_config, optim_config, dp: int, edp: int) -> None:
     plans, _ = plan(model_config, optim_config, two_stages(model_config), dp, edp)
     for bucket in plans:
         for owner in range(len(bucket.splits)):
@@ -76,7 +76,7 @@ def test_equal_shapes_of_an_owner_are_neighbours(model_config, optim_config, dp,
 
 @pytest.mark.parametrize("owners", [2, 3, 5])
 def test_newton_schulz_is_balanced_over_all_virtual_stages_together(
-    model_config, optim_config, owners
+    model_config, optim_config, owners: int
 ) -> None:
     plans, _ = plan(model_config, optim_config, two_stages(model_config), owners, owners)
     for replication in ("dp", "edp"):
@@ -100,7 +100,7 @@ def test_the_table_has_a_row_for_each_tensor_with_all_its_owners(model_config, o
 
 
 @pytest.mark.parametrize("nodes", [32, 64, 256])
-def test_k2s_states_shrink_with_the_cluster(nodes) -> None:
+def test_k2s_states_shrink_with_the_cluster(nodes: int) -> None:
     """A stage of four MoE layers on 16 x 16: masters and momentum of 4 x 24 local experts over edp
     = nodes / 32 owners, of the dense matrices over 16 edp. At 32 nodes that is 33.8 GB of expert
     states a rank, at 256 it is an eighth.

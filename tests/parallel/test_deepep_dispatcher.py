@@ -1,5 +1,8 @@
 """Our use of DeepEP against a stand-in for its Buffer that follows its documentation, on the
-CPU."""
+CPU.
+
+Letters: T tokens, K experts per token, E experts, M rows at local experts, D features.
+"""
 
 from __future__ import annotations
 

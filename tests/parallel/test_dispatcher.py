@@ -1,5 +1,9 @@
 """Tokens reach their experts in order and come back, whoever has how many; each move is the
-transpose of the other."""
+transpose of the other.
+
+Letters: T tokens, K experts per token, L local experts, P ranks of the group, M rows at local
+experts, D features.
+"""
 
 from __future__ import annotations
 

@@ -27,7 +27,7 @@ with process_world("processes", torch.device("cpu"), timeout_seconds=2.0) as wor
 """
 
 
-def test_a_rank_that_comes_later_than_a_collective_may_take_still_joins():
+def test_a_rank_that_comes_later_than_a_collective_may_take_still_joins() -> None:
     with socket.socket() as free:
         free.bind(("localhost", 0))
         port = free.getsockname()[1]

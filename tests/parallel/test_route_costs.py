@@ -1,5 +1,8 @@
 """What a MoE layer's exchange costs beside bytes: messages, host waits, operations; bounded, as
-docs/schedule.md lists."""
+docs/schedule.md lists.
+
+Letters: T tokens, K experts per token, E experts, M rows at local experts, D features.
+"""
 
 from __future__ import annotations
 

@@ -6,19 +6,21 @@ import pytest
 
 from k2train.config.compose import load_config
 from k2train.config.errors import ConfigError
+from k2train.config.schema import Config
 from k2train.planner.plan import build_plan
 from k2train.program import check_program, compile_program
 from k2train.schedule.validate import validate
 
-SMALL = ["train.global_batch_tokens=147456", "train.seq_len=128", "train.microbatch_size=1"]  # 1152 sequences
+# 1152 sequences.
+SMALL = ["train.global_batch_tokens=147456", "train.seq_len=128", "train.microbatch_size=1"]
 
 
-def small(*words):
+def small(*words: str) -> Config:
     return load_config([*SMALL, "model.num_hidden_layers=8", "model.n_routed_experts=24", *words])
 
 
 @pytest.mark.parametrize(("pp", "edp", "ep"), list(itertools.product(range(1, 5), range(1, 4), range(1, 5))))
-def test_every_small_grid_can_be_planned(pp, edp, ep):
+def test_every_small_grid_can_be_planned(pp: int, edp: int, ep: int) -> None:
     tokens = 128 * edp * ep * 12
     config = small(
         f"layout.pp={pp}",
@@ -37,7 +39,7 @@ def test_every_small_grid_can_be_planned(pp, edp, ep):
 @pytest.mark.parametrize(
     "kind", ["k2", "gpipe", "1f1b", "interleaved_1f1b", "zb_h1", "dualpipe", "dualpipe_v"]
 )
-def test_every_virtual_stage_has_a_piece_and_every_chain_the_whole_model(kind):
+def test_every_virtual_stage_has_a_piece_and_every_chain_the_whole_model(kind: str) -> None:
     vpp = 2 if kind in ("k2", "interleaved_1f1b") else 1
     program = compile_program(small(f"schedule={kind}", "layout.pp=4", f"layout.vpp={vpp}", "layout.ep=2"))
     validate(program.schedule)
@@ -49,7 +51,7 @@ def test_every_virtual_stage_has_a_piece_and_every_chain_the_whole_model(kind):
         assert [piece.head for piece in pieces] == [False] * (len(pieces) - 1) + [True]
 
 
-def test_dualpipe_holds_every_parameter_twice_and_others_once():
+def test_dualpipe_holds_every_parameter_twice_and_others_once() -> None:
     double, single = (
         build_plan(small(f"schedule={kind}", "layout.pp=4", "layout.ep=2")) for kind in ("dualpipe", "1f1b")
     )
@@ -62,7 +64,7 @@ def test_dualpipe_holds_every_parameter_twice_and_others_once():
     )
 
 
-def test_offload_actions_appear_with_the_first_offloaded_name():
+def test_offload_actions_appear_with_the_first_offloaded_name() -> None:
     for policy, expected in (("keep", 0), ("offload", 1), ("fp8_offload", 1)):
         text = compile_program(small("layout.pp=2", f"activations.swiglu_input={policy}")).schedule.to_text()
         assert ("OFFLOAD" in text) == bool(expected)
@@ -79,13 +81,13 @@ def test_offload_actions_appear_with_the_first_offloaded_name():
         (["schedule=dualpipe", "layout.pp=3"], "layout.pp"),
     ],
 )
-def test_what_cannot_be_planned_is_refused_before_the_long_work(words, field):
+def test_what_cannot_be_planned_is_refused_before_the_long_work(words: list[str], field: str) -> None:
     with pytest.raises(ConfigError) as caught:
         check_program(small(*words))
     assert caught.value.field == field
 
 
-def test_pairs_without_the_extra_warmup_are_refused_with_the_cycle_and_the_remedy():
+def test_pairs_without_the_extra_warmup_are_refused_with_the_cycle_and_the_remedy() -> None:
     with pytest.raises(ConfigError, match="deadlock") as caught:
         build_plan(small("layout.pp=4", "schedule.extra_warmup_microbatches=0"))
     assert "extra_warmup_microbatches=1" in caught.value.remedy

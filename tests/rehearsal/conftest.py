@@ -8,7 +8,9 @@ import os
 import shutil
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -31,7 +33,7 @@ def run_rehearsal(folder: Path, *words: str) -> subprocess.CompletedProcess[str]
 
 
 @pytest.fixture(scope="session")
-def rehearse(tmp_path_factory):
+def rehearse(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., dict[str, Any]]:
     """A function that rehearses a config and returns its report."""
     if shutil.which("g++") is None and shutil.which("c++") is None:
         pytest.skip("a rehearsal without CUDA needs a C++ compiler")
@@ -47,6 +49,6 @@ def rehearse(tmp_path_factory):
 
 
 @pytest.fixture(scope="session")
-def rehearse_words():
+def rehearse_words() -> Callable[..., subprocess.CompletedProcess[str]]:
     """`run_rehearsal`, for words that are refused."""
     return run_rehearsal

@@ -2,6 +2,11 @@
 
 from __future__ import annotations
 
+import subprocess
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
 import pytest
 
 SMALL = [
@@ -29,37 +34,39 @@ MICROBATCHES, LAYERS = 2, 4
 
 
 @pytest.fixture(scope="module")
-def k2(rehearse):
+def k2(rehearse: Callable[..., dict[str, Any]]) -> dict[str, Any]:
     """Stage 1: four MoE layers."""
     return rehearse("experiment=k2", "rehearse.stage=1", f"rehearse.microbatches={MICROBATCHES}")
 
 
-def beside(report, part):
+def beside(report: dict[str, Any], part: str) -> dict[str, Any]:
     return {row["name"]: row for row in report[part]}
 
 
-def test_k2s_states_take_the_bytes_that_are_planned(k2):
+def test_k2s_states_take_the_bytes_that_are_planned(k2: dict[str, Any]) -> None:
     states = beside(k2, "memory")["states"]
     # Beside the states that are planned live rotary tables and the like, 1 MB of 30 GB.
     assert states["rehearsed"] == pytest.approx(states["planned"], rel=1e-4)
 
 
-def test_k2s_peak_is_the_planned_one(k2):
+def test_k2s_peak_is_the_planned_one(k2: dict[str, Any]) -> None:
     peak = beside(k2, "memory")["peak"]
     assert peak["rehearsed"] == pytest.approx(peak["planned"], rel=0.05)
 
 
-def test_k2s_compute_takes_the_planned_time_by_the_roofline(k2):
+def test_k2s_compute_takes_the_planned_time_by_the_roofline(k2: dict[str, Any]) -> None:
     seconds = beside(k2, "seconds")["all"]
     assert seconds["rehearsed"] == pytest.approx(seconds["planned"], rel=0.10)
 
 
-def test_no_product_of_k2_is_fp32_by_fp32(k2):
+def test_no_product_of_k2_is_fp32_by_fp32(k2: dict[str, Any]) -> None:
     assert k2["wide_products"] == []
     assert set(k2["flops_by_dtype"]) == {"bfloat16"}
 
 
-def test_the_host_waits_for_each_route_for_steps_long_issued_and_otherwise_only_in_the_update(k2):
+def test_the_host_waits_for_each_route_for_steps_long_issued_and_otherwise_only_in_the_update(
+    k2: dict[str, Any],
+) -> None:
     """Of a microbatch F, I and W are compute steps on each of two virtual stages; the dry run's are
     among those waited for."""
     waits = {(wait["for"], wait["line"].split(":")[0]): wait["times"] for wait in k2["host_waits"]}
@@ -68,14 +75,16 @@ def test_the_host_waits_for_each_route_for_steps_long_issued_and_otherwise_only_
     assert {file for _, file in waits} <= {"optim/residence.py", "optim/optimizer.py"}
 
 
-def test_a_layer_exchanges_its_tokens_in_four_parts_twice_each_way(k2):
+def test_a_layer_exchanges_its_tokens_in_four_parts_twice_each_way(k2: dict[str, Any]) -> None:
     calls = {(row["place"], row["group"], row["operation"]): row["calls"] for row in k2["communication"]}
     for half in "FI":
         for hop in ("rail", "relay"):
             assert calls[half, hop, "all_to_all"] == LAYERS * MICROBATCHES * 2 * 4
 
 
-def test_after_every_offload_k2s_storages_are_what_the_store_says_and_nobody_keeps_another(k2):
+def test_after_every_offload_k2s_storages_are_what_the_store_says_and_nobody_keeps_another(
+    k2: dict[str, Any],
+) -> None:
     assert k2["audits"]
     for audit in k2["audits"]:
         assert audit["stored"] == audit["alive"]
@@ -83,17 +92,17 @@ def test_after_every_offload_k2s_storages_are_what_the_store_says_and_nobody_kee
         assert audit["nobodys"] < 2e6
 
 
-def test_a_step_of_k2_leaves_a_few_megabytes_of_tables_and_counts(k2):
+def test_a_step_of_k2_leaves_a_few_megabytes_of_tables_and_counts(k2: dict[str, Any]) -> None:
     assert k2["left_bytes"] < 5e6
 
 
-def test_the_report_is_readable_at_a_hundred_columns(k2):
+def test_the_report_is_readable_at_a_hundred_columns(k2: dict[str, Any]) -> None:
     assert max(map(len, k2["text"].splitlines())) <= 100
     assert "Waits of the host" in k2["text"]
 
 
 @pytest.mark.parametrize("name", SCHEDULES)
-def test_every_kind_of_rank_can_be_rehearsed(rehearse, name):
+def test_every_kind_of_rank_can_be_rehearsed(rehearse: Callable[..., dict[str, Any]], name: str) -> None:
     report = rehearse(*SMALL, *SCHEDULES[name], "rehearse.stage=1", "rehearse.skew=0.5")
     states = beside(report, "memory")["states"]
     # Small models: scratch and tables weigh more.
@@ -114,7 +123,9 @@ def test_every_kind_of_rank_can_be_rehearsed(rehearse, name):
         ("rehearse.skew=-1", "must be at least 0"),
     ],
 )
-def test_a_rank_that_is_not_there_and_a_file_that_cannot_be_are_refused(rehearse_words, tmp_path, word, told):
+def test_a_rank_that_is_not_there_and_a_file_that_cannot_be_are_refused(
+    rehearse_words: Callable[..., subprocess.CompletedProcess[str]], tmp_path: Path, word: str, told: str
+) -> None:
     done = rehearse_words(tmp_path, "experiment=k2", word)
     assert done.returncode == 2
     assert told in done.stderr

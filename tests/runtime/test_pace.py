@@ -38,7 +38,7 @@ class NumberingDevice(CpuDevice):
 
 
 @pytest.mark.parametrize("num_steps", [0, 1, STEPS_AHEAD, STEPS_AHEAD + 1, 9])
-def test_a_step_begins_when_the_one_two_before_has_ended(num_steps):
+def test_a_step_begins_when_the_one_two_before_has_ended(num_steps) -> None:
     device = NumberingDevice()
     pace = Pace(device)
     for step in range(num_steps):
@@ -47,7 +47,7 @@ def test_a_step_begins_when_the_one_two_before_has_ended(num_steps):
     assert device.recorded == num_steps
 
 
-def test_an_interrupted_step_is_not_waited_for():
+def test_an_interrupted_step_is_not_waited_for() -> None:
     device = NumberingDevice()
     pace = Pace(device)
     with pytest.raises(ValueError, match="in the middle"), pace.step():

@@ -3,6 +3,8 @@ nobody else for them.
 
 A device whose streams keep account: everything issued to a stream comes after what the stream was
 given before and after the events it waited for. The operations themselves run at once, on the CPU.
+
+Letters: T tokens, K experts per token, D features.
 """
 
 from __future__ import annotations

@@ -11,11 +11,13 @@ import pytest
 from k2train.config.errors import ConfigError
 from k2train.schedule import (
     KINDS,
+    Action,
     Kind,
     Pair,
     Schedule,
     ScheduleError,
     ScheduleSpec,
+    Step,
     build_schedule,
     compute_order,
     parse_schedule,
@@ -82,8 +84,15 @@ def test_extra_warmup_moves_backwards_and_keeps_both_orders() -> None:
     after = extra_warmup(before, 1)
     for old, new in zip(before.stages, after.stages, strict=True):
         for kind in (Kind.F, Kind.B):
-            assert [s for s in old if s.kind is kind] == [s for s in new if s.kind is kind]
+            assert _of_kind(old, kind) == _of_kind(new, kind)
         assert _forwards_before_first_backward(new) == _forwards_before_first_backward(old) + 1
+
+
+def _of_kind(line: tuple[Step, ...], kind: Kind) -> list[Action]:
+    """The actions of a kind, where a line has no pairs."""
+    actions = [step for step in line if isinstance(step, Action)]
+    assert len(actions) == len(line)
+    return [action for action in actions if action.kind is kind]
 
 
 def _forwards_before_first_backward(line: tuple) -> int:
@@ -98,7 +107,9 @@ def test_every_pair_of_k2_is_followed_by_its_weight_gradient_behind_its_sends() 
             if isinstance(step, Pair):
                 pairs += 1
                 rest = list(line[index + 1 :])
-                behind = [s.kind for s in rest[: rest.index(step.backward_input._replace(kind=Kind.W))]]
+                between = rest[: rest.index(step.backward_input._replace(kind=Kind.W))]
+                behind = [s.kind for s in between if isinstance(s, Action)]
+                assert len(behind) == len(between)
                 assert set(behind) <= {Kind.SEND_F, Kind.SEND_B, Kind.RECV_F, Kind.RECV_B}
                 assert behind == sorted(behind, key=lambda kind: kind.value.startswith("RECV"))
     assert pairs > 0
@@ -132,17 +143,21 @@ def test_reloads_come_the_prefetch_depth_ahead_and_never_right_behind_their_offl
 
 
 def _check_copies(line: tuple, depth: int) -> None:
-    slot, forwards, backwards, reloads = -1, {}, {}, {}
+    forwards: dict[tuple[int, int], int] = {}
+    backwards: dict[tuple[int, int], int] = {}
+    reloads: dict[tuple[int, int], int] = {}
+    slot = -1
     for step in line:
         if isinstance(step, Pair) or step.kind in (Kind.F, Kind.B, Kind.I):
             slot += 1
-        for kind, *chunk in parts(step):
+        for kind, virtual_stage, microbatch in parts(step):
             table = {Kind.F: forwards, Kind.B: backwards, Kind.I: backwards, Kind.RELOAD: reloads}.get(kind)
             if table is not None:
-                table[tuple(chunk)] = slot
+                table[virtual_stage, microbatch] = slot
     for chunk, backward in backwards.items():
         if chunk in reloads:
-            assert backward - (reloads[chunk] + 1) == depth  # a RELOAD stands before the slot it runs under
+            # A RELOAD stands before the slot it runs under.
+            assert backward - (reloads[chunk] + 1) == depth
             assert forwards[chunk] < reloads[chunk]
         else:
             assert backward - forwards[chunk] <= depth + 1

@@ -11,7 +11,7 @@ from k2train.schedule.overlap import overlap, pair_order
 
 
 @pytest.mark.parametrize(("forward", "backward"), list(product(range(6), repeat=2)))
-def test_both_halves_run_all_their_phases_in_turn(forward, backward):
+def test_both_halves_run_all_their_phases_in_turn(forward: int, backward: int) -> None:
     order = pair_order(forward, backward)
     assert (order.count(0), order.count(1)) == (forward, backward)
     shorter = 2 * min(forward, backward)
@@ -19,13 +19,13 @@ def test_both_halves_run_all_their_phases_in_turn(forward, backward):
     assert len(set(order[shorter:])) <= 1
 
 
-def phases(*words):
+def phases(*words: str) -> tuple[Phase, ...]:
     """ "attention 3 compute" and so on."""
     split = (word.split() for word in words)
     return tuple(Phase(name, Stream(stream), float(seconds)) for name, seconds, stream in split)
 
 
-def test_a_layers_pair_is_the_reports_figure_7():
+def test_a_layers_pair_is_the_reports_figure_7() -> None:
     """The route's two steps, of which one does nothing, leave the order of everything else as it is
     there."""
     forward = phases(
@@ -50,7 +50,7 @@ def test_a_layers_pair_is_the_reports_figure_7():
     ]
 
 
-def test_a_stream_keeps_the_order_of_issue_although_another_phase_would_be_ready_sooner():
+def test_a_stream_keeps_the_order_of_issue_although_another_phase_would_be_ready_sooner() -> None:
     forward = phases("a 1 compute", "x 10 ep", "b 1 compute")
     backward = phases("c 1 compute", "d 1 compute", "e 1 compute")
     layout = overlap((forward, backward))

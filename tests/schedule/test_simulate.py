@@ -374,7 +374,8 @@ def test_events_of_one_stream_never_overlap_and_cover_the_busy_time(moe_costs: M
         lanes = defaultdict(list)
         for event in simulation.events():
             to = schedule.next if event.name == "SEND_F" else schedule.previous
-            peer = schedule.placement[to[event.action.virtual_stage]] if event.stream == "send" else None
+            virtual_stage = to[event.action.virtual_stage] if event.stream == "send" else None
+            peer = None if virtual_stage is None else schedule.placement[virtual_stage]
             lanes[event.stage, event.stream, peer].append((event.start, event.end))
         for (stage, stream, _), boxes in lanes.items():
             boxes.sort()

@@ -51,14 +51,14 @@ def assert_bit_equal(mine: Path, other: Path) -> None:
 
 @pytest.mark.parametrize("policies", ["recompute", "offload", "recompute_offload"])
 @pytest.mark.parametrize("layout", sorted(LAYOUTS))
-def test_recompute_and_offload_change_no_bit_of_a_run(words, tmp_path, layout, policies):
+def test_recompute_and_offload_change_no_bit_of_a_run(words, tmp_path: Path, layout, policies: str) -> None:
     words = [*words, *LAYOUTS[layout], "train.dtype=bfloat16", "train.steps=3"]
     plain = train(words, tmp_path / "plain")
     assert_bit_equal(train([*words, f"activations={policies}"], tmp_path / policies), plain)
 
 
 @pytest.mark.parametrize("layout", ["threads", "threads_1f1b"])
-def test_recompute_and_offload_change_no_bit_over_processes(words, layout):
+def test_recompute_and_offload_change_no_bit_over_processes(words, layout: str) -> None:
     def trained(policies: str) -> list[tuple[list[StepMetrics], dict[str, torch.Tensor]]]:
         config = load_config([*words, *LAYOUTS[layout], f"activations={policies}"])
 
@@ -78,7 +78,7 @@ def test_recompute_and_offload_change_no_bit_over_processes(words, layout):
         assert all(torch.equal(weights[name], plain[name]) for name in plain)
 
 
-def test_the_layouts_run_pairs_and_offloads(words):
+def test_the_layouts_run_pairs_and_offloads(words) -> None:
     def steps(layout: str):
         schedule = build_program(load_config([*words, *LAYOUTS[layout], "activations=offload"])).schedule
         return [step for line in schedule.stages for step in line]
@@ -91,7 +91,9 @@ def test_the_layouts_run_pairs_and_offloads(words):
 
 
 @pytest.mark.parametrize("layout", ["one_rank", "threads"])
-def test_fp8_storage_trains_nearly_the_same_and_offloading_it_changes_nothing_more(words, tmp_path, layout):
+def test_fp8_storage_trains_nearly_the_same_and_offloading_it_changes_nothing_more(
+    words, tmp_path: Path, layout: str
+) -> None:
     """The forward of the first step is untouched. Gradients see E4M3's rounding, up to 2^-4 of an
     element and far less summed over many, so six steps stay within a few per cent of the loss."""
     words = [*words, *LAYOUTS[layout]]
@@ -103,7 +105,7 @@ def test_fp8_storage_trains_nearly_the_same_and_offloading_it_changes_nothing_mo
     assert_bit_equal(train([*words, "activations=k2"], tmp_path / "k2"), fp8)
 
 
-def test_host_buffers_are_made_in_the_first_step_and_used_again(words):
+def test_host_buffers_are_made_in_the_first_step_and_used_again(words) -> None:
     """With one expert-parallel rank sizes do not vary, so the schedule says it all; evaluation in
     between takes none."""
     config = load_config([*words, *LAYOUTS["threads"], "layout.ep=1", "activations=k2"])
@@ -124,7 +126,7 @@ def test_host_buffers_are_made_in_the_first_step_and_used_again(words):
         assert peak > 0
 
 
-def test_an_interrupted_step_leaves_nothing_on_the_host(words):
+def test_an_interrupted_step_leaves_nothing_on_the_host(words) -> None:
     config = load_config([*words, *LAYOUTS["one_rank"], "activations=k2"])
 
     def run_rank(run):
@@ -152,7 +154,9 @@ def test_an_interrupted_step_leaves_nothing_on_the_host(words):
     run_on_ranks(config, run_rank)
 
 
-def test_the_runs_metrics_and_start_tell_what_is_offloaded(words, tmp_path, capsys):
+def test_the_runs_metrics_and_start_tell_what_is_offloaded(
+    words, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     run_dir = train([*words, *LAYOUTS["threads"], "activations=k2"], tmp_path / "run")
     assert all(line["offloaded_bytes"] > 0 for line in read_metrics(run_dir / "metrics.jsonl"))
     assert all(line["host_bytes_peak"] > 0 for line in read_metrics(run_dir / "metrics.jsonl"))
@@ -163,7 +167,9 @@ def test_the_runs_metrics_and_start_tell_what_is_offloaded(words, tmp_path, caps
     assert "asked for, but every backward" in capsys.readouterr().out
 
 
-def test_more_offloaded_bytes_than_the_node_has_are_refused_with_the_numbers(words, tmp_path, capsys):
+def test_more_offloaded_bytes_than_the_node_has_are_refused_with_the_numbers(
+    words, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     words = [*words, *LAYOUTS["threads"], "activations=k2", "cluster.host_memory_bytes=100000"]
     assert main(["train", *words, f"run_dir={tmp_path}/run"]) == 2
     said = capsys.readouterr().err

@@ -45,7 +45,7 @@ def test_what_the_start_refuses_the_check_refuses(
 ) -> None:
     config = load_config([*checked, *changed])
     with pytest.raises(ConfigError, match=message) as found:
-        check_start(config, prepare(config).layout)
+        check_start(config, prepare(config).program.layout)
     assert list(tmp_path.iterdir()) == []
     with pytest.raises(ConfigError) as started:
         train(config)

@@ -18,7 +18,7 @@ LAYOUTS = [["layout.vpp=3"], ["layout.pp=2", "layout.ep=2", "model.num_hidden_la
 
 
 @pytest.mark.parametrize("layout", LAYOUTS, ids=" ".join)
-def test_a_run_with_a_dry_run_before_it_has_the_same_bits_as_one_without(words, layout):
+def test_a_run_with_a_dry_run_before_it_has_the_same_bits_as_one_without(words, layout) -> None:
     def steps(run: Run, dry: bool) -> list[object]:
         if dry:
             dry_run(run)
@@ -35,7 +35,7 @@ def test_a_run_with_a_dry_run_before_it_has_the_same_bits_as_one_without(words, 
         assert all(torch.equal(one, other) for one, other in zip(weights, other_weights, strict=True))
 
 
-def test_after_it_a_step_makes_no_host_buffer_while_loads_stay_in_their_size_class(words):
+def test_after_it_a_step_makes_no_host_buffer_while_loads_stay_in_their_size_class(words) -> None:
     """Dense layers only: how many rows there are does not depend on a router. Without it the step
     has to make them."""
     dense = ["model.first_k_dense_replace=3", "activations=k2", "schedule=k2", "layout.vpp=3"]

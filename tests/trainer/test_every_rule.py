@@ -31,7 +31,7 @@ def train(words: Sequence[str], run_dir: Path) -> None:
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_a_run_goes_on_on_another_layout_with_states_elsewhere(words, tmp_path, name) -> None:
+def test_a_run_goes_on_on_another_layout_with_states_elsewhere(words, tmp_path: Path, name) -> None:
     """Float64: only the order of sums differs. A step's rounding, 1e-15 of a number, is amplified
     at most 485 times by Newton-Schulz and by AdamW's division where a gradient is tiny; six steps
     stay within 1e-9 of a tensor's largest entry.
@@ -50,7 +50,9 @@ def test_a_run_goes_on_on_another_layout_with_states_elsewhere(words, tmp_path, 
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_a_checkpoint_holds_the_states_that_the_rules_name(words, tmp_path, capsys, name) -> None:
+def test_a_checkpoint_holds_the_states_that_the_rules_name(
+    words, tmp_path: Path, capsys: pytest.CaptureFixture[str], name
+) -> None:
     train([*words, "train.steps=1", f"optim.name={name}"], tmp_path / "run")
     rules = chosen_rules(load_config([f"optim.name={name}"]).optim)
     both = (rules.matrices, rules.others)
@@ -62,7 +64,7 @@ def test_a_checkpoint_holds_the_states_that_the_rules_name(words, tmp_path, caps
 
 @pytest.mark.parametrize("states", ["device", "host"])
 @pytest.mark.parametrize("name", NAMES)
-def test_the_plan_counts_bytes_and_seconds_of_every_rule(words, name, states) -> None:
+def test_the_plan_counts_bytes_and_seconds_of_every_rule(words, name, states: str) -> None:
     """One rank owns everything: the master and each state of every parameter, four bytes a
     number."""
     config = load_config([*words, f"optim.name={name}", f"optim.states={states}"])

@@ -26,7 +26,7 @@ _HALVES = {Kind.F: 1, Kind.I: 1, Kind.W: 1, Kind.B: 2}
 
 
 class CountingReading(CpuReading):
-    def __init__(self, numbers, waits, what):
+    def __init__(self, numbers, waits, what) -> None:
         super().__init__(numbers)
         self.waits, self.what = waits, what
 
@@ -36,23 +36,23 @@ class CountingReading(CpuReading):
 
 
 class CountingEvent(CpuEvent):
-    def __init__(self, waits, name):
+    def __init__(self, waits, name) -> None:
         super().__init__()
         self.waits, self.name = waits, name
 
-    def wait_host(self):
+    def wait_host(self) -> None:
         self.waits[f"event of {self.name}"] += 1
 
 
 class CountingStream(CpuStream):
-    def __init__(self, name, waits):
+    def __init__(self, name, waits) -> None:
         super().__init__(name)
         self.waits = waits
 
     def record(self):
         return CountingEvent(self.waits, self.name)
 
-    def wait_host(self):
+    def wait_host(self) -> None:
         self.waits[self.name] += 1
 
 
@@ -67,13 +67,13 @@ class CountingDevice(CpuDevice):
     def current(self):
         return CountingStream("main", self.waits)
 
-    def stream(self, name, priority="normal"):
+    def stream(self, name, priority: str = "normal"):
         return CountingStream(name, self.waits)
 
     def start_read(self, tensor, what):
         return CountingReading(tensor.flatten().tolist(), self.waits, what)
 
-    def synchronize(self):
+    def synchronize(self) -> None:
         self.waits["device"] += 1
 
 
@@ -107,15 +107,17 @@ LAYOUTS = [
 @pytest.mark.parametrize("activations", ["none", "k2"])
 @pytest.mark.parametrize("layout", LAYOUTS, ids=" ".join)
 def test_a_step_waits_once_for_its_numbers_and_once_for_each_route_and_compute_step(
-    words, layout, activations
-):
+    words, layout, activations: str
+) -> None:
     """The optimizer, QK-Clip, the totals, FP8 storage and offload add nothing to that."""
     config = load_config([*words, f"activations={activations}", *layout])
     for waits, routes, steps in run_on_ranks(config, waits_of_a_step, make_device=CountingDevice):
         assert waits == Counter({"step": 1, "route": routes, "event of main": steps})
 
 
-def test_host_states_add_a_wait_for_every_piece_of_gradient_and_one_for_the_copies_of_the_last_step(words):
+def test_host_states_add_a_wait_for_every_piece_of_gradient_and_one_for_the_copies_of_the_last_step(
+    words,
+) -> None:
     config = load_config([*words, "optim.states=host", "optim.qk_clip_tau=1e9"])
     ((waits, routes, steps),) = run_on_ranks(config, waits_of_a_step, make_device=CountingDevice)
     assert waits.pop("event of gradients out") > 0
@@ -123,7 +125,7 @@ def test_host_states_add_a_wait_for_every_piece_of_gradient_and_one_for_the_copi
     assert waits == Counter({"step": 1, "route": routes, "event of main": steps, **drains})
 
 
-def test_a_schedule_alone_waits_for_routes_and_for_compute_steps_long_issued(words):
+def test_a_schedule_alone_waits_for_routes_and_for_compute_steps_long_issued(words) -> None:
     def waits(run: Run) -> Counter[str]:
         run_schedule(run, read_batch(run, 0), Statistics())
         return Counter(run.device.waits)

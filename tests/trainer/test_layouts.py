@@ -485,7 +485,8 @@ def test_k2s_pipeline_with_pairs_on_every_stage_equals_one_rank() -> None:
 @pytest.mark.slow
 def test_k2s_256_ranks_equal_one_rank() -> None:
     """`make k2` in float64: 61 layers, 384 experts and 64 heads over 16 stages of 16 ranks."""
-    words = [*K2, "train.global_batch_tokens=512"]  # four microbatches a pipeline, for the time it takes
+    # Four microbatches a pipeline, for the time it takes.
+    words = [*K2, "train.global_batch_tokens=512"]
     single = train_layout([*words, "world=single", *layout(1, 1, 1, 1)])
     assert all(step.clipped_heads > 0 and step.grad_norm > 0.5 for step in single.metrics)
     parallel = train_layout(words)

@@ -142,7 +142,8 @@ def is_host(birth: Birth) -> bool:
 
 def audited(run: Run) -> list[tuple[int, int, int]]:
     """Two steps, the second of them looked at after each action."""
-    if run.activations is None:  # where all is kept, autograd keeps it; a store says the same with numbers
+    # Where all is kept, autograd keeps it; a store says the same with numbers.
+    if run.activations is None:
         engine = OffloadEngine(run.device, HostArena(run.device))
         run = dataclasses.replace(run, activations=ActivationStore(run.config.activations, engine))
     found = []
@@ -166,7 +167,7 @@ def no_garbage_collection():
 
 @pytest.mark.parametrize("preset", PRESETS)
 @pytest.mark.parametrize("schedule", SCHEDULES.values(), ids=SCHEDULES.keys())
-def test_every_storage_alive_between_two_actions_is_in_somebodys_books(words, preset, schedule):
+def test_every_storage_alive_between_two_actions_is_in_somebodys_books(words, preset, schedule) -> None:
     config = load_config([*words, f"activations={preset}", *schedule])
     for ((most_alive, most_stored, offloads),) in run_on_ranks(config, audited):
         assert most_alive > most_stored > 0

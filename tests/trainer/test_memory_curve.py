@@ -65,7 +65,8 @@ def planned(program: Program) -> list[list[int]]:
     )
     costs = tuple(dataclasses.replace(cost, **still) for cost in program.costs.virtual_stages)
     simulation = simulate(program.schedule, Costs(costs), record=True)
-    soon = 1e-9 * simulation.makespan_seconds  # ends are sums in another order than the curve's times
+    # Ends are sums in another order than the curve's times.
+    soon = 1e-9 * simulation.makespan_seconds
     curves = []
     for stage, curve in enumerate(simulation.memory):
         steps = [step for step in simulation.steps() if step[0] == stage]
@@ -87,7 +88,9 @@ def planned(program: Program) -> list[list[int]]:
 @pytest.mark.parametrize(
     ("schedule", "pp", "vpp"), [("k2", 2, 2), ("1f1b", 3, 1), ("interleaved_1f1b", 2, 2)]
 )
-def test_memory_follows_the_simulators_curve(words, activations, schedule, pp, vpp):
+def test_memory_follows_the_simulators_curve(
+    words, activations: str, schedule: str, pp: int, vpp: int
+) -> None:
     """Within 5 % of the curve's peak at every step of the list, and the peak itself within 5 %."""
     config = load_config(
         [

@@ -18,7 +18,7 @@ from k2train.trainer.build import build_models
 
 
 @pytest.mark.parametrize("vpp", [1, 2, 4])
-def test_plan_and_model_have_the_same_phases_on_the_same_streams(words, vpp):
+def test_plan_and_model_have_the_same_phases_on_the_same_streams(words, vpp: int) -> None:
     """Embedding, a dense layer, MoE layers and the head, together and apart; backward is the
     forward in reverse."""
     config = load_config([*words, f"layout.vpp={vpp}", "layout.ep=2"])

@@ -30,7 +30,9 @@ def staging_bytes(world: World, config: Config, layout: Layout) -> int:
 @pytest.mark.parametrize("dtype", ["bfloat16", "float64"])
 @pytest.mark.parametrize("name", [named.name for named in all_rules()])
 @pytest.mark.parametrize(("pp", "edp", "ep", "vpp"), GRIDS)
-def test_the_plan_predicts_the_staging_of_every_stage_to_the_byte(words, pp, edp, ep, vpp, name, dtype):
+def test_the_plan_predicts_the_staging_of_every_stage_to_the_byte(
+    words, pp, edp, ep, vpp, name, dtype: str
+) -> None:
     config = load_config(
         [
             *words,
@@ -51,6 +53,6 @@ def test_the_plan_predicts_the_staging_of_every_stage_to_the_byte(words, pp, edp
     assert min(of_stages) > 0
 
 
-def test_states_on_the_device_have_no_staging_and_are_counted_themselves(words):
+def test_states_on_the_device_have_no_staging_and_are_counted_themselves(words) -> None:
     plan = build_plan(load_config([*words, "optim.states=device"]))
     assert plan.memory[0].optimizer_on_device == plan.states[0].optimizer_bytes

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from pathlib import Path
 
 import pytest
 
@@ -10,14 +11,14 @@ from k2train.cli.main import main
 from k2train.config.compose import load_config
 from k2train.config.errors import ConfigError
 from k2train.update_rules.chosen import all_rules, chosen_rules
-from k2train.update_rules.rule import MASTER
+from k2train.update_rules.rule import MASTER, NamedRules
 
 OPTIM = load_config(["experiment=tiny"]).optim
 COMMANDS = (["train", "--check"], ["train"], ["plan"], ["report", "memory"])
 
 
 @pytest.mark.parametrize("named", all_rules(), ids=lambda named: named.name)
-def test_every_rule_has_a_config_of_its_name_and_names_its_states_once(named) -> None:
+def test_every_rule_has_a_config_of_its_name_and_names_its_states_once(named: NamedRules) -> None:
     rules = chosen_rules(load_config([f"optim={named.name}", f"optim.name={named.name}"]).optim)
     for rule in (rules.matrices, rules.others):
         names = [MASTER, *rule.states]
@@ -39,6 +40,8 @@ def test_a_word_that_is_no_rule_is_refused_with_the_nearest() -> None:
 
 
 @pytest.mark.parametrize("command", COMMANDS, ids=" ".join)
-def test_every_command_refuses_an_optimizer_that_is_none(command, tmp_path, capsys) -> None:
+def test_every_command_refuses_an_optimizer_that_is_none(
+    command: tuple[str, ...], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     assert main([*command, "optim.name=adamv", f"run_dir={tmp_path}/run"]) == 2
     assert "optim.name=adamv: must be one of" in capsys.readouterr().err

@@ -76,14 +76,14 @@ class Noting:
         self.computations: collections.Counter[tuple[int | None, str]] = collections.Counter()
         self.layer: int | None = None
 
-    def _note(self, name, tensors):
+    def _note(self, name, tensors) -> None:
         for tensor in tensors:
             self.storages[name].append(weakref.ref(tensor.untyped_storage()))
             entry = self.store._entry(tensor)
             if entry is not None:
                 self.values[id(entry)] = [entry, tensor.detach().clone()]
 
-    def name(self, name, *tensors, extras=()):
+    def name(self, name, *tensors, extras=()) -> None:
         self.store.name(name, *tensors, extras=extras)
         self._note(name, (*tensors, *extras))
 
@@ -105,7 +105,7 @@ class Noting:
     def hold(self, tensor):
         return self.store.hold(tensor)
 
-    def forward_done(self):
+    def forward_done(self) -> None:
         self.store.forward_done()
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import dataclasses
 import gc
+from collections.abc import Callable
 
 import pytest
 import torch
@@ -14,6 +15,7 @@ from k2train.architecture.work import Workload
 from k2train.config.compose import load_config
 from k2train.config.sections import ActivationsConfig
 from k2train.estimate.activations import saved_tensors
+from k2train.model.model import Model
 from k2train.ops.fp8 import dequantise, quantise
 
 LOSSLESS = ["none", "recompute", "offload", "recompute_offload"]
@@ -33,7 +35,9 @@ def through_host(microbatch) -> None:
 
 @pytest.mark.parametrize("split", [False, True])
 @pytest.mark.parametrize("name", LOSSLESS)
-def test_recompute_and_offload_change_no_bit_of_loss_and_gradients(family, make_model, begin, name, split):
+def test_recompute_and_offload_change_no_bit_of_loss_and_gradients(
+    family, make_model: Callable[..., Model], begin, name, split: bool
+) -> None:
     model = make_model(family)
     want = begin(model, None, split)
     got = begin(model, preset(name), split)
@@ -45,7 +49,9 @@ def test_recompute_and_offload_change_no_bit_of_loss_and_gradients(family, make_
 
 @pytest.mark.parametrize("policy", ["recompute", "offload"])
 @pytest.mark.parametrize("name", NAMES)
-def test_each_name_alone_changes_no_bit(k2, make_model, begin, name, policy):
+def test_each_name_alone_changes_no_bit(
+    k2, make_model: Callable[..., Model], begin, name, policy: str
+) -> None:
     if policy == "recompute" and name in NOT_REBUILDABLE:
         pytest.skip("refused by check_policies")
     model = make_model(k2)
@@ -58,7 +64,9 @@ def test_each_name_alone_changes_no_bit(k2, make_model, begin, name, policy):
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32, torch.float64])
 @pytest.mark.parametrize("name", [*LOSSLESS, "recompute_fp8", "k2"])
-def test_every_stored_tensor_comes_back_with_its_value(k2, make_model, begin, name, dtype):
+def test_every_stored_tensor_comes_back_with_its_value(
+    k2, make_model: Callable[..., Model], begin, name, dtype: torch.dtype
+) -> None:
     """Bit-equal without FP8. With it: the direct round trip of what was saved, or, rebuilt from
     rounded sources, near it: E4M3's 2^-4 a factor, two factors and sums of many in SwiGLU and the
     down-projection, so a tenth of the norm."""
@@ -82,7 +90,9 @@ def test_every_stored_tensor_comes_back_with_its_value(k2, make_model, begin, na
 
 @pytest.mark.parametrize("split", [False, True])
 @pytest.mark.parametrize("name", ["recompute", "recompute_fp8", "recompute_offload", "k2"])
-def test_everything_dropped_is_rebuilt_exactly_once(family, make_model, begin, name, split):
+def test_everything_dropped_is_rebuilt_exactly_once(
+    family, make_model: Callable[..., Model], begin, name: str, split: bool
+) -> None:
     policies = preset(name)
     microbatch = begin(make_model(family), policies, split, noting=True)
     noting = microbatch.saved
@@ -97,7 +107,9 @@ def test_everything_dropped_is_rebuilt_exactly_once(family, make_model, begin, n
 
 @pytest.mark.parametrize("name", [*LOSSLESS, "recompute_fp8", "k2"])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32, torch.float64])
-def test_bytes_are_those_the_estimate_predicts_for_every_name(family, make_model, begin, name, dtype):
+def test_bytes_are_those_the_estimate_predicts_for_every_name(
+    family, make_model: Callable[..., Model], begin, name, dtype: torch.dtype
+) -> None:
     policies = preset(name)
     microbatch = begin(make_model(family, dtype), policies)
     words = {torch.bfloat16: "bfloat16", torch.float32: "float32", torch.float64: "float64"}
@@ -116,7 +128,9 @@ def test_bytes_are_those_the_estimate_predicts_for_every_name(family, make_model
 
 
 @pytest.mark.parametrize("name", ["offload", "recompute_offload", "k2"])
-def test_after_offload_no_byte_of_the_layers_stays_on_the_device(family, make_model, begin, name):
+def test_after_offload_no_byte_of_the_layers_stays_on_the_device(
+    family, make_model: Callable[..., Model], begin, name: str
+) -> None:
     """The storages themselves are gone, not only uncounted; what the head keeps is all there is,
     but for the numbers by which a route is undone, at most two of 8 bytes an expert."""
     microbatch = begin(make_model(family), preset(name), noting=True)
@@ -136,7 +150,7 @@ def test_after_offload_no_byte_of_the_layers_stays_on_the_device(family, make_mo
     noting.store.drop()
 
 
-def test_a_read_before_the_reload_is_an_error(k2, make_model, begin):
+def test_a_read_before_the_reload_is_an_error(k2, make_model: Callable[..., Model], begin) -> None:
     microbatch = begin(make_model(k2), preset("k2"))
     microbatch.saved.offload()
     with pytest.raises(AssertionError, match="RELOAD"):
@@ -145,7 +159,9 @@ def test_a_read_before_the_reload_is_an_error(k2, make_model, begin):
 
 @pytest.mark.parametrize("name", ["none", "recompute_fp8", "k2"])
 @pytest.mark.parametrize("offloaded", [False, True])
-def test_nothing_is_left_after_the_backward(family, make_model, begin, name, offloaded):
+def test_nothing_is_left_after_the_backward(
+    family, make_model: Callable[..., Model], begin, name: str, offloaded: bool
+) -> None:
     microbatch = begin(make_model(family), preset(name), split=True)
     if offloaded:
         through_host(microbatch)
@@ -155,7 +171,7 @@ def test_nothing_is_left_after_the_backward(family, make_model, begin, name, off
     assert list(microbatch.store.entries()) == []
 
 
-def test_a_saved_tensor_without_a_name_is_our_mistake(k2, make_model, begin):
+def test_a_saved_tensor_without_a_name_is_our_mistake(k2, make_model: Callable[..., Model], begin) -> None:
     store = begin(make_model(k2), ActivationsConfig()).store.microbatch()
     x = torch.ones(3, requires_grad=True)
     with pytest.raises(AssertionError, match="no name"), store.saving(0, None):
@@ -163,7 +179,9 @@ def test_a_saved_tensor_without_a_name_is_our_mistake(k2, make_model, begin):
 
 
 @pytest.mark.parametrize("policy", ["fp8", "fp8_offload"])
-def test_values_that_are_not_finite_are_counted_by_name(k2, make_model, begin, policy):
+def test_values_that_are_not_finite_are_counted_by_name(
+    k2, make_model: Callable[..., Model], begin, policy: str
+) -> None:
     model = make_model(k2)
     policies = dataclasses.replace(ActivationsConfig(), swiglu_input=policy)
     assert begin(model, policies).store.non_finite_tiles() == {}
@@ -175,7 +193,9 @@ def test_values_that_are_not_finite_are_counted_by_name(k2, make_model, begin, p
     assert found["swiglu_input"] > 0
 
 
-def test_a_view_that_reaches_beyond_what_was_named_of_its_storage_is_our_own_mistake(make_model, begin, k2):
+def test_a_view_that_reaches_beyond_what_was_named_of_its_storage_is_our_own_mistake(
+    make_model: Callable[..., Model], begin, k2
+) -> None:
     """Only the named part is rounded or moved, so the rest would come back as something else."""
     store = begin(make_model(k2), preset("k2")).store.microbatch()
     wide = torch.randn(4, 8)
