@@ -117,7 +117,7 @@ def to_model_config(hf: Mapping[str, Any]) -> ModelConfig:
     if mixer == "grouped_query" and {"hidden_size", "num_attention_heads"} <= hf.keys():
         # transformers derives the width of a head where the file has none.
         hf = {"head_dim": hf["hidden_size"] // hf["num_attention_heads"], **hf}
-    values: dict[str, Any] = {"mixer": mixer}
+    values: dict[str, Any] = dict.fromkeys(_foreign_fields(mixer)) | {"mixer": mixer}
     from_rope = {"mixer", "rope_theta", "rope_scaling", "partial_rotary_factor"}
     for field in dataclasses.fields(ModelConfig):
         if field.name in from_rope or field.name in _foreign_fields(mixer):

@@ -54,14 +54,13 @@ class ModelConfig:
     num_experts_per_tok: int = key("routed experts a token activates", unit="experts", minimum=1)
     n_shared_experts: int = key("experts every token passes through", unit="experts", minimum=0)
     num_attention_heads: int = key("attention heads", unit="heads", minimum=1)
-    mixer: MixerKind = key(
-        "what mixes positions: multi-head latent attention, or grouped-query attention", default="latent"
-    )
     q_lora_rank: int | None = key(
-        "latent: width of the query latent; null projects queries directly",
-        default=None,
+        "latent: width of the query latent; null projects queries directly, as other mixers do",
         unit="features",
         minimum=1,
+    )
+    mixer: MixerKind = key(
+        "what mixes positions: multi-head latent attention, or grouped-query attention", default="latent"
     )
     kv_lora_rank: int | None = key(
         "latent: width of the key-value latent", default=None, unit="features", minimum=1
@@ -140,7 +139,8 @@ def check_mixer(model: ModelConfig) -> None:
             value = getattr(model, name)
             if kind == model.mixer and value is None and name in required:
                 meaning = type(model).__dataclass_fields__[name].metadata["doc"]
-                raise ConfigError(f"model.{name}", "(missing)", "must be given", meaning)
+                remedy = f"give model.{name}: {meaning}"
+                raise ConfigError(f"model.{name}", "(missing)", "must be given", remedy)
             if kind != model.mixer and value is not None:
                 raise ConfigError(
                     f"model.{name}",
