@@ -83,7 +83,7 @@ class GroupedQueryMixer:
         return {"q_proj": (ClipRows(width, "root"),), "k_proj": (ClipRows(width, "root"),)}
 
     def narrowed(self, model: ModelConfig, divisor: int) -> ModelConfig:
-        """The config with key and value heads divided, at least 1, and as many query heads a key."""
+        """The config with key and value heads divided, at least 1, as many query heads a key."""
         groups = max(self.groups // divisor, 1)
         return dataclasses.replace(
             model, num_key_value_heads=groups, num_attention_heads=groups * self.copies

@@ -1,4 +1,7 @@
-"""Which rows of grouped-query attention QK-Clip scales."""
+"""Which rows of grouped-query attention QK-Clip scales.
+
+Letters: H query heads.
+"""
 
 from __future__ import annotations
 
