@@ -28,8 +28,12 @@ class LatentMixer:
     @classmethod
     def of(cls, model: ModelConfig) -> LatentMixer:
         """The mixer of a config."""
-        nope, rope = model.qk_nope_head_dim, model.qk_rope_head_dim
-        heads = Heads(model.num_attention_heads, nope + rope, model.v_head_dim, rope)
+        nope, rope, value = model.qk_nope_head_dim, model.qk_rope_head_dim, model.v_head_dim
+        assert nope is not None
+        assert rope is not None
+        assert value is not None
+        assert model.kv_lora_rank is not None
+        heads = Heads(model.num_attention_heads, nope + rope, value, rope)
         return cls(model.hidden_size, heads, model.q_lora_rank, model.kv_lora_rank)
 
     @property

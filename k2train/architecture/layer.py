@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from typing import Literal, Protocol
 
 from k2train.architecture.feed_forward import DenseChannel
+from k2train.architecture.grouped_query import GroupedQueryMixer
 from k2train.architecture.heads import ClipRows, Heads
 from k2train.architecture.latent_attention import LatentMixer
 from k2train.architecture.mixture_of_experts import NOT_REBUILDABLE as EXPERTS_NOT_REBUILDABLE
@@ -126,7 +127,7 @@ class Layer:
 
 def mixer_of(model: ModelConfig) -> Mixer:
     """The mixer, alike in all layers."""
-    return LatentMixer.of(model)
+    return GroupedQueryMixer.of(model) if model.mixer == "grouped_query" else LatentMixer.of(model)
 
 
 def layer_of(model: ModelConfig, kind: LayerKind) -> Layer:

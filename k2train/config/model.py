@@ -1,9 +1,10 @@
-"""`model`: the architecture, in the names of Hugging Face's DeepseekV3Config, so that a config.json
-maps one to one."""
+"""`model`: the architecture, in the names of Hugging Face's DeepseekV3Config and Glm4MoeConfig, so
+that a config.json maps one to one."""
 
 from __future__ import annotations
 
 import dataclasses
+from typing import Literal
 
 from k2train.config.errors import ConfigError
 from k2train.config.fields import check_ranges, key
@@ -25,10 +26,23 @@ class YarnConfig:
         check_ranges("model.rope_scaling", self)
 
 
+MixerKind = Literal["latent", "grouped_query"]
+REQUIRED_BY_MIXER: dict[MixerKind, tuple[str, ...]] = {
+    "latent": ("kv_lora_rank", "qk_nope_head_dim", "qk_rope_head_dim", "v_head_dim"),
+    "grouped_query": ("num_key_value_heads", "head_dim"),
+}
+"""Keys of `model` that a mixer must be given, and that no other mixer has."""
+OPTIONAL_BY_MIXER: dict[MixerKind, tuple[str, ...]] = {
+    "latent": ("q_lora_rank", "rope_scaling"),
+    "grouped_query": ("partial_rotary_factor",),
+}
+"""Keys of `model` that a mixer may be given, and that no other mixer has."""
+
+
 @dataclasses.dataclass(frozen=True)
 class ModelConfig:
-    """`model`: shapes and routing rules of a DeepSeek-V3-family model (K2, DeepSeek-V3,
-    Moonlight)."""
+    """`model`: shapes and routing rules of a model of DeepSeek-V3's kind (K2, DeepSeek-V3,
+    Moonlight), whose attention may also be grouped-query attention (GLM-4-MoE)."""
 
     vocab_size: int = key("size of the vocabulary", unit="tokens", minimum=2)
     hidden_size: int = key("width of the residual stream", unit="features", minimum=1)
@@ -41,12 +55,38 @@ class ModelConfig:
     n_shared_experts: int = key("experts every token passes through", unit="experts", minimum=0)
     num_attention_heads: int = key("attention heads", unit="heads", minimum=1)
     q_lora_rank: int | None = key(
-        "width of the query latent; null projects queries directly", unit="features", minimum=1
+        "latent: width of the query latent; null projects queries directly, as other mixers do",
+        unit="features",
+        minimum=1,
     )
-    kv_lora_rank: int = key("width of the key-value latent", unit="features", minimum=1)
-    qk_nope_head_dim: int = key("unrotated query and key width of a head", unit="features", minimum=1)
-    qk_rope_head_dim: int = key("rotated query and key width of a head", unit="features", minimum=2)
-    v_head_dim: int = key("value width of a head", unit="features", minimum=1)
+    mixer: MixerKind = key(
+        "what mixes positions: multi-head latent attention, or grouped-query attention", default="latent"
+    )
+    kv_lora_rank: int | None = key(
+        "latent: width of the key-value latent", default=None, unit="features", minimum=1
+    )
+    qk_nope_head_dim: int | None = key(
+        "latent: unrotated query and key width of a head", default=None, unit="features", minimum=1
+    )
+    qk_rope_head_dim: int | None = key(
+        "latent: rotated query and key width of a head", default=None, unit="features", minimum=2
+    )
+    v_head_dim: int | None = key("latent: value width of a head", default=None, unit="features", minimum=1)
+    num_key_value_heads: int | None = key(
+        "grouped_query: key and value heads, each shared by as many query heads",
+        default=None,
+        unit="heads",
+        minimum=1,
+    )
+    head_dim: int | None = key(
+        "grouped_query: query, key and value width of a head", default=None, unit="features", minimum=2
+    )
+    partial_rotary_factor: float | None = key(
+        "grouped_query: share of a head's query and key features that is rotated; null for all",
+        default=None,
+        above=0.0,
+        maximum=1.0,
+    )
     n_group: int = key(
         "groups the experts are divided into for group-limited routing", default=1, unit="groups", minimum=1
     )
@@ -57,7 +97,9 @@ class ModelConfig:
         "epsilon of the layer norms; the two latent norms use 1e-6", default=1e-6, above=0.0
     )
     rope_theta: float = key("base of the rotary embedding", default=10000.0, above=0.0)
-    rope_scaling: YarnConfig | None = key("YaRN stretch of the rotary embedding; null for none", default=None)
+    rope_scaling: YarnConfig | None = key(
+        "latent: YaRN stretch of the rotary embedding; null for none", default=None
+    )
     max_position_embeddings: int = key(
         "longest sequence the model is meant for", default=4096, unit="tokens", minimum=1
     )
@@ -66,10 +108,7 @@ class ModelConfig:
     def __post_init__(self) -> None:
         check_ranges("model", self)
         check_routing(self)
-        if self.qk_rope_head_dim % 2:
-            raise ConfigError(
-                "model.qk_rope_head_dim", self.qk_rope_head_dim, "must be even: rotary features come in pairs"
-            )
+        check_mixer(self)
         if self.first_k_dense_replace > self.num_hidden_layers:
             raise ConfigError(
                 "model.first_k_dense_replace",
@@ -79,6 +118,11 @@ class ModelConfig:
             )
 
     @property
+    def rotated_features(self) -> int:
+        """Query and key features of a head that grouped-query attention rotates."""
+        return int((self.head_dim or 0) * (self.partial_rotary_factor or 1.0))
+
+    @property
     def num_moe_layers(self) -> int:
         return self.num_hidden_layers - self.first_k_dense_replace
 
@@ -86,6 +130,51 @@ class ModelConfig:
     def sparsity(self) -> float:
         """Routed experts per active one; K2 is 384 / 8 = 48 (K2 report, section 2.3)."""
         return self.n_routed_experts / self.num_experts_per_tok
+
+
+def check_mixer(model: ModelConfig) -> None:
+    """The mixer's keys are all there, those of other mixers are not, and heads come out even."""
+    for kind, required in REQUIRED_BY_MIXER.items():
+        for name in (*required, *OPTIONAL_BY_MIXER[kind]):
+            value = getattr(model, name)
+            if kind == model.mixer and value is None and name in required:
+                meaning = type(model).__dataclass_fields__[name].metadata["doc"]
+                remedy = f"give model.{name}: {meaning}"
+                raise ConfigError(f"model.{name}", "(missing)", "must be given", remedy)
+            if kind != model.mixer and value is not None:
+                raise ConfigError(
+                    f"model.{name}",
+                    value,
+                    f"belongs to model.mixer={kind}, not to {model.mixer}",
+                    f"set model.{name}=null, or model.mixer={kind}",
+                )
+    if model.mixer == "grouped_query":
+        _check_groups(model)
+    elif (model.qk_rope_head_dim or 0) % 2:
+        raise ConfigError(
+            "model.qk_rope_head_dim", model.qk_rope_head_dim, "must be even: rotary features come in pairs"
+        )
+
+
+def _check_groups(model: ModelConfig) -> None:
+    heads, groups = model.num_attention_heads, model.num_key_value_heads or 1
+    if heads % groups:
+        divisors = ", ".join(str(n) for n in range(1, heads + 1) if heads % n == 0)
+        raise ConfigError(
+            "model.num_key_value_heads",
+            groups,
+            f"must divide model.num_attention_heads={heads}",
+            f"use one of {divisors}",
+        )
+    rotated = model.rotated_features
+    if rotated < 2 or rotated % 2:
+        raise ConfigError(
+            "model.partial_rotary_factor",
+            model.partial_rotary_factor,
+            f"rotates {rotated} of model.head_dim={model.head_dim} features, which must be even and "
+            "at least 2: rotary features come in pairs",
+            "use null for all of an even model.head_dim, or another share",
+        )
 
 
 def check_routing(model: ModelConfig) -> None:

@@ -95,9 +95,9 @@ def build_residence(
 def check_touches(config: OptimConfig, rules: Rules, plans: Sequence[BucketPlan], qk_clip: QkClipper) -> None:
     """A feature asked for must find something to act on.
 
-    A rule that needs whole matrices needs a matrix, QK-Clip both projections of every attention
-    here. A pipeline stage that holds transformer layers always has both; one that holds only
-    embedding or head has neither. Raises ConfigError.
+    A rule that needs whole matrices needs a matrix, QK-Clip all projections of every attention here
+    that the mixer names. A pipeline stage that holds transformer layers always has both; one that
+    holds only embedding or head has neither. Raises ConfigError.
     """
     layers = {share.spec.layer for plan in plans for share in plan.shares if share.spec.layer is not None}
     matrices = sum(share.rule.whole_matrices for plan in plans for share in plan.shares)
@@ -108,11 +108,11 @@ def check_touches(config: OptimConfig, rules: Rules, plans: Sequence[BucketPlan]
             f"{rules.matrices.label} finds no matrix in layers {sorted(layers)}",
             "set optim.name=adamw",
         )
-    if config.tau is not None and qk_clip.num_targets != 2 * len(layers):
+    if config.tau is not None and qk_clip.num_targets != qk_clip.targets_per_layer * len(layers):
         raise ConfigError(
             "optim.qk_clip_tau",
             config.qk_clip_tau,
-            f"QK-Clip finds {qk_clip.num_targets} query and key up-projections in {len(layers)} layers, "
-            "not two in each",
+            f"QK-Clip finds {qk_clip.num_targets} query and key projections in {len(layers)} layers, "
+            f"not {qk_clip.targets_per_layer} in each",
             "set optim.qk_clip_tau=null",
         )

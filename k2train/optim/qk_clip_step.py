@@ -46,6 +46,7 @@ class QkClipper:
         self._like = like
         self._targets: dict[str, tuple[int, tuple[ClipRows, ...]]] = {}
         clipped = {f"self_attn.{name}.weight": rows for name, rows in mixer_of(model).clipped.items()}
+        self.targets_per_layer = len(clipped)
         for spec in tensors:
             rows = clipped.get(".".join(spec.name.split(".")[-3:]))
             if rows is not None and spec.layer is not None:

@@ -15,7 +15,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 from torch import Tensor
-from transformers import AutoModelForCausalLM, DeepseekV3Config, DeepseekV3ForCausalLM
+from transformers import AutoModelForCausalLM, DeepseekV3Config, Glm4MoeConfig, PreTrainedModel
 
 from k2train.checkpoint import open_checkpoint, step_directory, write_checkpoint
 from k2train.checkpoint.hf_config import to_hf_config, to_model_config
@@ -47,6 +47,7 @@ SIZES = {
     "max_position_embeddings": 128,
     "num_nextn_predict_layers": 0,
 }
+LATENT_WIDTHS = {"kv_lora_rank", "qk_nope_head_dim", "qk_rope_head_dim", "v_head_dim"}
 YARN = {
     "rope_type": "yarn",
     "rope_theta": 50000.0,
@@ -87,18 +88,29 @@ FAMILIES: dict[str, dict[str, Any]] = {
         "rms_norm_eps": 1e-5,
         "rope_parameters": {"rope_type": "default", "rope_theta": 5e4},
     },
+    "glm": {
+        **{name: value for name, value in SIZES.items() if name not in LATENT_WIDTHS},
+        "model_type": "glm4_moe",
+        "num_key_value_heads": 2,
+        "head_dim": 12,
+        "n_group": 2,
+        "topk_group": 1,
+        "first_k_dense_replace": 1,
+        "n_shared_experts": 1,
+        "rope_parameters": {"rope_type": "default", "rope_theta": 5e4, "partial_rotary_factor": 0.5},
+    },
 }
 
 
 NO_SHARED_EXPERTS: dict[str, Any] = {**FAMILIES["k2"], "n_shared_experts": 0}
 
 
-def saved_by_transformers(
-    directory: Path, config: dict, max_shard_size: str = "20KB"
-) -> DeepseekV3ForCausalLM:
+def saved_by_transformers(directory: Path, config: dict, max_shard_size: str = "20KB") -> PreTrainedModel:
     """A random model that routing and attention matter in, saved as transformers saves it."""
     torch.manual_seed(0)
-    theirs = DeepseekV3ForCausalLM(DeepseekV3Config(**config)).eval()
+    given = dict(config)
+    of_family = Glm4MoeConfig if given.pop("model_type", None) == "glm4_moe" else DeepseekV3Config
+    theirs = AutoModelForCausalLM.from_config(of_family(**given)).eval()
     with torch.no_grad():
         for name, tensor in theirs.state_dict().items():
             tensor.normal_(std=0.05 if name.endswith("e_score_correction_bias") else 0.3)

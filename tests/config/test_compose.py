@@ -76,6 +76,10 @@ def test_whole_floats_are_accepted_as_ints_and_nothing_else_is_coerced() -> None
         ("model.num_experts_per_tok=17", "cannot exceed model.n_routed_experts=16"),
         ("model.n_group=5", "must divide"),
         ("model.qk_rope_head_dim=15", "must be even"),
+        ("model.head_dim=32", "belongs to model.mixer=grouped_query, not to latent\n.*model.head_dim=null"),
+        ("model.mixer=grouped_query", "belongs to model.mixer=latent, not to grouped_query"),
+        ("model.kv_lora_rank=null", r"=\(missing\): must be given\n.*give model.kv_lora_rank: latent: width"),
+        ("~model.q_lora_rank", r"=\(missing\): must be given\n.*give model.q_lora_rank: latent: width"),
         ("model.first_k_dense_replace=9", "cannot exceed model.num_hidden_layers"),
         ("data.tokenizer.kind=tiktoken", "tokenizer.path"),
         ("model.rope_scaling.factor=4", "original_max_position_embeddings"),
@@ -85,6 +89,23 @@ def test_a_mistake_names_field_rule_and_remedy(word: str, names: str) -> None:
     with pytest.raises(ConfigError, match=names) as caught:
         load_config([word])
     assert len(str(caught.value).splitlines()) <= 3
+
+
+@pytest.mark.parametrize(
+    ("word", "names"),
+    [
+        ("model.num_key_value_heads=3", "must divide model.num_attention_heads=4\n.*use one of 1, 2, 4"),
+        ("model.num_key_value_heads=null", r"model.num_key_value_heads=\(missing\): must be given"),
+        ("model.partial_rotary_factor=0.35", "rotates 11 of model.head_dim=32 features, which must be even"),
+        (
+            "model.v_head_dim=32",
+            "belongs to model.mixer=latent, not to grouped_query\n.*model.v_head_dim=null",
+        ),
+    ],
+)
+def test_a_mistake_in_grouped_query_attention_names_field_rule_and_remedy(word: str, names: str) -> None:
+    with pytest.raises(ConfigError, match=names):
+        load_config(["model=glm_tiny", word])
 
 
 def test_pairing_needs_the_split() -> None:

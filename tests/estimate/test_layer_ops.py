@@ -10,6 +10,7 @@ from k2train.architecture.head import head_flops, head_ops
 from k2train.architecture.heads import TRITON_SPEED
 from k2train.architecture.layer import layer_of, mixer_of
 from k2train.architecture.microbatch import workload
+from k2train.config.compose import load_config
 from k2train.config.ops import OpsConfig
 from k2train.estimate.layer_costs import Exchange, head, transformer_layer
 from k2train.estimate.work import Machine
@@ -18,8 +19,11 @@ from k2train.layout.weights import layer_flops
 from k2train.ops.embedding import COLUMNS
 
 
+@pytest.mark.parametrize("mixer", ["latent", "grouped_query"])
 @pytest.mark.parametrize("ep", [1, 2, 4])
-def test_phases_multiply_every_active_weight_once(model, train, ep: int) -> None:
+def test_phases_multiply_every_active_weight_once(model, train, ep: int, mixer: str) -> None:
+    if mixer == "grouped_query":
+        model = load_config(["model=glm_tiny"]).model
     w = workload(model, train, ep)
     for kind, layer in (
         ("dense", layer_of(model, "dense")),

@@ -1,5 +1,5 @@
-"""Small models of the three families, and transformers' DeepseekV3 with the same weights: an oracle
-nobody here wrote."""
+"""Small models of the families, and transformers' DeepseekV3 or Glm4Moe with the same weights:
+oracles nobody here wrote."""
 
 from __future__ import annotations
 
@@ -91,7 +91,30 @@ ODD = dataclasses.replace(
         mscale_all_dim=0.4,
     ),
 )
-FAMILIES = {"k2": K2, "deepseek_v3": DEEPSEEK_V3, "moonlight": MOONLIGHT, "odd": ODD}
+GLM = dataclasses.replace(
+    MOONLIGHT,
+    mixer="grouped_query",
+    kv_lora_rank=None,
+    qk_nope_head_dim=None,
+    qk_rope_head_dim=None,
+    v_head_dim=None,
+    num_attention_heads=6,
+    num_key_value_heads=2,
+    head_dim=12,
+    partial_rotary_factor=0.5,
+)
+# As many key heads as query heads, all features rotated, and widths that are no power of two.
+GLM_ODD = dataclasses.replace(
+    GLM, hidden_size=40, num_attention_heads=3, num_key_value_heads=3, head_dim=14, partial_rotary_factor=None
+)
+FAMILIES = {
+    "k2": K2,
+    "deepseek_v3": DEEPSEEK_V3,
+    "moonlight": MOONLIGHT,
+    "odd": ODD,
+    "glm": GLM,
+    "glm_odd": GLM_ODD,
+}
 
 
 @pytest.fixture(params=sorted(FAMILIES))
@@ -105,17 +128,22 @@ def families():
 
 
 def hf_config(config: ModelConfig, attention: str = "eager", experts: str = "eager"):
-    """The DeepseekV3Config with the same rules."""
-    from transformers import DeepseekV3Config
+    """The DeepseekV3Config or Glm4MoeConfig with the same rules."""
+    from transformers import DeepseekV3Config, Glm4MoeConfig
 
     rope = {"rope_type": "default", "rope_theta": config.rope_theta}
     if config.rope_scaling is not None:
         rope = {**rope, **dataclasses.asdict(config.rope_scaling), "rope_type": "yarn"}
-    values = dataclasses.asdict(config)
-    del values["rope_scaling"], values["rope_theta"]
-    return DeepseekV3Config(
+    values = {name: value for name, value in dataclasses.asdict(config).items() if value is not None}
+    del values["rope_theta"]
+    latent = values.pop("mixer") == "latent"
+    if latent:
+        values |= {"num_key_value_heads": config.num_attention_heads, "q_lora_rank": config.q_lora_rank}
+        values.pop("rope_scaling", None)
+    else:
+        rope["partial_rotary_factor"] = values.pop("partial_rotary_factor", 1.0)
+    return (DeepseekV3Config if latent else Glm4MoeConfig)(
         **values,
-        num_key_value_heads=config.num_attention_heads,
         rope_parameters=rope,
         attn_implementation=attention,
         experts_implementation=experts,
@@ -143,9 +171,11 @@ def make_oracle():
     """Builds transformers' model holding a k2train model's weights."""
 
     def make(model: Model, **options: str):
-        from transformers import DeepseekV3ForCausalLM
+        from transformers import DeepseekV3ForCausalLM, Glm4MoeForCausalLM
 
-        oracle = DeepseekV3ForCausalLM(hf_config(model.config, **options)).to(model_dtype(model))
+        latent = model.config.mixer == "latent"
+        oracle_class = DeepseekV3ForCausalLM if latent else Glm4MoeForCausalLM
+        oracle = oracle_class(hf_config(model.config, **options)).to(model_dtype(model))
         state = oracle.state_dict()
         for piece in model.pieces():
             hf_view(state, piece.name).copy_(piece.tensor)

@@ -31,8 +31,6 @@ def widths(config) -> dict[str, list[int]]:
     table = {
         "layer_input": [hidden, 1],
         "input_norm_output": [hidden],
-        "kv_latent": [config.kv_lora_rank + config.qk_rope_head_dim, 1],
-        "kv_latent_norm_output": [config.kv_lora_rank],
         "query": [heads * qk],
         "key_value": [heads * qk, heads * value],
         "attention_output": [heads * value],
@@ -44,6 +42,9 @@ def widths(config) -> dict[str, list[int]]:
         "shared_swiglu_input": [2 * shared],
         "shared_swiglu_output": [shared],
     }
+    if config.mixer == "latent":
+        table |= {"kv_latent": [config.kv_lora_rank + config.qk_rope_head_dim, 1]}
+        table |= {"kv_latent_norm_output": [config.kv_lora_rank]}
     if config.q_lora_rank is not None:
         table |= {"q_latent": [config.q_lora_rank, 1], "q_latent_norm_output": [config.q_lora_rank]}
     return table

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from typing import Any
 
 import pytest
 import torch
@@ -73,16 +74,29 @@ def test_clipped_weights_give_logits_scaled_by_gamma() -> None:
     assert (max_logits() <= tau * (1 + 1e-12)).all()
 
 
-@pytest.mark.parametrize("latent", [14, None])
+NO_LATENTS = dict.fromkeys(
+    ("q_lora_rank", "kv_lora_rank", "qk_nope_head_dim", "qk_rope_head_dim", "v_head_dim", "rope_scaling")
+)
+GROUPED = {**NO_LATENTS, "mixer": "grouped_query", "head_dim": 10}
+
+
+@pytest.mark.parametrize(
+    "mixer",
+    [
+        {"q_lora_rank": 14},
+        {"q_lora_rank": None},
+        {**GROUPED, "num_key_value_heads": 1},
+        {**GROUPED, "num_key_value_heads": 3},
+    ],
+    ids=["query latent", "no query latent", "one shared key", "a key for each head"],
+)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_the_same_batch_stays_at_tau_after_the_step(
-    one_rank, model_config: ModelConfig, latent: int | None, dtype: torch.dtype
+    one_rank, model_config: ModelConfig, mixer: dict[str, Any], dtype: torch.dtype
 ) -> None:
     """A real layer whose second head reaches 1000: after a step of rate 0 it reaches tau, the
     others what they did."""
-    config = dataclasses.replace(
-        model_config, num_hidden_layers=1, first_k_dense_replace=1, q_lora_rank=latent
-    )
+    config = dataclasses.replace(model_config, num_hidden_layers=1, first_k_dense_replace=1, **mixer)
     rank = one_rank(model=config, dtype=dtype)
     tokens = torch.randint(0, config.vocab_size, (2, 24), generator=torch.Generator().manual_seed(3))
 

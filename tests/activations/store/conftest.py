@@ -50,7 +50,18 @@ K2 = ModelConfig(
 )
 MOONLIGHT = dataclasses.replace(K2, q_lora_rank=None, n_shared_experts=2, rope_scaling=None)
 PLAIN = dataclasses.replace(K2, n_shared_experts=0, first_k_dense_replace=0, num_hidden_layers=2)
-FAMILIES = {"k2": K2, "moonlight": MOONLIGHT, "no_shared_expert": PLAIN}
+GLM = dataclasses.replace(
+    MOONLIGHT,
+    mixer="grouped_query",
+    kv_lora_rank=None,
+    qk_nope_head_dim=None,
+    qk_rope_head_dim=None,
+    v_head_dim=None,
+    num_key_value_heads=2,
+    head_dim=20,
+    partial_rotary_factor=0.5,
+)
+FAMILIES = {"k2": K2, "moonlight": MOONLIGHT, "no_shared_expert": PLAIN, "glm": GLM}
 SEQUENCES, LENGTH = 2, 24
 NAMES = tuple(field.name for field in dataclasses.fields(ActivationsConfig))
 
