@@ -31,7 +31,7 @@ import torch.nn.functional as F
 import transformers
 
 from k2train.config.compose import load_config
-from k2train.config.model import ModelConfig
+from k2train.config.model import OPTIONAL_BY_MIXER, REQUIRED_BY_MIXER, ModelConfig
 from k2train.model.context import MicrobatchContext
 from k2train.model.loss import CrossEntropy
 from k2train.model.model import Model, build_model, forward_backward
@@ -113,7 +113,9 @@ def gathered_bytes(config: ModelConfig, tokens: int) -> int:
 def transformers_model(model: Model, attention: str, experts: str) -> torch.nn.Module:
     """transformers' model with our model's weights."""
     config = model.config
-    values = {key: value for key, value in dataclasses.asdict(config).items() if not key.startswith("rope_")}
+    others = {"mixer", *REQUIRED_BY_MIXER["grouped_query"], *OPTIONAL_BY_MIXER["grouped_query"]}
+    given = dataclasses.asdict(config).items()
+    values = {key: value for key, value in given if key not in others and not key.startswith("rope_")}
     rope = {"rope_type": "default", "rope_theta": config.rope_theta}
     if config.rope_scaling is not None:
         rope = {**rope, **dataclasses.asdict(config.rope_scaling), "rope_type": "yarn"}

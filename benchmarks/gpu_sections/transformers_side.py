@@ -8,6 +8,7 @@ import dataclasses
 import torch
 import torch.nn.functional as F
 
+from k2train.config.model import OPTIONAL_BY_MIXER, REQUIRED_BY_MIXER
 from k2train.config.schema import Config
 
 from .setting import Setting
@@ -40,7 +41,9 @@ def build(setting: Setting, config: Config, experts: str) -> torch.nn.Module:
     import transformers
 
     model = config.model
-    values = {key: value for key, value in dataclasses.asdict(model).items() if not key.startswith("rope_")}
+    others = {"mixer", *REQUIRED_BY_MIXER["grouped_query"], *OPTIONAL_BY_MIXER["grouped_query"]}
+    given = dataclasses.asdict(model).items()
+    values = {key: value for key, value in given if key not in others and not key.startswith("rope_")}
     rope: dict[str, object] = {"rope_type": "default", "rope_theta": model.rope_theta}
     if model.rope_scaling is not None:
         rope = {**rope, **dataclasses.asdict(model.rope_scaling), "rope_type": "yarn"}

@@ -29,7 +29,7 @@ from k2train.parallel.build import build_deepep, build_dispatcher
 from k2train.parallel.deepep_dispatcher import check_deepep
 from k2train.parallel.groups import Groups
 from k2train.parallel.pipeline import PipelineTransport
-from k2train.program import Program, compile_program
+from k2train.program import Program, compile_program, program_layout
 from k2train.runtime.routes import build_routes
 from k2train.runtime.stage import PipelineStage
 from k2train.schedule import Schedule
@@ -109,10 +109,12 @@ def build_program(config: Config) -> Program:
     """The program of a run, its action lists proved; pure, and refused here if it cannot run.
     Raises ConfigError."""
     check_supported(config)
+    if config.layout.dispatch == "deepep" and config.layout.ep > 1:
+        # Where it cannot run at all, no other size of the batch is a remedy.
+        program_layout(config)
+        check_deepep(choose_device(config), DTYPES[config.train.dtype], config.model.hidden_size)
     # The same function that `plan` calls: what it predicts is what runs here.
     program = compile_program(config)
-    if program.layout.dispatch == "deepep" and program.layout.ep > 1:
-        check_deepep(choose_device(config), DTYPES[config.train.dtype], config.model.hidden_size)
     _ = program.report
     return program
 
