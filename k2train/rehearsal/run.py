@@ -124,7 +124,15 @@ def rehearse(config: Config, say: Say = lambda phase: None) -> Rehearsal:
     counts = Counts(lambda: kind_of_place(observer.place))
     started = time.perf_counter()
     say(f"build rank {rank} of {layout.world}")
-    with FakeTensorMode(allow_non_fake_inputs=True), observer, observer.at("states"), GarbageControl():
+    with (
+        # On a thread of its own, autograd lets go of the last gradients whenever it gets the GIL. A
+        # process that ends before that is aborted.
+        torch.autograd.set_multithreading_enabled(False),
+        FakeTensorMode(allow_non_fake_inputs=True),
+        observer,
+        observer.at("states"),
+        GarbageControl(),
+    ):
         world = RehearsedWorld(rank, layout.world, DEVICE, counts)
         groups = build_groups(layout.grid, world, layout.relay_ranks, program.messages)
         corpus = cast(Corpus, NoCorpus(config.train.seq_len))

@@ -47,7 +47,9 @@ class Ours(TorchDispatchMode):
 config = load_config(["experiment=k2", f"ops.backend={sys.argv[1]}"])
 device = torch.device("cuda:0")
 backend = choose_backend(config.ops, config.model, "bfloat16", config.optim.tau, device)
-with FakeTensorMode(allow_non_fake_inputs=True), Ours() as ours:
+# As rehearsal.run does, and for its reason.
+multithreading = torch.autograd.set_multithreading_enabled(False)
+with multithreading, FakeTensorMode(allow_non_fake_inputs=True), Ours() as ours:
     allocator = Allocator(torch.bfloat16, device)
     tools = LayerTools(config.model, Rotary(config.model, allocator), AttentionScratch(), backend, allocator)
     phase = AttentionPhase(layer_of(config.model, "dense"), 0, tools)
